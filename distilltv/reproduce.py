@@ -108,7 +108,7 @@ def fresh(cell:Cell, cells:dict) -> bool:
     s = _stamp(cell)
     return bool(s.get("made")) and s["made"] == digest(cell.folder) and s["key"] == key(cell, cells)
 
-# %% ../nbs/06_reproduce.ipynb #dd26656c
+# %% ../nbs/06_reproduce.ipynb #9a053424
 class CellError(Exception):
     "A cell of the grid failed; the message says why and which notebook to open."
 
@@ -117,6 +117,7 @@ def _short(path): return path.relative_to(Path.cwd()) if path.is_relative_to(Pat
 def run_cell(cell:Cell, cells:dict) -> None:
     "Run one cell with papermill, and stamp it."
     import papermill
+    papermill.iorw.papermill_io.get_handler("local").cwd(os.getcwd())    # it swaps this global around each run: keep it one value in all threads
     k, began = key(cell, cells), time.time()
     if _stamp(cell).get("key", k) != k: shutil.rmtree(cell.folder)
     write_json(cell.folder/"stamp.json", dict(key=k))
