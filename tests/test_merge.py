@@ -1,0 +1,331 @@
+"Merge: the algebra against closed forms, files in and out, and everything that must be refused."
+import json, os, shutil, signal, subprocess, sys, time
+from pathlib import Path
+import numpy as np, pytest, torch
+from hypothesis import HealthCheck, given, settings, strategies as st
+from safetensors.torch import load_file, save_file
+from transformers import HubertConfig, HubertModel
+from distilltv.merge import Checkpoint, Student, TaskVector, geometry, load_student, part, parts
+
+ROOT = Path(__file__).resolve().parents[1]
+G, V = ("encoder.pos_conv_embed.conv.parametrizations.weight.original" + i for i in "01")
+lams = st.floats(-3, 3, allow_nan=False).map(lambda x: round(x, 6))
+
+def tiny(seed, **kw):
+    torch.manual_seed(seed)
+    c = dict(hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96, conv_dim=(24,)*7,
+             num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=4, feat_proj_layer_norm=False, mask_time_prob=0.)
+    m = HubertModel(HubertConfig(**(c | kw)))
+    for p in m.parameters(): p.data += .02*torch.randn_like(p) # norms and biases must differ as well
+    return m
+
+def save(folder, model, **record):
+    model.save_pretrained(folder)
+    if record: (folder/"distilltv.json").write_text(json.dumps(record))
+    return folder
+
+def edit(folder, change):
+    "Apply `change` to the folder's tensors, in place."
+    f = folder/"model.safetensors"
+    tensors = load_file(f)
+    change(tensors)
+    save_file(tensors, f, {"format": "pt"})
+
+@pytest.fixture(scope="session")
+def trio(tmp_path_factory):
+    top = tmp_path_factory.mktemp("trio")
+    save(top/"base", tiny(0))
+    h = Checkpoint(top/"base").hash
+    for i, d in enumerate(("speech", "music", "environment")): save(top/d, tiny(i+1), base_hash=h)
+    return top
+
+@pytest.fixture
+def mine(trio, tmp_path): # a private copy, to break
+    for d in ("base", "speech", "music"): shutil.copytree(trio/d, tmp_path/d)
+    return tmp_path
+
+def algebra(top):
+    base = load_student(top/"base")
+    return base, *(TaskVector.between(base, load_student(top/d)) for d in ("speech", "music"))
+
+def numbers(x): return np.concatenate([np.asarray(x[n], np.float64).ravel() for n in x.names])
+
+# --- the equation
+
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(lams, lams)
+def test_closed_form_in_float64(trio, a, b):
+    base, s, m = algebra(trio)
+    θ, θs, θm = (numbers(load_student(trio/d)) for d in ("base", "speech", "music"))
+    np.testing.assert_allclose(numbers(base + a*s + b*m), θ + a*(θs-θ) + b*(θm-θ), rtol=0, atol=1e-14)
+
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(lams)
+def test_base_cancels_when_the_weights_sum_to_one(trio, lam):
+    base, s, m = algebra(trio)
+    u = base + lam*s + (1-lam)*m
+    assert {c.folder.name for n in u.names for c in u.weights(n)} <= {"speech", "music"}
+    θs, θm = (numbers(load_student(trio/d)) for d in ("speech", "music"))
+    np.testing.assert_allclose(numbers(u), lam*θs + (1-lam)*θm, rtol=0, atol=1e-14)
+
+@pytest.mark.parametrize("lam, end", [(1, "speech"), (0, "music"), (1., "speech"), (0., "music"), (np.float32(1), "speech")])
+def test_endpoints_bit_for_bit_through_disk(trio, tmp_path, lam, end):
+    base, s, m = algebra(trio)
+    (base + lam*s + (1-lam)*m).save_pretrained(tmp_path/"out")
+    a, b = (load_file(f/"model.safetensors") for f in (tmp_path/"out", trio/end))
+    assert sorted(a) == sorted(b) and all(a[k].numpy().tobytes() == b[k].numpy().tobytes() for k in a)
+
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(lams, lams)
+def test_laws(trio, a, b):
+    base, s, m = algebra(trio)
+    same = lambda x, y: np.array_equal(numbers(x), numbers(y))
+    assert same(a*s + b*m, b*m + a*s)
+    assert same((base + a*s) + b*m, (base + b*m) + a*s) and same(base + (a*s + b*m), (base + a*s) + b*m)
+    assert same(a*s + b*s, b*s + a*s) and same(a*(s + m), a*s + a*m)
+    assert not numbers(a*s - a*s).any() and same(base + a*s - a*s, base) and same(-(-s), s)
+    assert same(sum([s, m]), s + m) and same(s/4, .25*s)
+    if a: assert same(a*s/a, s)
+
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(lams, st.floats(0, 1))
+def test_linear_in_lam(trio, a, t):
+    base, s, m = algebra(trio)
+    u = lambda lam: numbers(base + lam*s + (1-lam)*m)
+    np.testing.assert_allclose(u(t*a), t*u(a) + (1-t)*u(0), rtol=0, atol=1e-13)
+
+def test_many_domains(trio):
+    base, *_ = algebra(trio)
+    w = dict(speech=.4, music=.4, environment=.2)
+    u = base + sum(k*TaskVector.between(base, load_student(trio/d)) for d, k in w.items())
+    np.testing.assert_allclose(numbers(u), sum(k*numbers(load_student(trio/d)) for d, k in w.items()), rtol=0, atol=1e-14)
+
+def test_points_and_vectors_do_not_mix(trio):
+    base, s, m = algebra(trio)
+    for wrong in (lambda: base + base, lambda: 2*base, lambda: s - base, lambda: s*m, lambda: -base, lambda: base + 1, lambda: s + 1):
+        with pytest.raises(TypeError): wrong()
+    for bad in (float("nan"), float("inf")):
+        with pytest.raises((ValueError, OverflowError)): bad*s
+    assert isinstance(s - m, TaskVector) and isinstance(base - s, Student)
+
+def test_equal_content_read_twice_cancels(trio):
+    again = load_student(trio/"base")
+    base, s, _ = algebra(trio)
+    assert len((again + s).weights(s.names[0])) == 1
+
+# --- geometry
+
+def test_geometry_against_numpy(trio):
+    base, s, m = algebra(trio)
+    a, b = numbers(s), numbers(m)
+    assert s.norm() == pytest.approx(np.linalg.norm(a)) and s.dot(m) == pytest.approx(a@b)
+    assert s.cosine(m) == pytest.approx(a@b/np.linalg.norm(a)/np.linalg.norm(b))
+    t = geometry(dict(speech=s, music=m), by="tensor", base=base)
+    assert len(t) == len(s.names) and (t["‖speech‖"]**2).sum() == pytest.approx(a@a)
+    assert np.isnan((s-s).cosine(m))
+
+def test_every_tensor_has_a_part(trio):
+    names = load_student(trio/"base").names
+    p = parts(names)
+    assert sorted(n for ns in p.values() for n in ns) == names
+    assert list(p) == [f"conv {i}" for i in range(7)] + ["projection", "position", "norm", "layer 1", "layer 2"]
+    assert part("encoder.layers.11.attention.k_proj.bias") == "layer 12" and part("masked_spec_embed") == "mask"
+
+# --- files
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
+def test_round_trip(trio, tmp_path, dtype):
+    base, s, m = algebra(trio)
+    u = base + .3*s + .7*m
+    record = u.save_pretrained(tmp_path/"u", dtype=dtype, lam=.3)
+    model, info = HubertModel.from_pretrained(tmp_path/"u", output_loading_info=True)
+    assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    for n, t in model.state_dict().items():
+        x = np.array(u[n]).astype("float32" if dtype == "bfloat16" else dtype) # rounded once (torch goes to float16 by way of float32)
+        want = torch.from_numpy(x).to(getattr(torch, dtype))
+        assert t.dtype == want.dtype and torch.equal(t, want), n
+    assert record["weights_hash"] == load_student(tmp_path/"u").hash
+    assert json.loads((tmp_path/"u/distilltv.json").read_text())["lam"] == .3
+    assert all(np.isfinite(load_student(tmp_path/"u")[n]).all() for n in u.names)
+
+def test_model_in_memory_equals_the_file(trio, tmp_path):
+    base, s, m = algebra(trio)
+    u = base + .3*s + .7*m
+    u.save_pretrained(tmp_path/"u")
+    wav = torch.randn(1, 4000)
+    with torch.no_grad(): assert torch.equal(u.model()(wav)[0], HubertModel.from_pretrained(tmp_path/"u").eval()(wav)[0])
+
+def test_record_says_what_was_done(trio, tmp_path):
+    base, s, m = algebra(trio)
+    r = (base + 1.5*s - .5*m).save_pretrained(tmp_path/"u", lam=1.5)
+    assert r["extrapolation"] and r["base_hash"] == load_student(trio/"base").hash
+    assert {Path(i["path"]).name: i["weight"] for i in r["inputs"]} == dict(base=0, speech=1.5, music=-.5)
+    assert all((tmp_path/"u"/i["path"]).exists() and i["hash"] == load_student(tmp_path/"u"/i["path"]).hash for i in r["inputs"])
+    card = (tmp_path/"u/README.md").read_text()
+    assert "extrapolation" in card and all(i["hash"][:16] in card for i in r["inputs"])
+    assert not (base + .5*s + .5*m).save_pretrained(tmp_path/"v")["extrapolation"]
+
+def test_a_merge_can_replace_its_own_input(mine):
+    base, s, m = algebra(mine)
+    u = base + .5*s + .5*m
+    want = numbers(u).astype(np.float32)
+    u.save_pretrained(mine/"speech")
+    assert np.array_equal(numbers(load_student(mine/"speech")), want)
+
+def test_unwritable_dtypes(trio, tmp_path):
+    base, s, _ = algebra(trio)
+    with pytest.raises(ValueError, match="int8.*float32, float64, float16, bfloat16"): (base + s).save_pretrained(tmp_path/"x", dtype="int8")
+    with pytest.raises(ValueError, match="does not fit float16"): (base + 1e7*s).save_pretrained(tmp_path/"x", dtype="float16")
+    assert not list(tmp_path.iterdir())
+
+# --- refusals
+
+def test_another_base_is_refused_by_name(mine):
+    (mine/"speech/distilltv.json").write_text(json.dumps(dict(base_hash="f00d"*16)))
+    with pytest.raises(ValueError, match=r"speech.*base start from different θ₀ \(f00df00d"): algebra(mine)
+    (mine/"speech/distilltv.json").unlink()
+    with pytest.raises(ValueError, match=r"no base_hash is recorded in distilltv.json of .*speech"): algebra(mine)
+
+def test_a_changed_base_is_refused(mine):
+    edit(mine/"base", lambda t: t["encoder.layer_norm.bias"].add_(1e-3))
+    with pytest.raises(ValueError, match="different θ₀"): algebra(mine)
+
+def test_vectors_of_two_bases_are_refused(trio, tmp_path):
+    _, s, _ = algebra(trio)
+    save(tmp_path/"base", tiny(7))
+    base = load_student(tmp_path/"base")
+    save(tmp_path/"music", tiny(8), base_hash=base.hash)
+    m = TaskVector.between(base, load_student(tmp_path/"music"))
+    for wrong in (lambda: s + m, lambda: base + s, lambda: base - s):
+        with pytest.raises(ValueError, match="different θ₀"): wrong()
+
+def _mis_shape(t): t["encoder.layer_norm.bias"] = torch.zeros(47)
+def _half(t): t["encoder.layer_norm.bias"] = t["encoder.layer_norm.bias"].half()
+def _folded(t): t["encoder.pos_conv_embed.conv.weight"] = t.pop(V); t.pop(G)
+@pytest.mark.parametrize("change, says", [
+    (lambda t: t.pop("encoder.layer_norm.bias"), "encoder.layer_norm.bias is missing from .*music but present in"),
+    (lambda t: t.update(extra=torch.zeros(2)), "extra is missing from .*base but present in .*music"),
+    (lambda t: t.pop(G), "original0 is missing from .*music"),
+    (_mis_shape, r"encoder.layer_norm.bias is F32 \(47,\) in .*music but F32 \(48,\) in .*base"),
+    (_half, r"encoder.layer_norm.bias is F16 \(48,\) in .*music"),
+    (_folded, "pos_conv_embed.conv.(weight|parametrizations).* is missing"),
+])
+def test_other_tensors_are_refused(mine, change, says):
+    edit(mine/"music", change)
+    with pytest.raises(ValueError, match=says): algebra(mine)
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool, torch.int32])
+def test_integers_are_refused(mine, dtype):
+    edit(mine/"music", lambda t: t.update({"encoder.layer_norm.num_batches_tracked": torch.zeros((), dtype=dtype)}))
+    with pytest.raises(ValueError, match="music.*num_batches_tracked is .*only float"): algebra(mine)
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nan_is_refused_even_at_weight_zero(mine, tmp_path, value):
+    edit(mine/"music", lambda t: t["encoder.layers.1.attention.k_proj.bias"][5:6].fill_(value))
+    base, s, m = algebra(mine)
+    for lam in (.5, 1):
+        with pytest.raises(ValueError, match="music.*layers.1.attention.k_proj.bias holds NaN"):
+            (base + lam*s + (1-lam)*m).save_pretrained(tmp_path/"out")
+    assert not (tmp_path/"out").exists()
+
+def test_another_config_is_refused(mine):
+    c = json.loads((mine/"music/config.json").read_text())
+    (mine/"music/config.json").write_text(json.dumps(c | dict(num_attention_heads=2)))
+    with pytest.raises(ValueError, match="num_attention_heads is 2 in .*music but 4 in .*base"): algebra(mine)
+    (mine/"music/config.json").write_text(json.dumps(c | dict(hidden_dropout=.3, transformers_version="4.0")))
+    algebra(mine) # what does not change the function does not matter
+
+def test_preprocessors_must_agree(mine, tmp_path):
+    for d, n in (("base", True), ("speech", True), ("music", False)): (mine/d/"preprocessor_config.json").write_text(json.dumps(dict(do_normalize=n)))
+    base, s, m = algebra(mine)
+    with pytest.raises(ValueError, match="preprocessor_config.json differs"): (base + s + m).save_pretrained(tmp_path/"out")
+    (base + s).save_pretrained(tmp_path/"out")
+    assert json.loads((tmp_path/"out/preprocessor_config.json").read_text()) == dict(do_normalize=True)
+
+def test_mask_embedding_goes_with_the_config(tmp_path):
+    save(tmp_path/"a", tiny(0, mask_time_prob=.05))
+    assert "masked_spec_embed" in load_student(tmp_path/"a").names
+    edit(tmp_path/"a", lambda t: t.pop("masked_spec_embed"))
+    with pytest.raises(ValueError, match="asks for masked_spec_embed, the file lacks it"): load_student(tmp_path/"a")
+    save(tmp_path/"b", tiny(0))
+    edit(tmp_path/"b", lambda t: t.update(masked_spec_embed=torch.zeros(48)))
+    with pytest.raises(ValueError, match="has no use for masked_spec_embed, the file holds it"): load_student(tmp_path/"b")
+
+def test_a_folder_without_a_model(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere holds no model.safetensors"): load_student(tmp_path/"nowhere")
+
+# --- weight normalisation
+
+def _old_names(t):
+    for new, old in ((G, "weight_g"), (V, "weight_v")): t[new.split(".parametrizations")[0] + "." + old] = t.pop(new)
+
+def test_both_spellings_of_weight_norm_merge_alike(mine, trio, tmp_path):
+    for d in ("base", "music"): edit(mine/d, _old_names)
+    outs = []
+    for top in (mine, trio):
+        base, s, m = algebra(top)
+        u = base + .3*s + .7*m
+        outs.append(u.save_pretrained(tmp_path/f"out{len(outs)}")["weights_hash"])
+        assert G in u.names and V in u.names
+    assert outs[0] == outs[1]
+    assert not HubertModel.from_pretrained(tmp_path/"out0", output_loading_info=True)[1]["missing_keys"]
+
+def test_both_spellings_in_one_file_are_refused(mine):
+    def both(t):
+        keep = {k: t[k].clone() for k in (G, V)}
+        _old_names(t)
+        t.update(keep)
+    edit(mine/"base", both)
+    with pytest.raises(ValueError, match="original[01] twice"): load_student(mine/"base")
+
+def test_merged_kernel_has_interpolated_length(trio, tmp_path):
+    "(g, v) apart: the effective kernel's length at each tap is the mean of the students' lengths."
+    base, s, m = algebra(trio)
+    (base + .5*s + .5*m).save_pretrained(tmp_path/"u")
+    length = lambda f: HubertModel.from_pretrained(f).encoder.pos_conv_embed.conv.weight.detach().norm(dim=(0, 1))
+    want = (load_student(trio/"speech")[G] + load_student(trio/"music")[G]).ravel()/2
+    np.testing.assert_allclose(length(tmp_path/"u").numpy(), np.abs(want), rtol=1e-5)
+
+# --- whole or not at all
+
+KILL = """
+import sys, time
+from distilltv import merge
+from distilltv.merge import *
+base, s, m = load_student(sys.argv[1]+"/base"), load_student(sys.argv[1]+"/speech"), load_student(sys.argv[1]+"/music")
+u = base + .25*(s-base) + .75*(m-base)
+slow = merge._bytes
+def wait(*a):
+    time.sleep(.01)
+    return slow(*a)
+merge._bytes = wait
+print("go", flush=True)
+u.save_pretrained(sys.argv[2])
+"""
+
+@pytest.mark.parametrize("after", [0, .1, .3])
+def test_killed_while_writing_leaves_the_old_folder_whole(trio, tmp_path, after):
+    base, s, m = algebra(trio)
+    old = (base + .5*s + .5*m).save_pretrained(tmp_path/"u")["weights_hash"]
+    p = subprocess.Popen([sys.executable, "-c", KILL, str(trio), str(tmp_path/"u")], stdout=subprocess.PIPE, cwd=ROOT)
+    p.stdout.readline()
+    time.sleep(after)
+    p.send_signal(signal.SIGKILL)
+    p.wait()
+    new = (base + .25*s + .75*m).hash
+    assert load_student(tmp_path/"u").hash in (old, new)
+    (base + .25*s + .75*m).save_pretrained(tmp_path/"u") # what the killed run left is in nobody's way
+    assert load_student(tmp_path/"u").hash == load_student(tmp_path/"u").hash and (tmp_path/"u/README.md").exists()
+
+# --- the notebook
+
+def papermill(out, home, data, *parameters):
+    env = os.environ | dict(DISTILLTV_HOME=str(home), DISTILLTV_DATA=str(data), PYTHONPATH=str(ROOT))
+    return subprocess.run([sys.executable, "-m", "papermill", "nbs/03_merge.ipynb", str(out), *parameters], cwd=ROOT, env=env,
+                          stdin=subprocess.DEVNULL, capture_output=True, text=True)
+
+@pytest.mark.parametrize("name, value, says", [("lamb", "0.3", "unknown parameter 'lamb'"), ("lam", "much", "lam = 'much' is not a number"),
+                                               ("method", "magic", "method = 'magic' is not one of 'linear'")])
+def test_notebook_refuses_wrong_parameters(tmp_path, name, value, says):
+    r = papermill(tmp_path/"out.ipynb", tmp_path/"runs", tmp_path, "-p", name, value)
+    assert r.returncode and says in r.stderr
