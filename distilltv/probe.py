@@ -38,7 +38,7 @@ def _windows(df, corpus, seconds=None):
     length = (length.clip(lower=400) - 400)//320*320 + 400
     return df.assign(file=corpus + "/" + df.file, end=df.start + length, lo=0, hi=length)
 
-# %% ../nbs/04_probe.ipynb #17bcb669
+# %% ../nbs/04_probe.ipynb #54338037
 def phones(root):
     "Phones of read Russian sentences: the first four seconds of each utterance are heard, grouped by utterance."
     m = some_groups(_table("speech", root).merge(pd.read_csv(Path(root)/"speech/phones.csv", dtype=str, keep_default_na=False)[["id"]].drop_duplicates()),
@@ -52,7 +52,7 @@ def prompts(root):
     m = _table("speech", root).query("prompt != '' and lang in ('fr', 'it')")
     m = m.drop_duplicates(["lang", "voice", "prompt"]).assign(prompt=m.lang + ":" + m.prompt)
     both = m.groupby("prompt").voice.transform("nunique") == 2
-    return some_groups(_windows(m[both], "speech", 4.), "prompt", train=40, valid=40)
+    return some_groups(_windows(m[both], "speech", 4.), "prompt", train=30, valid=30, test=100)
 
 def syllables(root):
     "Mandarin syllables of one voice, grouped by syllable without its tone."
@@ -321,11 +321,11 @@ def features(encoder,              # see `check_encoder`; cached if it has a `ha
     f = home()/"cache"/f"{features_key(encoder, table, root)}.npy"
     return _cached(f, lambda x: x.dtype == np.float32 and x.shape[1:] == (len(table), encoder.dim), lambda: extract(encoder, table, root), most)
 
-# %% ../nbs/04_probe.ipynb #6b4856d4
+# %% ../nbs/04_probe.ipynb #6a70eb94
 def fit_linear(x, y,                # training features [layers, n, dim], labels [n]
                xv, yv,              # the same for validation
                classes:int,         # number of classes
-               lrs=(1e-3, 3e-3, 1e-2, 3e-2), # learning rates of the grid
+               lrs=(3e-3, 1e-2, 3e-2, 1e-1), # learning rates of the grid
                seeds=(0, 1, 2),     # seeds of initial weights and batch order
                epochs:int=40, batch:int=256, decay:float=1e-2, # training length, batch size, decoupled weight decay
                every:int=10         # steps between looks at the validation set
@@ -415,7 +415,7 @@ def key_score(true, pred) -> float: # keys such as `0:major`
     spell = lambda k: f"{names[int(k.split(':')[0])]} {k.split(':')[1]}"
     return float(np.mean([mir_eval.key.weighted_score(spell(t), spell(p)) for t, p in zip(true, pred)]))
 
-# %% ../nbs/04_probe.ipynb #99f1ab56
+# %% ../nbs/04_probe.ipynb #3fff8ebc
 def score_task(encoder, task:str,        # see `check_encoder`; a key of `TASKS`
                view:str="default",       # see `choose_view`
                seeds=(0, 1, 2),          # probe seeds
@@ -443,7 +443,7 @@ def score_task(encoder, task:str,        # see `check_encoder`; a key of `TASKS`
     rows = [row(s, pred[i], "linear", lr=LRS[r], valid=float(fit["valid"][i, r])) for i, s in enumerate(seeds)]
     if task == "key": rows += [row(s, pred[i], "linear", "weighted key score", LRS[r]) for i, s in enumerate(seeds)]
     rows.append(row(-1, near, "knn"))
-    return rows, dict(id=df.id.to_numpy(str)[at["test"]], true=true.astype(np.int16), pred=pred.astype(np.int16), knn=near.astype(np.int16), classes=np.array(classes))
+    return rows, dict(id=df.id.to_numpy(str)[at["test"]], group=df[t.group].to_numpy(str)[at["test"]], true=true.astype(np.int16), pred=pred.astype(np.int16), knn=near.astype(np.int16), classes=np.array(classes))
 
 def _score_match(x, df, t, common):
     # nothing is learned; where several layers are offered, the validation prompts choose one
@@ -451,9 +451,9 @@ def _score_match(x, df, t, common):
     hit = match(x[layer], df)
     row = dict(common, probe="match", seed=-1, metric=t.metric, lr=None, valid=match(x[layer], df, "valid").mean(), n_test=len(hit), score=hit.mean())
     if len(x) > 1: row["layer"] = layer
-    return [row], dict(id=df.id.to_numpy(str)[hit.index], true=np.ones(len(hit), np.int16), pred=hit.to_numpy(np.int16)[None])
+    return [row], dict(id=df.id.to_numpy(str)[hit.index], group=df[t.group].to_numpy(str)[hit.index], true=np.ones(len(hit), np.int16), pred=hit.to_numpy(np.int16)[None])
 
-LRS = (1e-3, 3e-3, 1e-2, 3e-2)  # the grid of learning rates
+LRS = (3e-3, 1e-2, 3e-2, 1e-1)  # the grid of learning rates
 
 # %% ../nbs/04_probe.ipynb #1b77d95b
 COLUMNS = "encoder role lam method corpus task domain probe seed view layer metric score n_test valid lr weights_hash seconds".split()
