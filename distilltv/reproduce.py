@@ -14,17 +14,17 @@ from functools import lru_cache
 from pathlib import Path
 from .runs import data_dir, file_hash, home, profile as get_profile, root, write_json
 
-# %% ../nbs/06_reproduce.ipynb #6649c9c2
+# %% ../nbs/06_reproduce.ipynb #454582f5
 @dataclass(frozen=True)
 class Cell:
     "One papermill run of the grid."
     stage:str        # `distil`, `merge`, `probe` or `results`
     name:str         # what is run, unique in its stage: `speech`, `lam-0.40`
     notebook:str     # file name under `nbs/`
-    parameters:dict  # what papermill passes; `{home}` stands for the folder of runs
-    out:str          # folder of the results, under the folder of runs
+    parameters:dict  # what papermill passes
+    out:str          # folder of its results, under the folder of runs
     needs:tuple=()   # cells whose results it reads, as `stage/name`
-    inputs:tuple=()  # files and folders of the shipped data that it reads
+    inputs:tuple=()  # other files and folders that it reads
     @property
     def id(self) -> str: return f"{self.stage}/{self.name}"
     @property
@@ -32,7 +32,9 @@ class Cell:
     @property
     def executed(self) -> Path: return self.folder/self.notebook
 
-# %% ../nbs/06_reproduce.ipynb #65289083
+def _expand(text): return text.replace("{home}", str(home())).replace("{data}", str(data_dir())) if isinstance(text, str) else text
+
+# %% ../nbs/06_reproduce.ipynb #a0cdf565
 LAMBDAS = tuple(round(.1*i, 1) for i in range(11))
 
 def grid(profile:str="mini",   # `mini`, `hub` or `paper`
@@ -41,7 +43,7 @@ def grid(profile:str="mini",   # `mini`, `hub` or `paper`
         ) -> list:             # cells, each after those it needs
     "The cells that reproduce the paper on a profile."
     p, c, both = get_profile(profile), corpus or get_profile(profile).corpus, ("speech", "music")
-    shipped = "base teachers speech music".split() if profile == "mini" else []
+    shipped = [f"{{data}}/{d}" for d in "base teachers speech music".split()] if profile == "mini" else []
     at = lambda stage, name: f"{profile}/{stage}/{name}"
     distil = [Cell("distil", t, "02_distill.ipynb", dict(profile=profile, teacher=t, corpus=c),
                    at("students", f"{c}/{t}"), inputs=tuple(shipped)) for t in (*both, "ensemble")]
@@ -54,7 +56,8 @@ def grid(profile:str="mini",   # `mini`, `hub` or `paper`
     made = [probe(f"{d.name}-{c}", "{home}/"+d.out, d.id) for d in distil] + [
             probe(f"{m.name}-{c}", "{home}/"+m.out, m.id) for m in merge]
     probes = floor + teachers + made
-    results = Cell("results", "all", "05_results.ipynb", dict(profile=profile), f"{profile}/results", tuple(p.id for p in probes))
+    results = Cell("results", "all", "05_results.ipynb", dict(profile=profile), f"{profile}/results", tuple(p.id for p in probes),
+                   (f"{{home}}/{profile}/probes", "{data}/results/paper_numbers.csv"))    # probes you ran yourself count too
     return [*distil, *merge, *probes, results]
 
 # %% ../nbs/06_reproduce.ipynb #b35ee0ad
@@ -89,12 +92,12 @@ def digest(path:Path) -> str:
     lines = [f"{f.relative_to(path)} {_hash(f, f.stat().st_size, f.stat().st_mtime_ns)}" for f in files]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest() if lines else "absent"
 
-# %% ../nbs/06_reproduce.ipynb #32920a0e
+# %% ../nbs/06_reproduce.ipynb #57e94dc0
 def key(cell:Cell, cells:dict) -> str:
     "Hash of everything that decides a cell's numbers; `cells` maps ids to the cells it needs."
     code = _code(root()/"nbs"/cell.notebook)
     parts = dict(code=code, modules=_modules(code, {}), parameters=cell.parameters,
-                 inputs={i: digest(data_dir()/i) for i in cell.inputs},
+                 inputs={i: digest(Path(_expand(i))) for i in cell.inputs},
                  needs={n: digest(cells[n].folder) for n in cell.needs})
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
@@ -108,7 +111,7 @@ def fresh(cell:Cell, cells:dict) -> bool:
     s = _stamp(cell)
     return bool(s.get("made")) and s["made"] == digest(cell.folder) and s["key"] == key(cell, cells)
 
-# %% ../nbs/06_reproduce.ipynb #9a053424
+# %% ../nbs/06_reproduce.ipynb #7ad7bfd8
 class CellError(Exception):
     "A cell of the grid failed; the message says why and which notebook to open."
 
@@ -121,7 +124,7 @@ def run_cell(cell:Cell, cells:dict) -> None:
     k, began = key(cell, cells), time.time()
     if _stamp(cell).get("key", k) != k: shutil.rmtree(cell.folder)
     write_json(cell.folder/"stamp.json", dict(key=k))
-    parameters = {n: v.replace("{home}", str(home())) if isinstance(v, str) else v for n, v in cell.parameters.items()}
+    parameters = {n: _expand(v) for n, v in cell.parameters.items()}
     try: papermill.execute_notebook(str(root()/"nbs"/cell.notebook), str(cell.executed), parameters, progress_bar=False,
                                     extra_arguments=["--log-level=40"])   # else each kernel warns about its own transport
     except Exception as e:
@@ -254,7 +257,7 @@ def main(argv:list=None, # arguments; default those of the command line
     args = parser.parse_args(argv)
     return _reproduce(args, parser)
 
-# %% ../nbs/06_reproduce.ipynb #65e4e37f
+# %% ../nbs/06_reproduce.ipynb #c61063e6
 def _reproduce(args, parser):
     if not (root()/"nbs").is_dir(): parser.error(f"there are no notebooks in {root()}: `distilltv reproduce` runs those of "
                                                  "the repository, so clone it and give the command inside")
@@ -265,11 +268,15 @@ def _reproduce(args, parser):
     if threading.current_thread() is threading.main_thread(): signal.signal(signal.SIGINT, _stop)
     try: failed = reproduce(cells, args.jobs)
     except RuntimeError as e: parser.error(str(e))
-    out = cells[-1].folder
-    for f in (out/"table.txt",): print(f.read_text() if f.exists() else "")
-    print(f"figure: {_short(out/'tradeoff.png')}\nexecuted notebooks: {_short(home()/args.profile)}")
-    if failed: print(f"{len(failed)} of {len(cells)} runs are missing:", *(f"{i}: {why}" for i, why in failed.items()), sep="\n", file=sys.stderr)
+    if failed: print(f"\n{len(failed)} of {len(cells)} runs are missing:", *(f"{i}: {why}" for i, why in failed.items()), sep="\n", file=sys.stderr)
+    else: _print_results(cells[-1].folder)
+    print(f"executed notebooks: {_short(home()/args.profile)}/*/")
     return 1 if failed else 0
+
+def _print_results(out):
+    import pandas as pd
+    print(pd.read_csv(out/"table.csv").fillna("").to_string(index=False), "", *json.loads((out/"findings.json").read_text()), "", sep="\n")
+    print(f"figure: {_short(out/'tradeoff.png')}")
 
 def _stop(*_):
     # kernels watch their parent and end with it; what they had checkpointed stays

@@ -83,7 +83,7 @@ def test_modules_and_data_are_inputs(repo, monkeypatch):
     (repo/"data").mkdir()
     (repo/"data/a.txt").write_text("1")
     notebook(repo/"nbs/use.ipynb", "from distilltv import helper\nvalue = 0", name="")
-    cell = r.Cell("use", "u", "use.ipynb", dict(name="u"), "u", inputs=("a.txt",))
+    cell = r.Cell("use", "u", "use.ipynb", dict(name="u"), "u", inputs=("{data}/a.txt",))
     keys = [r.key(cell, {})]
     for path, text in ((repo/"distilltv/helper.py", "def square(x): return x**2\n"), (repo/"data/a.txt", "two")):
         path.write_text(text)
