@@ -38,25 +38,25 @@ def load_encoder(path, # model folder or hub name of a HuBERT-like checkpoint
     model.distilltv = json.loads(note.read_text()) if note.exists() else {}
     return model.eval().requires_grad_(False)
 
-# %% ../nbs/01_encoders.ipynb #ac359302
+# %% ../nbs/01_encoders.ipynb #a2e15920
 def weights_hash(model) -> str: # a module, or a dict of tensors
-    "SHA-256 over the names, shapes and float32 bytes of all tensors, as 16 hex digits."
+    "SHA-256 over the names, shapes and float32 bytes of all tensors, as hex."
     state = model.state_dict() if isinstance(model, nn.Module) else model
     h = hashlib.sha256()
     for name in sorted(state):
-        t = state[name].detach().float().contiguous().cpu()
-        h.update(f"{name}{tuple(t.shape)}".encode())
-        h.update(t.numpy().tobytes())
-    return h.hexdigest()[:16]
+        t = state[name].detach().float().contiguous().cpu().numpy()
+        h.update(f"{name}|float32|{t.shape}|".encode())
+        h.update(t)
+    return h.hexdigest()
 
-# %% ../nbs/01_encoders.ipynb #adc15e04
+# %% ../nbs/01_encoders.ipynb #f3a1bcd8
 def save_encoder(model:HubertModel,
                  folder,               # where to; an older version there is replaced at once, never half
                  dtype=torch.float32,  # of the stored tensors
                  **provenance          # noted in `distilltv.json`, beside hash, versions and commit
                 ) -> Path:
     "Save as a plain `transformers` model folder."
-    note = dict(provenance, weights_hash=weights_hash(model.state_dict()), versions=versions(), commit=commit())
+    note = dict(provenance, weights_hash=weights_hash(model), versions=versions(), commit=commit())
     with atomic_folder(folder) as tmp:
         HubertModel.save_pretrained(model, tmp, state_dict={k: v.to(dtype).contiguous() for k, v in model.state_dict().items()})
         Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=False).save_pretrained(tmp)
