@@ -1,0 +1,231 @@
+"""The shipped corpora keep their promises, and bad audio is refused by name."""
+import hashlib, re, unicodedata
+from collections import defaultdict
+import numpy as np, pandas as pd, pytest, soundfile as sf, torch
+from distilltv import corpora
+from distilltv.corpora import AudioError, SAMPLE_RATE, crop_batch, load_audio, load_corpus, normalise, segment_audio
+from distilltv.runs import data_dir
+
+LICENCES = {"CC-BY-3.0", "CC-BY-SA-3.0", "CC-BY-SA-3.0-IT", "BSD-style-Shmyrev", "BSD-style-Gutierrez", "MIT", "GPL-2.0-only"}
+
+@pytest.fixture(scope="session")
+def speech(): return load_corpus("speech").to_pandas()
+
+@pytest.fixture(scope="session")
+def music(): return load_corpus("music").to_pandas()
+
+def apart(table, *group):
+    "No group has rows in two splits."
+    across = table.groupby(list(group)).split.nunique()
+    assert (across == 1).all(), f"{group} in two splits: {list(across[across > 1].index)[:5]}"
+
+def plain(text): return " ".join(re.findall(r"\w+", unicodedata.normalize("NFKC", text).lower()))
+
+# --- what is in the tables
+
+@pytest.mark.parametrize("name", ["speech", "music"])
+def test_one_table_one_split_column(name):
+    table = load_corpus(name).to_pandas()
+    assert table.id.is_unique and set(table.split) == {"train", "valid", "test"}
+    assert (table.end - table.start).sum()/SAMPLE_RATE/3600 >= 1.5
+    assert set(table.license) <= LICENCES
+    assert not set(table.columns) & {"speaker", "genre", "composer", "mode"}, "labels that only give the recording chain away"
+
+@pytest.mark.parametrize("name", ["speech", "music"])
+def test_every_file_and_source_is_credited(name):
+    table, credits = load_corpus(name).to_pandas(), (data_dir()/"ATTRIBUTION.md").read_text(encoding="utf8")
+    for source in table.source.unique():
+        if source.startswith("asterisk-core-sounds"): assert "asterisk-core-sounds-{en,es,fr,it,ru}" in credits
+        elif source == "music21-ryansMammoth": assert "music21/corpus/ryansMammoth" in credits
+        else: assert source in credits, source
+    assert "voip.ammdomus.it" in credits and "Muldjord" in credits
+    assert {str(p.relative_to(data_dir()/name)) for p in (data_dir()/name).rglob("*.ogg")} == set(table.file)
+
+def test_gpl_audio_is_apart_and_never_trained_on(music):
+    gpl = music[music.license.str.contains("GPL")]
+    assert set(gpl.file.str.split("/").str[0]) == {"audio-gpl2"} and set(gpl.split) == {"test"}
+    assert (music[~music.license.str.contains("GPL")].file.str.split("/").str[0] == "audio").all()
+    assert "GNU GENERAL PUBLIC LICENSE" in (data_dir()/"music/audio-gpl2/LICENSE.txt").read_text()
+
+@pytest.mark.parametrize("name", ["speech", "music"])
+def test_shards_are_16k_mono_and_segments_do_not_overlap(name):
+    for path, rows in load_corpus(name).to_pandas().groupby("path"):
+        info, rows = sf.info(path), rows.sort_values("start")
+        assert (info.samplerate, info.channels) == (SAMPLE_RATE, 1)
+        assert (rows.end > rows.start).all() and rows.end.max() <= info.frames
+        assert (rows.start.values[1:] >= rows.end.values[:-1]).all()
+
+@pytest.mark.parametrize("name", ["speech", "music"])
+def test_no_identical_audio_anywhere(name):
+    "Every segment is audible, and none has the samples of another."
+    seen = {}
+    for row in load_corpus(name).to_list():
+        x = corpora._shard(row["path"])[row["start"]:row["end"]]
+        assert np.abs(x).max() > 300, f"{row['id']} is silent"
+        h = hashlib.blake2b(x.tobytes()).digest()
+        assert h not in seen, f"{row['id']} has the audio of {seen[h]}"
+        seen[h] = row["id"]
+
+def test_checksums():
+    lines = (data_dir()/"checksums.txt").read_text().split("\n")
+    for line in filter(None, lines):
+        kind, digest, file = line.split("  ")
+        if kind == "file": assert hashlib.sha256((data_dir()/file).read_bytes()).hexdigest() == digest, file
+
+# --- groupings, task by task
+
+def test_speech_groups_stay_together(speech):
+    russian = speech[speech.source == "festvox-ru"]
+    assert len(russian[russian.split == "test"]) >= 40
+    apart(russian.assign(text=russian.text.map(plain)), "text")
+    asterisk = speech[speech.source.str.startswith("asterisk")].copy()
+    asterisk["key"] = asterisk.id.str.split("/", n=1).str[1]
+    asterisk["words"] = asterisk.text.map(plain)
+    apart(asterisk, "lang", "key")
+    apart(asterisk[asterisk.words != ""], "lang", "words")
+    mandarin = speech[speech.voice == "gcin-5"].copy()
+    mandarin["base"] = mandarin.text.str.rstrip("1234")
+    apart(mandarin, "base")
+
+def test_prompt_pairs(speech):
+    "A prompt is said once by each of two voices, within one split, and no two prompts have the same words."
+    pairs = speech[speech.prompt != ""]
+    assert set(pairs.lang) == {"fr", "it"}
+    for lang, rows in pairs.groupby("lang"):
+        assert rows.voice.nunique() == 2
+        assert (rows.groupby("prompt").voice.nunique() == 2).all() and (rows.groupby("prompt").size() == 2).all()
+        words = rows[rows.text != ""].text.map(plain)
+        assert words.is_unique
+        assert (rows[rows.split == "test"].prompt.nunique()) >= 100
+
+def test_mandarin_classes_are_trained_before_they_are_tested(speech):
+    for label in ("initial", "final"):
+        rows = speech[speech[label] != ""]
+        train, test = (set(rows[rows.split == s][label]) for s in ("train", "test"))
+        assert test <= train and len(test) >= 20
+        assert set(rows.voice) == {"gcin-5"}
+
+def test_phones_lie_in_order_within_their_segments(speech):
+    phones = pd.read_csv(data_dir()/"speech/phones.csv").merge(speech[["id", "start", "end", "split"]], on="id", suffixes=("", "_row"))
+    assert (phones.start >= 0).all() and (phones.end > phones.start).all() and (phones.end <= phones.end_row - phones.start_row).all()
+    for _, p in phones.groupby("id"): assert (p.start.values[1:] == p.end.values[:-1]).all()
+    assert set(phones.id) == set(speech[speech.source == "festvox-ru"].id)
+    assert set(phones[phones.split == "test"].phone) <= set(phones[phones.split == "train"].phone)
+    assert (phones.split == "test").sum() > 3000
+
+def test_notes_groups(music):
+    notes = music[music.kind == "note"]
+    assert not notes.duplicated(["program", "pitch"]).any()      # hence no pair in two splits or banks
+    assert set(notes[notes.bank == "timgm"].split) == {"test"} and set(notes[notes.bank == "msgeneral"].split) == {"train", "valid"}
+    for label in ("pitch", "family", "program"):
+        assert set(notes[notes.split == "test"][label]) <= set(notes[notes.split == "train"][label])
+
+def test_pieces_and_tracks_stay_together(music):
+    pieces, tracks = music[music.kind == "piece"], music[music.kind == "recording"]
+    apart(pieces, "piece"); apart(tracks, "track")
+    assert not pieces.duplicated("id").any() and tracks.track.nunique() >= 20
+    titles = pieces.id.str.replace(r"(Reel|Jig|Hornpipe|Clog|Strathspey|Fling)$", "", regex=True).str.replace(r"\d+$", "", regex=True)
+    apart(pieces.assign(title=titles.str.lower()), "title")
+
+def test_keys(music):
+    pieces = music[music.kind == "piece"]
+    assert pieces.key.str.fullmatch(r"(\d|1[01]):(major|minor)").all()
+    assert set(pieces[pieces.split == "test"].key) <= set(pieces[pieces.split == "train"].key)
+    assert pieces.key.value_counts(normalize=True).max() < .15 and (pieces[pieces.split == "test"].shape[0]) >= 80
+
+# --- bad audio
+
+def tone(seconds=1., rate=SAMPLE_RATE): return np.sin(2*np.pi*440*np.arange(int(seconds*rate))/rate).astype(np.float32)/2
+
+BAD = {
+    "zero": (lambda p: p.touch(), "0 bytes"),
+    "text": (lambda p: p.write_text("not audio at all\n"*50), "cannot be read as audio"),
+    "nan": (lambda p: sf.write(p, np.where(np.arange(16000) == 99, np.nan, tone()), SAMPLE_RATE, subtype="FLOAT"), "not finite"),
+    "silent": (lambda p: sf.write(p, np.zeros(16000), SAMPLE_RATE), "silent"),
+    "empty": (lambda p: sf.write(p, np.zeros(0), SAMPLE_RATE), "no samples"),
+}
+
+@pytest.mark.parametrize("fault", BAD)
+def test_bad_audio_is_named(tmp_path, fault):
+    make, says = BAD[fault]
+    path = tmp_path/f"{fault}.wav"
+    make(path)
+    with pytest.raises(AudioError, match=f"{fault}.wav.*{says}"): load_audio(path)
+
+@pytest.mark.parametrize("suffix", ["flac", "ogg"])
+def test_truncated_audio_is_named(tmp_path, suffix):
+    path = tmp_path/f"cut.{suffix}"
+    sf.write(path, np.random.default_rng(0).normal(0, .1, 160_000), SAMPLE_RATE)
+    path.write_bytes(path.read_bytes()[:len(path.read_bytes())//2])
+    with pytest.raises(AudioError, match=f"cut.{suffix}"): load_audio(path)
+
+def test_truncated_wav_is_named(tmp_path):
+    path = tmp_path/"cut.wav"
+    sf.write(path, tone(2), SAMPLE_RATE)
+    path.write_bytes(path.read_bytes()[:30_000])
+    with pytest.raises(AudioError, match="cut.wav"): load_audio(path)
+
+def test_missing_file_and_folder_are_named(tmp_path):
+    with pytest.raises(AudioError, match="nothing.wav"): load_audio(tmp_path/"nothing.wav")
+    with pytest.raises(AudioError): load_audio(tmp_path)
+
+def test_too_long_is_refused_before_decoding(tmp_path, monkeypatch):
+    sf.write(tmp_path/"long.wav", tone(4), SAMPLE_RATE)
+    monkeypatch.setattr(corpora, "MAX_HOURS", 3/3600)
+    monkeypatch.setattr(corpora, "_read", lambda *a: pytest.fail("decoded"))
+    with pytest.raises(AudioError, match="long.wav.*more than the limit"): load_audio(tmp_path/"long.wav")
+
+def test_stereo_and_other_rates_come_back_mono_16k(tmp_path):
+    x = tone(1, 44_100)
+    sf.write(tmp_path/"cd.wav", np.stack([x, 0*x], 1), 44_100)
+    y = load_audio(tmp_path/"cd.wav")
+    assert y.dtype == np.float32 and y.shape == (16_000,)
+    assert abs(np.abs(np.fft.rfft(y)).argmax() - 440) <= 1 and abs(np.abs(y[2000:-2000]).max() - .25) < .01
+
+# --- folders of audio
+
+def test_folder_corpus_leaves_bad_files_out_by_name(tmp_path):
+    for d in ("train-clean-100/19", "dev-clean/84", "test-clean/61"):
+        (tmp_path/d).mkdir(parents=True)
+        sf.write(tmp_path/d/"a.flac", tone(2), SAMPLE_RATE)
+    (tmp_path/"train-clean-100/19/b.flac").write_bytes(b"junk"*99)
+    with pytest.warns(UserWarning, match="1 of 4 files left out.*b.flac"): rows = load_corpus(str(tmp_path))
+    assert sorted(rows["split"]) == ["test", "train", "valid"]
+    with pytest.warns(UserWarning): batch = crop_batch(str(tmp_path), 0, 2, 1.)
+    assert batch.shape == (2, 16_000)
+
+def test_unknown_corpus_and_split_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="neither speech nor music"): load_corpus("sppech")
+    with pytest.raises(ValueError, match="split 'dev'"): load_corpus("speech", "dev")
+    with pytest.raises(ValueError, match="no readable audio"): load_corpus(str(tmp_path))
+
+# --- crops
+
+@pytest.mark.parametrize("corpus", ["speech", "music", "both"])
+def test_crops_depend_on_seed_and_step_only(corpus):
+    a = crop_batch(corpus, 7, 4, 1., 0)
+    for step in (3, 0): crop_batch(corpus, step, 4, 1., 5)
+    assert torch.equal(a, crop_batch(corpus, 7, 4, 1., 0))
+    assert not torch.equal(a, crop_batch(corpus, 8, 4, 1., 0)) and not torch.equal(a, crop_batch(corpus, 7, 4, 1., 1))
+    assert torch.equal(a[:2], crop_batch(corpus, 7, 2, 1., 0))
+    assert a.dtype == torch.float32 and a.shape == (4, 16_000) and torch.isfinite(a).all()
+    assert a.mean(-1).abs().max() < 1e-4 and (a.var(-1, correction=0) - 1).abs().max() < 1e-2
+
+def test_both_alternates_the_two_corpora():
+    both, speech, music = (crop_batch(c, 2, 4, .5, 0) for c in ("both", "speech", "music"))
+    assert torch.equal(both[0::2], speech[0::2]) and torch.equal(both[1::2], music[1::2])
+
+def test_test_segments_are_never_cropped():
+    with pytest.raises(ValueError, match="probes only"): crop_batch("speech", 0, split="test")
+    for name in ("speech", "music"):
+        assert {r["split"] for r in corpora._pool(name, "train", None).rows} == {"train"}
+
+def test_segment_audio_gives_the_samples_of_its_row(music):
+    row = music[music.source == "fretsonfire-songs-sectoid"].iloc[3].to_dict()
+    whole = sf.read(row["path"], dtype="int16")[0]/np.float32(32768)
+    assert np.array_equal(segment_audio(row), whole[row["start"]:row["end"]])
+    assert np.array_equal(segment_audio(row, 100, 50), whole[row["start"]+100:row["start"]+150])
+
+def test_normalise_is_hubert_convention():
+    x = np.random.default_rng(0).normal(3, 2, 16_000).astype(np.float32)
+    assert np.allclose(normalise(x), (x - x.mean())/np.sqrt(x.var() + 1e-7), atol=1e-5)
