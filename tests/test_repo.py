@@ -1,0 +1,180 @@
+"What a reader sees beside the code: the site, its links and pictures, licences, sizes, and nothing of the build machine."
+import json, os, re, shutil, subprocess, sys
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+import pytest, yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+SITE = yaml.safe_load((ROOT/"_quarto.yml").read_text())
+
+def tracked():
+    "Files that are, or would be, in the repository."
+    out = subprocess.run(["git", "-C", ROOT, "ls-files", "--cached", "--others", "--exclude-standard"], capture_output=True, text=True)
+    files = [ROOT/f for f in out.stdout.splitlines()] if out.returncode == 0 else []
+    return [f for f in files if f.is_file()] or pytest.skip("not a git checkout")
+
+def pages():
+    "Source files of the site's pages."
+    found = [p for pattern in SITE["project"]["render"] for p in ROOT.glob(pattern)]
+    return sorted({p for p in found if not p.name.startswith("_") and ".ipynb_checkpoints" not in p.parts})
+
+def prose(path):
+    "A page's Markdown, code and outputs left out, except outputs that are Markdown."
+    if path.suffix != ".ipynb": return re.sub(r"^```.*?^```", "", path.read_text(), flags=re.S | re.M)
+    parts = []
+    for c in json.loads(path.read_text())["cells"]:
+        if c["cell_type"] == "markdown": parts.append("".join(c["source"]))
+        parts += ["".join(o["data"]["text/markdown"]) for o in c.get("outputs", []) if "text/markdown" in o.get("data", {})]
+    return re.sub(r"^```.*?^```", "", "\n\n".join(parts), flags=re.S | re.M)
+
+def everything(path):
+    "A page's prose and the `#|` options of its code cells."
+    cells = json.loads(path.read_text())["cells"] if path.suffix == ".ipynb" else []
+    return prose(path) + "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code")
+
+# --- the site's sources
+
+def strings(node):
+    if isinstance(node, dict): yield from (s for v in node.values() for s in strings(v))
+    elif isinstance(node, list): yield from (s for v in node for s in strings(v))
+    elif isinstance(node, str): yield node
+
+def test_paths_of_the_site_exist():
+    for pattern in SITE["project"]["render"]: assert "*" in pattern or (ROOT/pattern).exists(), pattern
+    named = [s for s in strings([SITE["website"], SITE["bibliography"], SITE["format"]]) if re.search(r"\.(ipynb|qmd|md|bib|scss|html)$", s) and "://" not in s]
+    assert len(named) > 10
+    assert not [s for s in named if not (ROOT/s).exists()]
+
+def test_every_page_is_in_the_sidebar():
+    linked = set(strings(SITE["website"]["sidebar"]))
+    patterns = [s for s in linked if "*" in s]
+    missing = [p for p in pages() if p.relative_to(ROOT).as_posix() not in linked and not any(p.relative_to(ROOT).match(g) for g in patterns)]
+    assert not missing
+
+def test_cross_references_and_citations_resolve():
+    text = {p: everything(p) for p in pages()}
+    whole = "\n".join(text.values())
+    labels = set(re.findall(r"\{[^}]*#((?:fig|tbl|eq|sec)-[\w-]+)", whole)) | set(re.findall(r"#\|\s*label:\s*((?:fig|tbl)-[\w-]+)", whole))
+    keys = set(re.findall(r"^@\w+\{([^,]+),", (ROOT/SITE["bibliography"]).read_text(), re.M))
+    for p, t in text.items():
+        prose_only = re.sub(r"`[^`]*`", "", prose(p))
+        for ref in re.findall(r"(?<![\w.`/])@([A-Za-z][\w-]*[\w])", prose_only):
+            assert ref in labels or ref in keys, f"{p.name}: @{ref} is neither a label nor in the bibliography"
+
+def anchors(path):
+    "Anchors that headings and explicit ids give a page."
+    text, found = prose(path), set()
+    for h in re.findall(r"^#+\s+(.*)$", text, re.M):
+        found |= set(re.findall(r"\{#([\w-]+)", h))
+        h = re.sub(r"\{[^}]*\}|[`*$]", "", h).strip().lower()
+        found.add(re.sub(r"\s+", "-", re.sub(r"[^\w\s.-]", "", h)))
+    return found | set(re.findall(r"\{#([\w-]+)", text))
+
+def links(path): return [(m[1], bool(m[0])) for m in re.findall(r"(!?)\[(?:[^\[\]]|\[[^\]]*\])*\]\(([^)\s]+)\)", re.sub(r"`[^`]*`", "", prose(path)))]
+
+@pytest.mark.parametrize("path", pages() + [ROOT/"README.md"], ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_links_and_pictures(path):
+    for target, picture in links(path):
+        if urlsplit(target).scheme:
+            assert urlsplit(target).scheme in ("https", "mailto"), target
+            continue
+        file, _, anchor = unquote(target).partition("#")
+        to = (path.parent/file).resolve() if file else path
+        assert to.exists(), f"{path.name} links to {target}, which is not there"
+        if anchor and to.suffix in (".md", ".qmd", ".ipynb"): assert anchor in anchors(to), f"{path.name}: no heading #{anchor} in {to.name}"
+
+@pytest.mark.parametrize("path", [p for p in pages() if p.suffix == ".ipynb"], ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_drawn_figures_have_alternative_text(path):
+    for c in json.loads(path.read_text())["cells"]:
+        if any("image/png" in o.get("data", {}) or "image/svg+xml" in o.get("data", {}) for o in c.get("outputs", [])):
+            code = "".join(c["source"])
+            assert "#| hide" in code or re.search(r"#\|\s*fig-alt:", code), f"no fig-alt in the cell that draws:\n{code[:300]}"
+
+# --- the site, built
+
+class Page(HTMLParser):
+    def __init__(self): super().__init__(); self.ids, self.refs, self.text, self.skip = set(), [], [], 0
+    def handle_starttag(self, tag, attrs):
+        a = dict(attrs)
+        self.skip += tag in ("script", "style", "pre", "code", "math")
+        if a.get("id"): self.ids.add(a["id"])
+        self.refs += [a[k] for k in ("href", "src") if a.get(k)]
+    def handle_endtag(self, tag): self.skip -= tag in ("script", "style", "pre", "code", "math")
+    def handle_data(self, data):
+        if not self.skip: self.text.append(data)
+
+FILTER = """
+import sys
+from pathlib import Path
+from nbdev.cli import nbdev_filter
+for f in map(Path, sys.argv[1:]): f.write_text(nbdev_filter(nb_txt=f.read_text(), printit=False))
+"""
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory):
+    "The site as Quarto would see it, built by smalldocs: hidden cells taken out, the rest as stored."
+    to = tmp_path_factory.mktemp("site")
+    keep = [*pages(), *(ROOT/"nbs").glob("*.scss"), *(ROOT/"nbs").glob("*.bib"), *(ROOT/"data/mini/results").glob("*.*g"), ROOT/"_quarto.yml"]
+    keep += [p for d in ("nbs/dial", "nbs/gallery") for p in (ROOT/d).rglob("*") if p.is_file()]
+    for f in keep:
+        (to/f.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(f, to/f.relative_to(ROOT))
+    done = subprocess.run([sys.executable, "-c", FILTER, *map(str, to.rglob("*.ipynb"))], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, f"nbdev_filter failed: {done.stderr[-2000:]}"
+    done = subprocess.run([str(Path(sys.executable).parent/"smalldocs"), "render", str(to)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    broken = [l for l in (done.stdout + done.stderr).splitlines() if "broken" in l or "missing" in l]
+    assert not broken, "\n".join(broken)
+    return to/"_site"
+
+def test_built_pages_are_whole(site):
+    parsed = {}
+    for f in site.rglob("*.html"):
+        parsed[f] = Page()
+        parsed[f].feed(f.read_text())
+    assert len(parsed) >= len(pages())
+    for f, page in parsed.items():
+        for ref in page.refs:
+            u = urlsplit(ref)
+            if u.scheme or ref.startswith("//"): continue
+            to = (f.parent/unquote(u.path)).resolve() if u.path and not u.path.startswith("/") else site/unquote(u.path.lstrip("/")) if u.path else f
+            to = to/"index.html" if to.is_dir() else to
+            assert to.exists(), f"{f.relative_to(site)}: {ref} is not there"
+            if u.fragment and to in parsed: assert u.fragment in parsed[to].ids, f"{f.relative_to(site)}: no #{u.fragment} in {to.name}"
+        text = " ".join(page.text)
+        assert not re.search(r"#\|\s*\w|^---\s*$", text, re.M), f"{f.name}: a raw directive or YAML is left in the page"
+
+@pytest.mark.skipif(not shutil.which("quarto"), reason="Quarto is not installed")
+def test_quarto_renders_without_warnings(tmp_path):
+    done = subprocess.run(["quarto", "render", "--output-dir", tmp_path], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "Unable to resolve" not in done.stderr and "WARN" not in done.stderr, done.stderr[-4000:]
+
+# --- the repository
+
+def test_sizes():
+    data = [f for f in tracked() if (ROOT/"data/mini") in f.parents]
+    assert sum(f.stat().st_size for f in data) <= 80e6
+    assert all(f.stat().st_size <= 25e6 for f in data)
+
+def test_nothing_of_the_build_machine():
+    home = re.compile(r"(?<![\w.<-])/(?:home|root|work|Users|opt)/[\w.-]+|file:///|index-url|/tmp/\w+")
+    ours = {"LICENSE", "test_repo.py", "test_notebooks.py"}
+    for f in tracked():
+        if f.suffix in (".py", ".md", ".toml", ".ini", ".yml", ".cff", ".json", ".csv", ".qmd") and f.name not in ours and "LICENSES" not in f.parts:
+            assert not (m := home.search(f.read_text(errors="replace"))), f"{f.relative_to(ROOT)}: {m[0]}"
+
+def test_citation():
+    cff = yaml.safe_load((ROOT/"CITATION.cff").read_text())
+    assert {"cff-version", "message", "title", "authors"} <= set(cff)
+    paper = cff["preferred-citation"]
+    assert paper["doi"] == "10.21437/Interspeech.2025-747" and (paper["start"], paper["end"]) == (3858, 3862) and len(paper["authors"]) == 7
+
+def test_one_version():
+    import distilltv
+    assert re.search(r"^version = (.*)$", (ROOT/"settings.ini").read_text(), re.M)[1] == distilltv.__version__ == yaml.safe_load((ROOT/"CITATION.cff").read_text())["version"]
+
+def test_ci_runs_the_same_script_everywhere():
+    assert "bash .ci/run" in (ROOT/".github/workflows/test.yml").read_text()
+    assert os.access(ROOT/".ci/run", os.X_OK)
+    assert 'pip install -e ".[dev]" && pytest' in (ROOT/"README.md").read_text()
