@@ -290,10 +290,10 @@ def pool(frames:torch.Tensor, # hidden states [layers, frames, dim] of one windo
     w = torch.where(inside.any(1, keepdim=True), inside, nearest).to(frames.dtype)
     return torch.einsum("nt,ltd->lnd", w/w.sum(1, keepdim=True), frames)
 
-# %% ../nbs/04_probe.ipynb #39051a7b
+# %% ../nbs/04_probe.ipynb #92fddd06
 @torch.inference_mode()
 def extract(encoder, table, root,  # rows with file, start, end, lo, hi; folder of the corpora
-            seconds:float=24.      # audio in a batch
+            seconds:float=8.       # audio in a batch; what fits the processor cache is fastest
            ) -> np.ndarray:        # float32 [layers, rows, dim]
     "Pooled hidden states of all layers for each row; a batch holds windows of equal length, so nothing is padded."
     w, audio = windows(table, root)
