@@ -79,46 +79,53 @@ def _modules(code:str, seen:dict) -> dict:
             _modules(seen[name], seen)
     return seen
 
-# %% ../nbs/06_reproduce.ipynb #79708849
+# %% ../nbs/06_reproduce.ipynb #12ddde49
 _RECORDS = {"result.json", "stamp.json"}
 
 @lru_cache(maxsize=None)
 def _hash(path, size, mtime): return file_hash(path)
 
-def digest(path:Path) -> str:
+def digest(path:Path,  # a file or a folder; it may be missing
+          ) -> str:    # SHA-256 as hex, or `absent`
     "Hash of a file, or of a folder's files by name and content, without notebooks, records and hidden files; `absent` if there are none."
     files = [path] if path.is_file() else [f for f in sorted(path.rglob("*")) if f.is_file() and not (
         f.suffix == ".ipynb" or f.name in _RECORDS or any(p.startswith(".") for p in f.relative_to(path).parts))]
     lines = [f"{f.relative_to(path)} {_hash(f, f.stat().st_size, f.stat().st_mtime_ns)}" for f in files]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest() if lines else "absent"
 
-# %% ../nbs/06_reproduce.ipynb #57e94dc0
-def key(cell:Cell, cells:dict) -> str:
-    "Hash of everything that decides a cell's numbers; `cells` maps ids to the cells it needs."
+# %% ../nbs/06_reproduce.ipynb #ccca6213
+def key(cell:Cell,   # the cell
+        cells:dict,  # id -> cell, for those it needs
+       ) -> str:     # SHA-256 as hex
+    "Hash of everything that decides a cell's numbers."
     code = _code(root()/"nbs"/cell.notebook)
     parts = dict(code=code, modules=_modules(code, {}), parameters=cell.parameters,
                  inputs={i: digest(Path(_expand(i))) for i in cell.inputs},
                  needs={n: digest(cells[n].folder) for n in cell.needs})
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
-# %% ../nbs/06_reproduce.ipynb #743dee39
+# %% ../nbs/06_reproduce.ipynb #641926ea
 def _stamp(cell):
     try: return json.loads((cell.folder/"stamp.json").read_text())
     except (FileNotFoundError, json.JSONDecodeError): return {}
 
-def fresh(cell:Cell, cells:dict) -> bool:
+def fresh(cell:Cell,   # the cell
+          cells:dict,  # id -> cell, for those it needs
+         ) -> bool:
     "Whether a cell's results are there and up to date."
     s = _stamp(cell)
     return bool(s.get("made")) and s["made"] == digest(cell.folder) and s["key"] == key(cell, cells)
 
-# %% ../nbs/06_reproduce.ipynb #7ad7bfd8
+# %% ../nbs/06_reproduce.ipynb #82907b1b
 class CellError(Exception):
     "A cell of the grid failed; the message says why and which notebook to open."
 
 def _short(path): return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
-def run_cell(cell:Cell, cells:dict) -> None:
-    "Run one cell with papermill, and stamp it."
+def run_cell(cell:Cell,   # the cell
+             cells:dict,  # id -> cell, for those it needs
+            ) -> None:
+    "Run one cell with papermill, and stamp it; a `CellError` says what went wrong."
     import papermill
     papermill.iorw.papermill_io.get_handler("local").cwd(os.getcwd())    # it swaps this global around each run: keep it one value in all threads
     k, began = key(cell, cells), time.time()
@@ -134,7 +141,7 @@ def run_cell(cell:Cell, cells:dict) -> None:
     if made == "absent": raise CellError(f"{cell.notebook} ended well but left nothing in {_short(cell.folder)}")
     write_json(cell.folder/"stamp.json", dict(key=k, made=made, seconds=round(time.time()-began, 1)))
 
-# %% ../nbs/06_reproduce.ipynb #18c74859
+# %% ../nbs/06_reproduce.ipynb #71da30e9
 _SECONDS = dict(distil=200, merge=15, probe=30, results=30)   # of one cell on the reference machine
 
 class Progress:
@@ -173,8 +180,9 @@ class Progress:
 
     def tick(self):
         "Redraw, with the time left on the first unfinished stage."
-        unfinished = [b for b in self.bars.values() if b.n < b.total]
-        for b in self.bars.values(): b.set_postfix_str(str(self) if unfinished and b is unfinished[0] else "")
+        first = next((b for b in self.bars.values() if b.n < b.total), None)
+        for b in self.bars.values():
+            if b.n < b.total or b.postfix: b.set_postfix_str(str(self) if b is first else "")
 
     def close(self):
         self.tick()

@@ -38,8 +38,10 @@ def test_package_is_exported(copy):
 def test_notebook_is_clean(copy, path):
     assert (copy/path.relative_to(ROOT)).read_text() == path.read_text(), f"run nbdev_clean --fname {ids(path)}"
 
-def test_readme_is_made_from_index():
-    done = subprocess.run([sys.executable, ROOT/".ci/readme.py", "--check"], capture_output=True, text=True)
+@pytest.mark.parametrize("script", ["readme.py", "api.py"])
+def test_made_pages_are_up_to_date(script):
+    "README.md comes from nbs/index.ipynb, nbs/api from the docstrings."
+    done = subprocess.run([sys.executable, ROOT/".ci"/script, "--check"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 # --- executed, and fit to be published

@@ -1,0 +1,94 @@
+"""nbs/api/*.qmd, the reference pages, from the package's docstrings and the comments beside parameters.
+
+`python .ci/api.py` writes them, `--check` fails if they are out of date. Reads source only: nothing is imported.
+"""
+import ast, io, re, sys, tokenize
+from pathlib import Path
+
+root = Path(__file__).resolve().parent.parent
+
+class Module:
+    "A module's public names with their comments."
+    def __init__(self, path):
+        self.text, self.name = path.read_text(), path.stem
+        self.tree = ast.parse(self.text)
+        tokens = tokenize.generate_tokens(io.StringIO(self.text).readline)
+        self.comments = {t.start[0]: t.string.lstrip("# ").strip() for t in tokens if t.type == tokenize.COMMENT}
+        self.chapter = re.search(r"File to edit: \.\./nbs/(.*?)\.\s*$", self.text, re.M)[1]
+        public = next(n.value for n in self.tree.body if isinstance(n, ast.Assign) and n.targets[0].id == "__all__")
+        self.public = set(ast.literal_eval(public))
+
+    def described(self, names):
+        "Comments of (name, last line) pairs; names that share a line share its comment, part by part."
+        out = {}
+        for line in dict.fromkeys(l for _, l in names):
+            here = [n for n, l in names if l == line]
+            text = self.comments.get(line, "")
+            parts = [p.strip() for p in text.split(";")]
+            if len(here) > 1 and len(parts) != len(here): parts = [""]*(len(here)-1) + [text]
+            out.update(zip(here, parts if len(here) > 1 else [text]))
+        return out
+
+    def parameters(self, args):
+        "Rows (name, type, default, meaning) of a signature."
+        positional = args.posonlyargs + args.args
+        defaults = [None]*(len(positional)-len(args.defaults)) + args.defaults
+        pairs = list(zip(positional, defaults))
+        if args.vararg: pairs.append((args.vararg, None))
+        pairs += list(zip(args.kwonlyargs, args.kw_defaults))
+        if args.kwarg: pairs.append((args.kwarg, None))
+        pairs = [(a, d) for a, d in pairs if a.arg not in ("self", "cls")]
+        says = self.described([(a.arg, (d or a).end_lineno) for a, d in pairs])
+        star = {getattr(args.vararg, "arg", None): "*", getattr(args.kwarg, "arg", None): "**"}
+        return [(star.get(a.arg, "")+a.arg, ast.unparse(a.annotation) if a.annotation else "", ast.unparse(d) if d else "", says[a.arg]) for a, d in pairs]
+
+    def returns(self, f):
+        if not f.returns: return ""
+        meaning = self.comments.get(f.returns.end_lineno, "")
+        if any((a.end_lineno == f.returns.end_lineno) for a in f.args.args): meaning = ""    # that comment is a parameter's
+        return f"**Returns** `{ast.unparse(f.returns)}`" + (f": {escape(meaning)}" if meaning else "") + "\n"
+
+def escape(text): return re.sub(r"(?<!\\)([|<$@])", r"\\\1", text) if "`" not in text else "`".join(p if i % 2 else escape(p) for i, p in enumerate(text.split("`")))
+
+def table(rows, head=("parameter", "type", "default", "meaning")):
+    if not rows: return ""
+    code = lambda s: f"`{s}`".replace("|", "\\|") if s else ""
+    lines = [" | ".join(head), " | ".join("---" for _ in head)] + [" | ".join([*map(code, r[:-1]), escape(r[-1])]) for r in rows]
+    return "".join(f"| {l} |\n" for l in lines)
+
+def function(m, f, level, owner=""):
+    doc = ast.get_docstring(f) or ""
+    name = owner + ("" if f.name == "__init__" else f.name)
+    rows = m.parameters(f.args)
+    signature = ", ".join(n + (f"={d}" if d else "") for n, _, d, _ in rows)
+    return f"{'#'*level} {name} {{#{name.lower().replace('.', '-')}}}\n\n```python\n{name}({signature})\n```\n\n{escape(doc)}\n\n{table(rows)}\n{m.returns(f)}\n"
+
+def klass(m, c):
+    doc = ast.get_docstring(c) or ""
+    fields = [n for n in c.body if isinstance(n, ast.AnnAssign)]
+    says = m.described([(n.target.id, n.end_lineno) for n in fields])
+    rows = [(n.target.id, ast.unparse(n.annotation), ast.unparse(n.value) if n.value else "", says[n.target.id]) for n in fields]
+    text = f"## {c.name} {{#{c.name.lower()}}}\n\n{escape(doc)}\n\n{table(rows, ('field', 'type', 'default', 'meaning'))}\n"
+    init = next((f for f in c.body if isinstance(f, ast.FunctionDef) and f.name == "__init__"), None)
+    if init and m.parameters(init.args): text += table(m.parameters(init.args)) + "\n"
+    for f in c.body:
+        if isinstance(f, ast.FunctionDef) and not f.name.startswith("_") and ast.get_docstring(f): text += function(m, f, 3, c.name + ".")
+    return text
+
+def page(path):
+    m = Module(path)
+    intro = ast.get_docstring(m.tree) or ""
+    head = f'---\ntitle: distilltv.{m.name}\ndescription: "{intro}"\n---\n\nThe chapter [{Path(m.chapter).stem}](../{m.chapter}) explains and tests what is listed here.\n\n'
+    parts = [function(m, n, 2) if isinstance(n, ast.FunctionDef) else klass(m, n) for n in m.tree.body
+             if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and n.name in m.public]
+    return re.sub(r"\n{3,}", "\n\n", head + "".join(parts)).rstrip() + "\n"
+
+if __name__ == "__main__":
+    made = {root/f"nbs/api/{p.stem}.qmd": page(p) for p in sorted((root/"distilltv").glob("*.py")) if not p.stem.startswith("_")}
+    there = {p: p.read_text() for p in (root/"nbs/api").glob("*.qmd")}
+    if "--check" in sys.argv:
+        if made != there: sys.exit("nbs/api is out of date: run `python .ci/api.py`")
+    else:
+        (root/"nbs/api").mkdir(exist_ok=True)
+        for p in set(there) - set(made): p.unlink()
+        for p, text in made.items(): p.write_text(text)
