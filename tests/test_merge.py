@@ -5,7 +5,9 @@ import numpy as np, pytest, torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import HubertConfig, HubertModel
-from distilltv.merge import Checkpoint, Student, TaskVector, geometry, load_student, part, parts
+from distilltv.merge import ByName, Checkpoint, Student, TaskVector, geometry, load_student, merge, part, parts
+from distilltv.rules import RULES, apply_rule
+from distilltv import encoders
 
 ROOT = Path(__file__).resolve().parents[1]
 G, V = ("encoder.pos_conv_embed.conv.parametrizations.weight.original" + i for i in "01")
@@ -52,14 +54,14 @@ def numbers(x): return np.concatenate([np.asarray(x[n], np.float64).ravel() for 
 
 # --- the equation
 
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(lams, lams)
 def test_closed_form_in_float64(trio, a, b):
     base, s, m = algebra(trio)
     θ, θs, θm = (numbers(load_student(trio/d)) for d in ("base", "speech", "music"))
     np.testing.assert_allclose(numbers(base + a*s + b*m), θ + a*(θs-θ) + b*(θm-θ), rtol=0, atol=1e-14)
 
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(lams)
 def test_base_cancels_when_the_weights_sum_to_one(trio, lam):
     base, s, m = algebra(trio)
@@ -75,7 +77,7 @@ def test_endpoints_bit_for_bit_through_disk(trio, tmp_path, lam, end):
     a, b = (load_file(f/"model.safetensors") for f in (tmp_path/"out", trio/end))
     assert sorted(a) == sorted(b) and all(a[k].numpy().tobytes() == b[k].numpy().tobytes() for k in a)
 
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(lams, lams)
 def test_laws(trio, a, b):
     base, s, m = algebra(trio)
@@ -87,7 +89,7 @@ def test_laws(trio, a, b):
     assert same(sum([s, m]), s + m) and same(s/4, .25*s)
     if a: assert same(a*s/a, s)
 
-@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(lams, st.floats(0, 1))
 def test_linear_in_lam(trio, a, t):
     base, s, m = algebra(trio)
@@ -112,6 +114,52 @@ def test_equal_content_read_twice_cancels(trio):
     again = load_student(trio/"base")
     base, s, _ = algebra(trio)
     assert len((again + s).weights(s.names[0])) == 1
+
+def test_hash_is_the_encoders_hash(trio, tmp_path):
+    base, s, m = algebra(trio)
+    u = base + .3*s + .7*m
+    u.save_pretrained(tmp_path/"u")
+    assert encoders.weights_hash(encoders.load_encoder(tmp_path/"u")) == load_student(tmp_path/"u").hash == encoders.weights_hash(u.model())
+
+# --- weights that differ by part
+
+def test_weight_over_depth(trio):
+    base, s, m = algebra(trio)
+    lam = np.array([1., .25, 0.])
+    u, θs, θm = base + lam*s + (1-lam)*m, load_student(trio/"speech"), load_student(trio/"music")
+    for n in u.names:
+        w = {"layer 1": .25, "layer 2": 0.}.get(part(n), 1.)
+        np.testing.assert_allclose(np.asarray(u[n], np.float64), w*θs[n].astype(np.float64) + (1-w)*θm[n].astype(np.float64), rtol=0, atol=1e-15)
+
+def test_weight_by_name(trio, tmp_path):
+    base, s, m = algebra(trio)
+    lam = ByName({"attention": 1, "layer 2": .5, "": 0})
+    u = base + lam*s + (1-lam)*m
+    w = {n: [float(k) for c, k in u.weights(n).items() if c.folder.name == "speech"] for n in u.names}
+    assert w["encoder.layers.1.attention.k_proj.bias"] == [1] and w["encoder.layers.1.final_layer_norm.bias"] == [.5]
+    assert w["encoder.layers.0.final_layer_norm.bias"] == []
+    with pytest.raises(ValueError, match="no weight is given"): ByName({"attention": 1})*s
+
+# --- rules
+
+@pytest.mark.parametrize("rule", RULES)
+def test_every_rule_gives_an_encoder(trio, tmp_path, rule):
+    base, s, m = algebra(trio)
+    u = merge(base, dict(speech=s, music=m), dict(speech=.4, music=.6), rule, seed=3)
+    r = u.save_pretrained(tmp_path/"u")
+    assert r["rule"] == rule and len(r["inputs"]) == 3
+    assert HubertModel.from_pretrained(tmp_path/"u")(torch.randn(1, 4000))[0].isfinite().all()
+    n = "encoder.layers.0.feed_forward.intermediate_dense.weight"
+    want = base[n] + apply_rule(rule, [np.asarray(v[n], np.float64) for v in (s, m)], [.4, .6], base=base[n].astype(np.float64), name=n, seed=3)
+    np.testing.assert_allclose(u[n], want, atol=1e-14)
+
+def test_rules_refuse(trio):
+    base, s, m = algebra(trio)
+    two, w = dict(speech=s, music=m), dict(speech=.5, music=.5)
+    with pytest.raises(ValueError, match="'magic' is unknown; use one of linear, task_arithmetic"): merge(base, two, w, "magic")
+    with pytest.raises(ValueError, match="ties has no option 'gamma'; it has density"): merge(base, two, w, "ties", gamma=.1)
+    with pytest.raises(ValueError, match="weights are given for"): merge(base, two, dict(speech=1))
+    with pytest.raises(ValueError, match="slerp merges two models, not 3"): merge(base, two | dict(x=s), w | dict(x=1), "slerp").hash
 
 # --- geometry
 
@@ -159,7 +207,7 @@ def test_record_says_what_was_done(trio, tmp_path):
     base, s, m = algebra(trio)
     r = (base + 1.5*s - .5*m).save_pretrained(tmp_path/"u", lam=1.5)
     assert r["extrapolation"] and r["base_hash"] == load_student(trio/"base").hash
-    assert {Path(i["path"]).name: i["weight"] for i in r["inputs"]} == dict(base=0, speech=1.5, music=-.5)
+    assert {Path(i["path"]).name: i["weight"] for i in r["inputs"]} == dict(base="base", speech=1.5, music=-.5)
     assert all((tmp_path/"u"/i["path"]).exists() and i["hash"] == load_student(tmp_path/"u"/i["path"]).hash for i in r["inputs"])
     card = (tmp_path/"u/README.md").read_text()
     assert "extrapolation" in card and all(i["hash"][:16] in card for i in r["inputs"])
