@@ -321,14 +321,14 @@ def features(encoder,              # see `check_encoder`; cached if it has a `ha
     f = home()/"cache"/f"{features_key(encoder, table, root)}.npy"
     return _cached(f, lambda x: x.dtype == np.float32 and x.shape[1:] == (len(table), encoder.dim), lambda: extract(encoder, table, root), most)
 
-# %% ../nbs/04_probe.ipynb #6a70eb94
+# %% ../nbs/04_probe.ipynb #8ce4b064
 def fit_linear(x, y,                # training features [layers, n, dim], labels [n]
                xv, yv,              # the same for validation
                classes:int,         # number of classes
                lrs=(3e-3, 1e-2, 3e-2, 1e-1), # learning rates of the grid
                seeds=(0, 1, 2),     # seeds of initial weights and batch order
-               epochs:int=40, batch:int=256, decay:float=1e-2, # training length, batch size, decoupled weight decay
-               every:int=10         # steps between looks at the validation set
+               steps:int=300, batch:int=128, decay:float=1e-2, # training length, batch size, decoupled weight decay
+               every:int=20         # steps between looks at the validation set
               ) -> dict:            # `W` [S, R, dim, C], `b` [S, R, 1, C], `a` [S, R, layers], `valid` [S, R]: best step of each copy
     "Linear probes of all seeds and learning rates, trained as one batched computation."
     S, R, (L, n, D) = len(seeds), len(lrs), x.shape
@@ -337,19 +337,20 @@ def fit_linear(x, y,                # training features [layers, n, dim], labels
     p = [init[:, None].repeat(1, R, 1, 1), torch.zeros(S, R, 1, classes), torch.zeros(S, R, L)]
     p = [q.requires_grad_(i < 2 or L > 1) for i, q in enumerate(p)]
     adam = BatchedAdam(p[:2 + (L > 1)], torch.as_tensor(lrs).float(), decay)
-    best, kept, step, batch = torch.full((S, R), -1.), [q.detach().clone() for q in p], 0, min(batch, n)
-    for _ in range(epochs):
-        order = torch.stack([torch.randperm(n, generator=k) for k in g])
-        for i in range(0, n - batch + 1, batch):
-            at = order[:, i:i+batch]
-            loss = F.cross_entropy(_logits(x[:, at], *p).flatten(0, -2), y[at][:, None].expand(S, R, -1).flatten(), reduction="sum")/batch
-            adam.step(torch.autograd.grad(loss, adam.params))
-            step += 1
-            if step % every == 0: _keep_best(best, kept, p, xv, yv)
-    _keep_best(best, kept, p, xv, yv)
+    best, kept = torch.full((S, R), -1.), [q.detach().clone() for q in p]
+    order = [_batches(n, min(batch, n), k) for k in g]
+    for step in range(1, steps+1):
+        at = torch.stack([next(o) for o in order])
+        loss = F.cross_entropy(_logits(x[:, at], *p).flatten(0, -2), y[at][:, None].expand(S, R, -1).flatten(), reduction="sum")/at.shape[1]
+        adam.step(torch.autograd.grad(loss, adam.params))
+        if step % every == 0: _keep_best(best, kept, p, xv, yv)
     return dict(zip("Wba", kept), valid=best)
 
-# %% ../nbs/04_probe.ipynb #b793bcec
+# %% ../nbs/04_probe.ipynb #2a3133e5
+def _batches(n, size, g):
+    # endless; each pass over the data in a new order, its incomplete last batch left out
+    while True: yield from torch.randperm(n, generator=g)[:n//size*size].split(size)
+
 def _logits(x, W, b, a):
     # x [L, S, B, D] or, shared by the seeds, [L, 1, B, D] -> [S, R, B, C]
     if len(x) == 1: return torch.einsum("sbd,srdc->srbc", x[0].expand(len(W), -1, -1), W) + b

@@ -187,22 +187,23 @@ def label_of(e, info): # an encoder; table of encoders
     r = info.role[e]
     return {"merged": f"λ = {info.lam[e]:.2g}", "endpoint": e.replace("-", " student, ", 1), "ensemble": "ensemble student", "base": "θ₀", "random": "random", "logmel": "log-mel", "teacher": e.replace("teacher-", "") + " teacher"}.get(r, e)
 
-# %% ../nbs/05_results.ipynb #e36de3a4
+# %% ../nbs/05_results.ipynb #a452a3bc
 def plot_tradeoff(draws, scores): # from `with_means`; from `gather`
     "Speech mean against music mean: the λ curve, with 95 % intervals, and all other encoders as marks."
     style()
     i, info = interval(draws), scores.drop_duplicates("encoder").set_index("encoder")
     s, m = (i.loc[f"{d} mean"]*100 if f"{d} mean" in i.index.get_level_values(0) else pd.DataFrame(columns=i.columns, dtype=float) for d in ("speech", "music"))
-    fig, ax = plt.subplots(figsize=(7.4, 5.6))
+    fig, ax = plt.subplots(figsize=(8.2, 5.2))
     shown = [e for e in order(scores) if e in s.index and e in m.index]
     for e in shown:
-        r = info.role[e]
-        ax.errorbar(s.estimate[e], m.estimate[e], xerr=[[s.estimate[e]-s.lo[e]], [s.hi[e]-s.estimate[e]]], yerr=[[m.estimate[e]-m.lo[e]], [m.hi[e]-m.estimate[e]]], fmt=MARK[r],
-                    color=COLOUR[r], ms=6 if r == "merged" else 9, alpha=.9, elinewidth=.7, mec="white", mew=.6, ecolor=sns.desaturate(COLOUR[r], .5))
-        if r != "merged" or round(info.lam[e]*10) % 5 == 0: ax.annotate(label_of(e, info), (s.estimate[e], m.estimate[e]), xytext=(7, 6), textcoords="offset points", fontsize=9, color=COLOUR[r])
+        r, sweep = info.role[e], info.role[e] == "merged"
+        ax.errorbar(s.estimate[e], m.estimate[e], xerr=[[s.estimate[e]-s.lo[e]], [s.hi[e]-s.estimate[e]]], yerr=[[m.estimate[e]-m.lo[e]], [m.hi[e]-m.estimate[e]]], fmt=MARK[r], color=COLOUR[r], ms=6 if sweep else 9,
+                    elinewidth=.6, mec="white", mew=.7, ecolor=COLOUR[r] + ("50" if sweep else "90"), label="_" if sweep else label_of(e, info), fillstyle="full" if "speech" in e or r not in ("teacher", "endpoint") else "top", zorder=3)
+        if sweep and round(info.lam[e]*10) % 5 == 0: ax.annotate(label_of(e, info), (s.estimate[e], m.estimate[e]), xytext=(-6, -13), textcoords="offset points", ha="right", fontsize=9, color=COLOUR[r], zorder=4)
     for (corpus, method), d in sweeps(scores).items():
         on = [e for e in d.encoder if e in shown]
-        ax.plot(s.estimate[on], m.estimate[on], color=COLOUR["merged"], lw=1.6, zorder=0)
+        ax.plot(s.estimate[on], m.estimate[on], color=COLOUR["merged"], lw=1.6, zorder=2, label=f"{method} merge, λ from 0 to 1")
+    ax.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, .5))
     ax.set(xlabel="speech mean (accuracy, %)", ylabel="music mean (accuracy, %)")
     fig.tight_layout()
     return fig
