@@ -1,0 +1,198 @@
+"Probes: batched training, cache keys, padding-free batches, groupings, and messages that explain."
+import numpy as np, pandas as pd, pytest, soundfile as sf, torch
+from hypothesis import given, settings, strategies as st
+from transformers import HubertConfig, HubertModel
+from distilltv import probe as P
+from distilltv.runs import data_dir
+
+torch.set_num_threads(1)
+SHAPE = dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, conv_dim=(8,)*7, num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=2, feat_proj_layer_norm=False, layerdrop=0.)
+
+def hubert(seed=0):
+    torch.manual_seed(seed)
+    return HubertModel(HubertConfig(**SHAPE)).eval()
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch):
+    monkeypatch.setenv("DISTILLTV_HOME", str(tmp_path/"runs"))
+    return tmp_path/"runs"
+
+@pytest.fixture
+def corpus(tmp_path):
+    "Two classes of tones in one shard: 48 short clips of several lengths, half an octave apart."
+    rng, parts, rows, at = np.random.default_rng(0), [], [], 0
+    for i in range(48):
+        n = 6000 + 320*(i % 5) + 17
+        hz = 300 if i % 2 else 900
+        parts.append((.3*np.sin(2*np.pi*hz*np.arange(n)/16000) + .01*rng.standard_normal(n)).astype(np.float32))
+        rows.append(dict(id=f"n{i}", file="a.flac", start=at, end=at+n, split=("train", "train", "valid", "test")[i//2 % 4], kind="note", bank="b", source="s", license="CC0",
+                         velocity="1", program=str(i), family=("low", "high")[i % 2], pitch=str(i % 2), key="", piece=""))
+        at += n
+    (tmp_path/"music").mkdir()
+    sf.write(tmp_path/"music/a.flac", np.concatenate(parts), 16000)
+    pd.DataFrame(rows).to_csv(tmp_path/"music/metadata.csv", index=False)
+    return tmp_path
+
+def toy(n=120, d=6, layers=1, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(layers, n, d, generator=g)
+    return x, (x[-1, :, :3] + .3*torch.randn(n, 3, generator=g)).argmax(-1)
+
+@pytest.mark.parametrize("layers", [1, 4])
+def test_batched_probes_equal_probes_trained_one_by_one(layers):
+    x, y = toy(layers=layers)
+    kw = dict(xv=x, yv=y, classes=3, steps=60, batch=32)
+    lrs, seeds = (3e-3, 3e-2), (4, 5)
+    both = P.fit_linear(x, y, lrs=lrs, seeds=seeds, **kw)
+    for s, seed in enumerate(seeds):
+        for r, lr in enumerate(lrs):
+            one = P.fit_linear(x, y, lrs=(lr,), seeds=(seed,), **kw)
+            for k in "Wba": torch.testing.assert_close(both[k][s, r], one[k][0, 0], atol=2e-5, rtol=1e-4)
+            assert both["valid"][s, r] == one["valid"][0, 0]
+
+def test_one_copy_equals_torch_adamw():
+    x, y = toy()
+    ours = P.fit_linear(x, y, x, y, 3, lrs=(1e-2,), seeds=(7,), steps=20, batch=120, every=20)
+    g = torch.Generator().manual_seed(7)
+    W, b = (torch.randn(6, 3, generator=g)*.01).requires_grad_(), torch.zeros(3, requires_grad=True)
+    opt = torch.optim.AdamW([W, b], 1e-2, weight_decay=1e-2)
+    for _ in range(20):
+        o = torch.randperm(120, generator=g)
+        opt.zero_grad(); torch.nn.functional.cross_entropy(x[0, o] @ W + b, y[o]).backward(); opt.step()
+    torch.testing.assert_close(ours["W"][0, 0], W.detach(), atol=1e-5, rtol=1e-4)
+
+def test_project_pool_classify_is_one_matrix():
+    "The reference probe, Linear - mean - Linear, is the linear map that we train on the mean."
+    h, p, c = torch.randn(9, 6).double(), torch.nn.Linear(6, 5).double(), torch.nn.Linear(5, 3).double()
+    W, b = c.weight @ p.weight, c.weight @ p.bias + c.bias
+    torch.testing.assert_close(c(p(h).mean(0)), W @ h.mean(0) + b)
+
+def test_the_learned_sum_finds_the_layer_with_the_answer():
+    x, y = toy(n=300, layers=3)
+    fit = P.fit_linear(x, y, x, y, 3, lrs=(3e-2,), seeds=(0,), steps=200)
+    assert fit["a"][0, 0].argmax() == 2 and fit["valid"].item() > .8
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 40), st.lists(st.tuples(st.integers(0, 12000), st.integers(1, 4000)), min_size=1, max_size=5))
+def test_pool_is_the_mean_of_frames_whose_centre_is_inside(frames, spans):
+    h = torch.randn(2, frames, 3)
+    lo, hi = np.array([a for a, _ in spans]), np.array([a + b for a, b in spans])
+    got = P.pool(h, lo, hi)
+    for i, (a, b) in enumerate(zip(lo, hi)):
+        inside = [t for t in range(frames) if a <= 320*t + 200 < b] or [min(range(frames), key=lambda t: abs(320*t + 200 - (a+b)/2))]
+        torch.testing.assert_close(got[:, i], h[:, inside].mean(1))
+
+def test_batches_are_free_of_padding(runs, corpus):
+    e, table = P.check_encoder(P.Transformer(hubert())), P.segment_table("notes", str(corpus))
+    together = P.extract(e, table, corpus)
+    alone = np.concatenate([P.extract(e, table.iloc[[i]], corpus) for i in range(len(table))], 1)
+    np.testing.assert_allclose(together, alone, atol=1e-4)
+
+def test_cache_is_keyed_by_weights_and_audio_and_survives_damage(runs, corpus):
+    a, b, table = P.Transformer(hubert(0)), P.Transformer(hubert(1)), P.segment_table("notes", str(corpus))
+    fa, fb = P.features(a, "notes", corpus), P.features(b, "notes", corpus)
+    assert not np.allclose(fa, fb) and P.features_key(a, table, corpus) != P.features_key(b, table, corpus)
+    f = runs/"cache"/f"{P.features_key(a, table, corpus)}.npy"
+    f.write_bytes(f.read_bytes()[:200])
+    np.testing.assert_array_equal(P.features(a, "notes", corpus), fa)
+    before = P.features_key(a, table, corpus)
+    x, _ = sf.read(corpus/"music/a.flac"); x[0] += .1
+    sf.write(corpus/"music/a.flac", x, 16000)
+    assert P.features_key(a, table, corpus) != before
+
+def test_same_weights_in_another_class_of_name_share_a_key():
+    class Renamed(P.Transformer): pass
+    assert P.Transformer(hubert()).hash == Renamed(hubert()).hash
+
+def test_cache_is_bounded(runs, corpus):
+    for s in range(3): P.features(P.Transformer(hubert(s)), "notes", corpus, most=2e6)
+    size = lambda: sum(f.stat().st_size for f in (runs/"cache").glob("*.npy"))
+    P._trim(runs/"cache", 1)
+    assert len(list((runs/"cache").glob("*.npy"))) == 1 and size() < 2e6
+
+def test_a_solvable_task_is_solved_and_predictions_are_kept(runs, corpus, tmp_path):
+    d = P.probe(P.open_encoder("logmel"), "instrument,pitch", seeds=3, root=str(corpus), out=tmp_path/"out")
+    linear = d[d.probe == "linear"]
+    assert (linear.score == 1).all() and set(linear.seed) == {0, 1, 2} and (d[d.probe == "knn"].score == 1).all()
+    z = np.load(tmp_path/"out/predictions.npz", allow_pickle=False)
+    assert z["pitch/pred"].shape == (3, linear.n_test.iloc[0]) and (z["pitch/pred"] == z["pitch/true"]).all()
+    assert pd.read_csv(tmp_path/"out/scores.csv").columns.tolist() == P.COLUMNS and (tmp_path/"out/result.json").exists()
+    again = P.probe("logmel", "instrument,pitch", seeds=3, root=str(corpus))
+    pd.testing.assert_frame_equal(d.drop(columns="seconds"), again.drop(columns="seconds"))
+
+def rewrite(corpus, **change):
+    m = pd.read_csv(corpus/"music/metadata.csv", dtype=str, keep_default_na=False)
+    for c, f in change.items(): m[c] = f(m)
+    m.to_csv(corpus/"music/metadata.csv", index=False)
+    P._segment_table.cache_clear()
+
+def test_bad_tables_are_named(corpus):
+    rewrite(corpus, split=lambda m: m.split.replace("valid", "train"))
+    with pytest.raises(ValueError, match="valid split of table notes is empty"): P.task_table("pitch", str(corpus))
+
+def test_a_group_in_two_splits_is_named(corpus):
+    rewrite(corpus, program=lambda m: "0", split=lambda m: m.split.replace("test", "valid").where(m.id != "n47", "test").where(m.id != "n46", "test"), pitch=lambda m: (m.id.str[1:].astype(int) % 4).astype(str))
+    with pytest.raises(ValueError, match="note '0/[0-3]' is in more than one split"): P.task_table("pitch", str(corpus))
+
+def test_labels_only_in_test_or_missing_are_set_apart(corpus):
+    rewrite(corpus, family=lambda m: m.family.where(m.id != "n47", "unheard of").where(m.id != "n0", ""))
+    t = P.task_table("instrument", str(corpus))
+    assert t[~t.usable].id.tolist() == ["n0", "n47"]
+
+def test_a_task_that_the_recording_chain_gives_away_is_refused(corpus):
+    rewrite(corpus, bank=lambda m: m.family)
+    with pytest.raises(ValueError, match="bank, velocity alone predict family"): P.check_leakage("instrument", str(corpus))
+
+@pytest.mark.parametrize("change, message", [
+    (dict(sample_rate=24000), "wants 24000 Hz"), (dict(hop=None), "no whole number `hop`"), (dict(hop=160), "about 32[0-9] samples"), (dict(dim=12), "says dim = 12 and returns 80")])
+def test_the_contract_explains(change, message):
+    e = P.LogMel()
+    for k, v in change.items(): setattr(e, k, v)
+    with pytest.raises(ValueError, match=message): P.check_encoder(e)
+
+def test_a_call_of_the_wrong_shape_is_explained():
+    class Flat(P.LogMel):
+        def __call__(self, wav): return super().__call__(wav)[0]
+    with pytest.raises(ValueError, match=r"expected \[layers, 2, frames, dim\]"): P.check_encoder(Flat())
+
+def test_any_transformers_audio_model_opens(tmp_path):
+    from transformers import Wav2Vec2Config, Wav2Vec2Model
+    Wav2Vec2Model(Wav2Vec2Config(**SHAPE)).save_pretrained(tmp_path/"w2v")
+    e = P.open_encoder(str(tmp_path/"w2v"))
+    assert (e.hop, e.dim, e.depth) == (320, 24, 3) and e.info["role"] == "other"
+
+@pytest.mark.parametrize("name", ["no-such-thing", "/no/such/folder"])
+def test_an_unknown_encoder_is_named(name):
+    with pytest.raises(ValueError, match="no config.json"): P.open_encoder(name)
+
+def test_unknown_tasks_and_views_are_named():
+    with pytest.raises(ValueError, match="task 'tempo' is unknown; use all or some of phones"): P.probe("logmel", "tempo")
+    with pytest.raises(ValueError, match="layer from 0 to 0"): P.choose_view(P.LogMel(), "3")
+    assert P.choose_view(P.LogMel()) == "last"
+
+def test_knn_votes_and_breaks_ties_by_nearness():
+    x, y = torch.tensor([[1., 0], [1., .1], [0, 1.], [.1, 1.]]), torch.tensor([0, 0, 1, 1])
+    assert P.knn(x, y, torch.tensor([[1., .05], [.05, 1.]]), k=2).tolist() == [0, 1]
+    assert P.knn(x, y, torch.tensor([[1., .4]]), k=4).tolist() == [0]
+
+def test_match_finds_the_same_content_in_another_voice():
+    g = torch.Generator().manual_seed(0)
+    content = torch.randn(30, 8, generator=g)
+    df = pd.DataFrame([dict(label=str(i), voice=v, lang="fr", split="train" if i < 10 else "test") for v in "ab" for i in range(30)])
+    x = torch.cat([content, 3*content + 5])   # another voice: another colour and loudness, same content
+    assert P.match(x, df).all() and len(P.match(x, df)) == 40
+    assert P.match(torch.randn(60, 8, generator=g), df).mean() < .3
+
+@pytest.mark.skipif(not (data_dir()/"speech/metadata.csv").exists(), reason="the mini corpus is not here")
+@pytest.mark.parametrize("task", list(P.TASKS))
+def test_shipped_tasks_are_grouped_and_leak_nothing(task):
+    t, df = P.TASKS[task], P.task_table(task)
+    assert (df.groupby(t.group).split.nunique() == 1).all()
+    assert (df.split == "test").sum() >= 90 and df.usable.mean() > .95
+    P.check_leakage(task)
+
+@pytest.mark.skipif(not (data_dir()/"music/metadata.csv").exists(), reason="the mini corpus is not here")
+def test_test_notes_are_another_bank_and_unheard_pairs():
+    n = P.segment_table("notes")
+    test, train = n[n.split == "test"], n[n.split != "test"]
+    assert not set(test.bank) & set(train.bank) and not set(test.note) & set(train.note)
