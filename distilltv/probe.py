@@ -8,7 +8,7 @@ __all__ = ['SEGMENTS', 'TASKS', 'PREPROCESSING', 'LRS', 'COLUMNS', 'some_groups'
            'check_encoder', 'open_encoder', 'features_key', 'windows', 'pool', 'extract', 'features', 'fit_linear',
            'BatchedAdam', 'knn', 'match', 'choose_view', 'key_score', 'score_task', 'probe', 'quick_probe']
 
-# %% ../nbs/04_probe.ipynb #31abd62a
+# %% ../nbs/04_probe.ipynb #a4f59d46
 import hashlib, json, os, re, time
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from sklearn.metrics import accuracy_score
 from .runs import Run, data_dir, file_hash, home, profile as get_profile, write_atomic
 from .corpora import normalise, segment_audio
+from .encoders import hidden_states, random_student, weights_hash
 
 # %% ../nbs/04_probe.ipynb #03f158a3
 def some_groups(df:pd.DataFrame, # rows with columns `split` and `by`
@@ -145,7 +146,7 @@ def check_leakage(task:str, root=None, # a key of `TASKS`; the corpora's folder
                          "the score would measure the recording chain; regroup the splits or drop the task")
     return l
 
-# %% ../nbs/04_probe.ipynb #e63132d3
+# %% ../nbs/04_probe.ipynb #f3432492
 class LogMel:
     "Log-mel filterbank energies as an encoder of one layer: 25 ms windows every 20 ms."
     sample_rate, hop, depth = 16000, 320, 1
@@ -161,10 +162,8 @@ class Transformer:
         self.model, self.sample_rate = model.eval(), sample_rate
         c = model.config
         self.hop, self.dim, self.depth = int(np.prod(c.conv_stride)), c.hidden_size, c.num_hidden_layers + 1
-        h = hashlib.sha256()
-        for n, p in sorted(model.state_dict().items()): h.update(f"{n} {tuple(p.shape)}".encode() + p.detach().float().cpu().numpy().tobytes())
-        self.hash = h.hexdigest()
-    def __call__(self, wav): return torch.stack(self.model(wav, output_hidden_states=True).hidden_states)
+        self.hash = weights_hash(model)
+    def __call__(self, wav): return hidden_states(self.model, wav)
 
 # %% ../nbs/04_probe.ipynb #9d4cabc2
 def check_encoder(encoder):
@@ -180,7 +179,7 @@ def check_encoder(encoder):
     if not torch.isfinite(h).all(): raise ValueError(f"encoder {name} returns values that are not finite; check its weights")
     return encoder
 
-# %% ../nbs/04_probe.ipynb #f388e1ef
+# %% ../nbs/04_probe.ipynb #4466c81d
 def _shipped_or_run(name, p):
     return next((d for d in (get_profile(p).folder/name, data_dir()/name) if (d/"config.json").exists()), data_dir()/name)
 
@@ -189,7 +188,7 @@ def _named(name, p):
     return Path({"teacher-speech": get_profile(p).speech_teacher, "teacher-music": get_profile(p).music_teacher}.get(name, name))
 
 def open_encoder(name:str,            # a model folder, a hub name, `logmel`, `random`, `base`, `teacher-speech` or `teacher-music`
-                 profile:str="mini",  # where `base` and `random` take their architecture from
+                 profile:str="mini",  # whose base and teachers; `random` has the shape of `base`
                  seed:int=0           # seed of the random weights
                 ):
     "The encoder of that name, checked, with `info`: name, role, lam, method and corpus."
@@ -199,18 +198,18 @@ def open_encoder(name:str,            # a model folder, a hub name, `logmel`, `r
     if not (where/"config.json").exists() and (where.exists() or where.is_absolute() or len(where.parts) != 2):
         raise ValueError(f"encoder {name!r}: no config.json in {where}; give a model folder, a hub name, logmel, random, base, teacher-speech or teacher-music")
     if name == "random":
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            return _described(check_encoder(Transformer(AutoModel.from_config(AutoConfig.from_pretrained(where)))), name="random" if not seed else f"random-{seed}", role="random")
+        return _described(check_encoder(Transformer(random_student(AutoConfig.from_pretrained(where), seed))), name=f"random-{seed}" if seed else "random", role="random")
     rate = json.loads((where/"preprocessor_config.json").read_text()).get("sampling_rate", 16000) if (where/"preprocessor_config.json").exists() else 16000
-    model = check_encoder(Transformer(AutoModel.from_pretrained(where if where.exists() else name, dtype=torch.float32), rate))
-    return _described(model, **_provenance(where, "base" if name == "base" else None))
+    model, info = AutoModel.from_pretrained(where if where.exists() else name, dtype=torch.float32, output_loading_info=True)
+    lost = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
+    if lost: raise ValueError(f"encoder {name!r}: {len(lost)} tensors are missing or of another shape, the first is {lost[0]}; they would be random, so this is not the model its config.json describes")
+    return _described(check_encoder(Transformer(model, rate)), **_provenance(where, "base" if name == "base" else None))
 
 def _described(encoder, name, role, lam=None, method=None, corpus=None):
     encoder.info = dict(encoder=name, role=role, lam=lam, method=method, corpus=corpus)
     return encoder
 
-# %% ../nbs/04_probe.ipynb #61d5aee7
+# %% ../nbs/04_probe.ipynb #7fd1f50a
 def _provenance(folder, role=None):
     # what distilltv.json says, else what the path below runs/ or data/ says
     f = folder/"distilltv.json"
@@ -220,7 +219,7 @@ def _provenance(folder, role=None):
         if full.startswith(str(top) + os.sep): full = full[len(str(top))+1:]; break
     else: full = folder.name
     parts, teacher = [p for p in Path(full).parts if p not in ("mini", "hub", "paper")], info.get("teacher")
-    role = role or ("merged" if info.get("lam") is not None else "teacher" if "teachers" in parts else "base" if parts[-1] == "base"
+    role = role or ("merged" if info.get("lam") is not None else "teacher" if "teacher" == info.get("role") or "teachers" in parts else "base" if "base" in (info.get("role"), parts[-1])
                     else "ensemble" if "ensemble" in (teacher, parts[-1]) else "endpoint" if teacher or "students" in parts else "other")
     lam, method, corpus = info.get("lam"), info.get("method"), info.get("corpus")
     name = {"teacher": f"teacher-{parts[-1]}", "base": "base", "merged": f"{'' if method in ('linear', None) else method + '-'}lam-{lam or 0:.2f}"}.get(role, parts[-1])

@@ -91,12 +91,12 @@ def interval(d, level:float=.95) -> pd.DataFrame: # draws, row 0 the estimate; c
     q = d.iloc[1:].quantile([(1-level)/2, (1+level)/2])
     return pd.DataFrame(dict(estimate=d.iloc[0], lo=q.iloc[0], hi=q.iloc[1]))
 
-# %% ../nbs/05_results.ipynb #d1ae385f
+# %% ../nbs/05_results.ipynb #945df541
 def scale(d, scores) -> pd.DataFrame: # from `bootstrap`; from `gather`
     "Per task the log-mel score (0) and the best teacher's (1000), of the tasks where both are there and a point apart."
     role = scores.drop_duplicates("encoder").set_index("encoder").role
     zero, best = {}, {}
-    for t in d.columns.unique(0):
+    for t in [t for t in d.columns.unique(0) if t in set(scores.task)]:
         s = d[t].iloc[0]
         teachers, mel = s[[e for e in s.index if role.get(e) == "teacher"]], s[[e for e in s.index if role.get(e) == "logmel"]]
         if len(teachers) and len(mel) and teachers.max() - mel.max() >= .01: zero[t], best[t] = mel.max(), teachers.max()
