@@ -79,17 +79,17 @@ def _modules(code:str, seen:dict) -> dict:
             _modules(seen[name], seen)
     return seen
 
-# %% ../nbs/06_reproduce.ipynb #12ddde49
-_RECORDS = {"result.json", "stamp.json"}
+# %% ../nbs/06_reproduce.ipynb #6be474b4
+_RECORDS = {"result.json", "stamp.json", "distilltv.json"}
 
 @lru_cache(maxsize=None)
 def _hash(path, size, mtime): return file_hash(path)
 
 def digest(path:Path,  # a file or a folder; it may be missing
           ) -> str:    # SHA-256 as hex, or `absent`
-    "Hash of a file, or of a folder's files by name and content, without notebooks, records and hidden files; `absent` if there are none."
+    "Hash of a file, or of a folder's files by name and content, without notebooks, model cards, records and hidden files; `absent` if there are none."
     files = [path] if path.is_file() else [f for f in sorted(path.rglob("*")) if f.is_file() and not (
-        f.suffix == ".ipynb" or f.name in _RECORDS or any(p.startswith(".") for p in f.relative_to(path).parts))]
+        f.suffix in (".ipynb", ".md") or f.name in _RECORDS or any(p.startswith(".") for p in f.relative_to(path).parts))]
     lines = [f"{f.relative_to(path)} {_hash(f, f.stat().st_size, f.stat().st_mtime_ns)}" for f in files]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest() if lines else "absent"
 
@@ -116,11 +116,17 @@ def fresh(cell:Cell,   # the cell
     s = _stamp(cell)
     return bool(s.get("made")) and s["made"] == digest(cell.folder) and s["key"] == key(cell, cells)
 
-# %% ../nbs/06_reproduce.ipynb #82907b1b
+# %% ../nbs/06_reproduce.ipynb #eff480b6
 class CellError(Exception):
     "A cell of the grid failed; the message says why and which notebook to open."
 
 def _short(path): return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+def _last_line(e):
+    # an error from inside the notebook has `ename`; where it says nothing, as a bare assert does, the line that failed does
+    if not hasattr(e, "ename"): return f"{type(e).__name__}: {e}".strip().splitlines()[-1]
+    failed = re.findall(r"^-+> \d+ (.*)$", re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(e.traceback)), re.M)
+    return f"{e.ename}: {(e.evalue.strip().splitlines() or failed or [''])[-1]}"
 
 def run_cell(cell:Cell,   # the cell
              cells:dict,  # id -> cell, for those it needs
@@ -134,9 +140,7 @@ def run_cell(cell:Cell,   # the cell
     parameters = {n: _expand(v) for n, v in cell.parameters.items()}
     try: papermill.execute_notebook(str(root()/"nbs"/cell.notebook), str(cell.executed), parameters, progress_bar=False,
                                     extra_arguments=["--log-level=40"])   # else each kernel warns about its own transport
-    except Exception as e:
-        why = f"{e.ename}: {e.evalue}" if hasattr(e, "ename") else f"{type(e).__name__}: {e}"
-        raise CellError(f"{why.strip().splitlines()[-1]}\n  open {_short(cell.executed)}") from e
+    except Exception as e: raise CellError(f"{_last_line(e)}\n  open {_short(cell.executed)}") from e
     made = digest(cell.folder)
     if made == "absent": raise CellError(f"{cell.notebook} ended well but left nothing in {_short(cell.folder)}")
     write_json(cell.folder/"stamp.json", dict(key=k, made=made, seconds=round(time.time()-began, 1)))

@@ -124,6 +124,10 @@ def test_a_dead_kernel_is_a_failure(repo):
     failed = r.reproduce(cells((1,)))
     assert "DeadKernelError" in failed["make/m0"] and failed["square/s0"] == "not run, because make/m0 failed"
 
+def test_a_bare_assert_shows_its_line(repo):
+    notebook(repo/"nbs/make.ipynb", "value = x\nassert value > 5", name="", x=0)
+    assert "AssertionError: assert value > 5" in r.reproduce(cells((1,)))["make/m0"]
+
 def test_nothing_made_is_a_failure(repo):
     (repo/"nbs/make.ipynb").write_text((repo/"nbs/total.ipynb").read_text().replace("(out/'number.txt')", "(out/'.hidden')").replace("of.split()", "[]").replace("of = ", "x = "))
     assert "left nothing in runs/m0" in r.reproduce(cells((1,)))["make/m0"]

@@ -1,0 +1,55 @@
+"""Ship a finished `distilltv reproduce` as the reference run: `python .ci/reference.py`.
+
+Copies from runs/mini to data/mini: the results, the three students, and every executed notebook, cleaned and with links
+that work from its new place, so that each number on the site can be followed to the run that made it.
+"""
+import json, posixpath, re, shutil, sys
+from pathlib import Path
+from distilltv.reproduce import fresh, grid
+from distilltv.runs import data_dir, home, root, write_json
+
+def notebook(cell):
+    "The executed notebook of a cell, as a page."
+    nb = json.loads(cell.executed.read_text())
+    text = json.dumps(nb["cells"], ensure_ascii=False)
+    for path, name in ((str(home()), "runs"), (str(root())+"/", ""), (str(root()), ".")): text = text.replace(path, name)
+    cells = [c for c in json.loads(text) if "#| default_exp" not in "".join(c["source"])]
+    for c in cells:
+        c["metadata"] = {k: v for k, v in c["metadata"].items() if k == "tags" and v}
+        if c["cell_type"] == "code": c["execution_count"] = None
+        if c["cell_type"] == "markdown": c["source"] = relink("".join(c["source"]))
+        for o in c.get("outputs", []): o.pop("execution_count", None)
+    record = json.loads((cell.folder/"result.json").read_text()) if (cell.folder/"result.json").exists() else {}
+    says = " ".join(f"-p {k} {v}" for k, v in cell.parameters.items() if k != "profile")
+    cost = f"{record['seconds']:.0f} s and {record['peak_memory_mb']:.0f} MB on {record['machine']}, commit {record['commit']}. " if record else ""
+    head = (f"# Run: {cell.stage} {cell.name}\n\n> `papermill nbs/{cell.notebook} out.ipynb {says}`\n\n"
+            f"A run of the reference experiment, exactly as papermill left it. {cost}"
+            f"The chapter it ran is [nbs/{cell.notebook}](../../../nbs/{cell.notebook}).")
+    cells[0] = dict(cell_type="markdown", id=cells[0]["id"], metadata={}, source=head.replace("{home}", "runs"))
+    return dict(cells=cells, metadata=dict(kernelspec=dict(name="python3", display_name="python3", language="python")), nbformat=4, nbformat_minor=5)
+
+def relink(text):
+    "Links from nbs/ -> links from data/mini/runs/."
+    fix = lambda m: m[0] if re.match(r"[a-z]+:|#|/", m[1]) else f"]({posixpath.normpath(posixpath.join('../../../nbs', m[1]))})"
+    return re.sub(r"\]\(([^)\s]+)\)", fix, text)
+
+def main():
+    cells = grid("mini")
+    by_id = {c.id: c for c in cells}
+    if stale := [c.id for c in cells if not fresh(c, by_id)]: sys.exit(f"not up to date, run `distilltv reproduce` first: {', '.join(stale)}")
+    to = data_dir()
+    for f in (home()/"mini/results").iterdir():
+        if f.is_file() and f.suffix != ".ipynb" and f.name not in ("result.json", "stamp.json"): shutil.copy(f, to/"results")
+    for c in cells:
+        if c.stage == "distil":
+            (to/"students"/c.name).mkdir(parents=True, exist_ok=True)
+            for f in ("config.json", "model.safetensors", "preprocessor_config.json", "distilltv.json"): shutil.copy(c.folder/f, to/"students"/c.name)
+    shutil.rmtree(to/"runs", ignore_errors=True)
+    (to/"runs").mkdir()
+    records = {}
+    for c in cells:
+        write_json(to/f"runs/{c.stage}-{c.name}.ipynb", notebook(c))
+        if (c.folder/"result.json").exists(): records[c.id] = json.loads((c.folder/"result.json").read_text())
+    write_json(to/"runs/runs.json", records)
+
+if __name__ == "__main__": main()
