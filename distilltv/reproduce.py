@@ -236,11 +236,12 @@ def reproduce(cells:list,   # cells in order, from `grid`
         progress.close()
     return failed
 
-# %% ../nbs/06_reproduce.ipynb #61a726f9
+# %% ../nbs/06_reproduce.ipynb #a2c5e234
 _HELP = """One small encoder for speech and music: distil two students, merge them, probe everything.
 
   distilltv reproduce              the whole paper on the mini profile: offline, no GPU, minutes
   distilltv reproduce --help       what that does, step by step
+  distilltv merge recipe.yaml out  the encoder that a recipe describes, as a folder
 """
 _REPRODUCE = """Run every notebook of the paper with papermill and print the results table.
 
@@ -255,6 +256,12 @@ any moment (Ctrl-C, or a crash) and give the same command again: it continues. T
 its folder. Each run's folder holds the executed notebook; open it in JupyterLab.
 """
 
+_MERGE = """Merge as a recipe says, and write a model folder that transformers opens.
+
+Every merged folder holds its own recipe.yaml, so this repeats a merge: the same recipe and inputs give the
+same bytes. mergekit's recipes are understood for the methods that both have.
+"""
+
 def main(argv:list=None, # arguments; default those of the command line
         ) -> int:        # exit status: 0 if all cells are up to date
     "The command `distilltv`."
@@ -266,10 +273,14 @@ def main(argv:list=None, # arguments; default those of the command line
     r.add_argument("--corpus", default="", choices=("both", "own", "speech"), help="audio both students are distilled on: both corpora, each its own, or speech only as in the paper (default: the profile's)")
     r.add_argument("--home", type=Path, help="folder to write to (default: $DISTILLTV_HOME, else runs/ in the repository)")
     r.add_argument("--jobs", type=int, default=min(4, os.cpu_count()), help="notebooks to run side by side, one thread each (default: %(default)s)")
+    m = commands.add_parser("merge", help="make the encoder that a recipe describes", description=_MERGE, formatter_class=raw)
+    m.add_argument("recipe", type=Path, help="the recipe; paths in it are relative to its folder")
+    m.add_argument("out", type=Path, help="folder to write, whole or not at all")
+    m.add_argument("--trust", action="store_true", help="take models that do not record their start as trained from the recipe's base_model")
     args = parser.parse_args(argv)
-    return _reproduce(args, parser)
+    return dict(reproduce=_reproduce, merge=_merge)[args.command](args, parser)
 
-# %% ../nbs/06_reproduce.ipynb #c61063e6
+# %% ../nbs/06_reproduce.ipynb #30037022
 def _reproduce(args, parser):
     if not (root()/"nbs").is_dir(): parser.error(f"there are no notebooks in {root()}: `distilltv reproduce` runs those of "
                                                  "the repository, so clone it and give the command inside")
@@ -289,6 +300,13 @@ def _print_results(out):
     import pandas as pd
     print(pd.read_csv(out/"table.csv").fillna("").to_string(index=False), "", *json.loads((out/"findings.json").read_text()), "", sep="\n")
     print(f"figure: {_short(out/'tradeoff.png')}")
+
+def _merge(args, parser):
+    from distilltv.recipes import merge_recipe
+    try: merge_recipe(args.recipe, args.out, trust=args.trust)
+    except (ValueError, OSError) as e: parser.error(str(e))
+    print(f"written: {args.out}")
+    return 0
 
 def _stop(*_):
     # kernels watch their parent and end with it; what they had checkpointed stays
