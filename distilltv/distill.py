@@ -58,7 +58,7 @@ def _groups(module):
     params = [p for p in module.parameters() if p.requires_grad]
     return [dict(params=[p for p in params if p.ndim > 1]), dict(params=[p for p in params if p.ndim < 2], weight_decay=0.)]
 
-# %% ../nbs/02_distill.ipynb #d6855e35
+# %% ../nbs/02_distill.ipynb #fc0f3275
 def fit(module,            # `module(wav)` returns a dict of scalars, the one to minimise under `loss`
         batch_at,          # step -> [batch, samples]: the global batch of that step, whatever happened before
         folder,            # for `checkpoint.pt` and `log.csv`
@@ -89,7 +89,7 @@ def fit(module,            # `module(wav)` returns a dict of scalars, the one to
         optimiser.zero_grad()
         last = step == steps-1
         if step % log_every and (step+1) % save_every and not last: continue
-        row = dict(step=step) | {k: float(v) for k, v in losses.items()} | dict(gradient=float(norm))
+        row = dict(step=step) | {k: v.item() for k, v in losses.items()} | dict(gradient=norm.item())
         if not math.isfinite(row["loss"]): raise FloatingPointError(_diverged(step, checkpoint))
         log.append(row)
         bar.set_postfix(loss=f"{row['loss']:.3f}")

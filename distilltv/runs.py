@@ -14,7 +14,7 @@ from dataclasses import dataclass, asdict
 from importlib import metadata
 from pathlib import Path
 
-# %% ../nbs/00_runs.ipynb #4319877d
+# %% ../nbs/00_runs.ipynb #1106ec55
 @dataclass(frozen=True)
 class Profile:
     "What a track of runs has in common: teachers, student size, training budget."
@@ -24,7 +24,7 @@ class Profile:
     layers:tuple         # teacher layers the heads predict, counted from 1 (paper: 4, 8, 12)
     student_layers:int   # transformer layers of the student
     corpus:str           # default distillation corpus: `speech`, `music`, `own` or `both`
-    steps:int            # optimiser steps of an endpoint student (the ensemble takes half: two teacher passes each)
+    steps:int            # optimiser steps of an endpoint student (the ensemble too: two teacher passes a step, as many as both endpoints)
     batch:int            # crops in a batch
     seconds:float        # length of a crop, in seconds
     lr:float             # peak learning rate
@@ -39,14 +39,14 @@ class Profile:
         "Where this profile's runs are kept."
         return home()/self.name
 
-# %% ../nbs/00_runs.ipynb #c74c456a
+# %% ../nbs/00_runs.ipynb #a0305d76
 def profile(name:str="mini", # `mini`, `hub` or `paper`
            ) -> Profile:
     "The profile of that name; a `ValueError` names the valid ones."
     d = data_dir()
     known = dict(
         mini=Profile("mini", str(d/"teachers/speech"), str(d/"teachers/music"), (4, 8, 12), 2, "both",
-                     steps=600, batch=8, seconds=4., lr=1e-3),
+                     steps=300, batch=6, seconds=2.56, lr=1e-3),
         hub=Profile("hub", "facebook/hubert-base-ls960", "m-a-p/MERT-v0-public", (4, 8, 12), 2, "both",
                     steps=20_000, batch=24, seconds=10., lr=2e-4, precision="bf16"),
         paper=Profile("paper", "facebook/hubert-base-ls960", "m-a-p/MERT-v0-public", (4, 8, 12), 2, "speech",
