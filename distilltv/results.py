@@ -7,12 +7,12 @@ __all__ = ['ROLES', 'COLOUR', 'MARK', 'NOT_RUN', 'find_source', 'gather', 'save'
            'with_means', 'order', 'table', 'mcnemar', 'benjamini_hochberg', 'cohen_h', 'paired_tests', 'style',
            'sweeps', 'label_of', 'plot_tradeoff', 'plot_tasks', 'plot_differences', 'findings', 'paper_table', 'report']
 
-# %% ../nbs/05_results.ipynb #b9b8a8fc
+# %% ../nbs/05_results.ipynb #7a834c74
 import json, math
 from pathlib import Path
 import numpy as np, pandas as pd
 import matplotlib.pyplot as plt, seaborn as sns
-from .runs import data_dir, home, profile as get_profile, write_atomic, write_json
+from .runs import data_dir, profile as get_profile, root, write_atomic, write_json
 
 # %% ../nbs/05_results.ipynb #aa1b3b0a
 def find_source(profile:str="mini", source="") -> Path: # a profile; a folder, or "" for the usual places
@@ -115,7 +115,7 @@ def with_means(d, scores) -> pd.DataFrame: # from `bootstrap`; from `gather`
         if len(k) and set(k.index) <= set(of): more["overall", e] = mean([1000*(of[t] - k.zero[t])/(k.best[t] - k.zero[t]) for t in k.index])
     return pd.concat([d, pd.DataFrame(more)], axis=1)
 
-# %% ../nbs/05_results.ipynb #93d23bf9
+# %% ../nbs/05_results.ipynb #842e80ec
 def order(scores) -> list: # from `gather`
     "Encoders in reading order: floor, baselines, sweep by λ, endpoints, ensemble, teachers."
     rank = {r: i for i, r in enumerate("logmel random base other merged endpoint ensemble teacher".split())}
@@ -129,7 +129,7 @@ def table(draws, scores) -> pd.DataFrame: # from `with_means`; from `gather`
     out = pd.Series({ix: cell(ix[0], r) for ix, r in i.iterrows()}).unstack(0)
     means = [c for c in ("speech mean", "music mean", "overall") if c in out]
     domain = scores.drop_duplicates("task").set_index("task").domain
-    tasks = sorted((t for t in out if t not in means), key=lambda t: domain[t] != "speech")
+    tasks = sorted((t for t in out if t not in means), key=lambda t: "speech music mixed".split().index(domain[t]))
     return out.reindex(order(scores))[tasks + means].fillna("not run").rename_axis("encoder")
 
 # %% ../nbs/05_results.ipynb #bad3ad7b
@@ -208,12 +208,12 @@ def plot_tradeoff(draws, scores): # from `with_means`; from `gather`
     fig.tight_layout()
     return fig
 
-# %% ../nbs/05_results.ipynb #f365f74b
+# %% ../nbs/05_results.ipynb #db1f6eef
 def plot_tasks(draws, scores): # from `with_means`; from `gather`
     "Each task over λ, with 95 % band, and the ensemble, teachers, θ₀ and log-mel as lines."
     style()
     i, info = interval(draws)*100, scores.drop_duplicates("encoder").set_index("encoder")
-    tasks = [t for d in ("speech", "music") for t in scores[scores.domain == d].task.unique()]
+    tasks = [t for d in ("speech", "music", "mixed") for t in scores[scores.domain == d].task.unique()]
     fig, axes = plt.subplots(2, -(-len(tasks)//2), figsize=(11, 5.4), sharex=True, squeeze=False)
     for ax, t in zip(axes.flat, tasks):
         r = i.loc[t]
@@ -301,7 +301,7 @@ def paper_table(draws, scores, numbers=None) -> pd.DataFrame: # from `with_means
         return f"{draws['overall', e].iloc[0]:.0f} (mini: other tasks and models)" if e and r.loss == "L1 + cosine" else NOT_RUN
     return t.assign(ours=[ours(r) for r in t.itertuples()])
 
-# %% ../nbs/05_results.ipynb #ce13e68e
+# %% ../nbs/05_results.ipynb #5fc8f0b8
 def report(profile="mini",  # a profile's name, or a folder that `gather` reads
            out=None         # folder to write to; default runs/<profile>/results
           ) -> Path:        # the trade-off figure
@@ -319,7 +319,8 @@ def report(profile="mini",  # a profile's name, or a folder that `gather` reads
     says = findings(draws, scores) + [f"Not here yet: {m}." for m in missing(scores)]
     write_json(out/"findings.json", says)
     with pd.option_context("display.width", 250, "display.max_columns", None, "display.max_rows", None): print(shown.to_string())
-    print("", *says, "", f"figure: {out/'tradeoff.png'}", sep="\n")
+    near = out.absolute().relative_to(root()) if out.absolute().is_relative_to(root()) else out
+    print("", *says, "", f"figure: {near/'tradeoff.png'}", sep="\n")
     return out/"tradeoff.png"
 
 def _figures(out, draws, scores, tests):

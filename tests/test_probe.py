@@ -38,28 +38,28 @@ def toy(n=120, d=6, layers=1, seed=0):
     x = torch.randn(layers, n, d, generator=g)
     return x, (x[-1, :, :3] + .3*torch.randn(n, 3, generator=g)).argmax(-1)
 
-@pytest.mark.parametrize("layers", [1, 4])
-def test_batched_probes_equal_probes_trained_one_by_one(layers):
+@pytest.mark.parametrize("layers, hidden", [(1, 0), (4, 0), (1, 16), (3, 16)])
+def test_batched_probes_equal_probes_trained_one_by_one(layers, hidden):
     x, y = toy(layers=layers)
-    kw = dict(xv=x, yv=y, classes=3, steps=60, batch=32)
+    kw = dict(xv=x, yv=y, classes=3, steps=60, batch=32, hidden=hidden)
     lrs, seeds = (3e-3, 3e-2), (4, 5)
-    both = P.fit_linear(x, y, lrs=lrs, seeds=seeds, **kw)
+    both = P.fit_probes(x, y, lrs=lrs, seeds=seeds, **kw)
     for s, seed in enumerate(seeds):
         for r, lr in enumerate(lrs):
-            one = P.fit_linear(x, y, lrs=(lr,), seeds=(seed,), **kw)
-            for k in "Wba": torch.testing.assert_close(both[k][s, r], one[k][0, 0], atol=2e-5, rtol=1e-4)
+            one = P.fit_probes(x, y, lrs=(lr,), seeds=(seed,), **kw)
+            for k, q in both["p"].items(): torch.testing.assert_close(q[s, r], one["p"][k][0, 0], atol=2e-5, rtol=1e-4)
             assert both["valid"][s, r] == one["valid"][0, 0]
 
 def test_one_copy_equals_torch_adamw():
     x, y = toy()
-    ours = P.fit_linear(x, y, x, y, 3, lrs=(1e-2,), seeds=(7,), steps=20, batch=120, every=20)
+    ours = P.fit_probes(x, y, x, y, 3, lrs=(1e-2,), seeds=(7,), steps=20, batch=120, every=20)
     g = torch.Generator().manual_seed(7)
     W, b = (torch.randn(6, 3, generator=g)*.01).requires_grad_(), torch.zeros(3, requires_grad=True)
     opt = torch.optim.AdamW([W, b], 1e-2, weight_decay=1e-2)
     for _ in range(20):
         o = torch.randperm(120, generator=g)
         opt.zero_grad(); torch.nn.functional.cross_entropy(x[0, o] @ W + b, y[o]).backward(); opt.step()
-    torch.testing.assert_close(ours["W"][0, 0], W.detach(), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(ours["p"]["W"][0, 0], W.detach(), atol=1e-5, rtol=1e-4)
 
 def test_project_pool_classify_is_one_matrix():
     "The reference probe, Linear - mean - Linear, is the linear map that we train on the mean."
@@ -69,8 +69,8 @@ def test_project_pool_classify_is_one_matrix():
 
 def test_the_learned_sum_finds_the_layer_with_the_answer():
     x, y = toy(n=300, layers=3)
-    fit = P.fit_linear(x, y, x, y, 3, lrs=(3e-2,), seeds=(0,), steps=200)
-    assert fit["a"][0, 0].argmax() == 2 and fit["valid"].item() > .8
+    fit = P.fit_probes(x, y, x, y, 3, lrs=(3e-2,), seeds=(0,), steps=200)
+    assert fit["p"]["a"][0, 0].argmax() == 2 and fit["valid"].item() > .8
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 40), st.lists(st.tuples(st.integers(0, 12000), st.integers(1, 4000)), min_size=1, max_size=5))
@@ -166,7 +166,7 @@ def test_an_unknown_encoder_is_named(name):
     with pytest.raises(ValueError, match="no config.json"): P.open_encoder(name)
 
 def test_unknown_tasks_and_views_are_named():
-    with pytest.raises(ValueError, match="task 'tempo' is unknown; use all or some of phones"): P.probe("logmel", "tempo")
+    with pytest.raises(ValueError, match="task 'tempo' is unknown; use all, more, or some of phones"): P.probe("logmel", "tempo")
     with pytest.raises(ValueError, match="layer from 0 to 0"): P.choose_view(P.LogMel(), "3")
     assert P.choose_view(P.LogMel()) == "last"
 
@@ -188,7 +188,7 @@ def test_match_finds_the_same_content_in_another_voice():
 def test_shipped_tasks_are_grouped_and_leak_nothing(task):
     t, df = P.TASKS[task], P.task_table(task)
     assert (df.groupby(t.group).split.nunique() == 1).all()
-    assert (df.split == "test").sum() >= 90 and df.usable.mean() > .95
+    assert (df.split == "test").sum() >= 80 and df.usable.mean() > .95
     P.check_leakage(task)
 
 @pytest.mark.skipif(not (data_dir()/"music/metadata.csv").exists(), reason="the mini corpus is not here")
@@ -196,3 +196,30 @@ def test_test_notes_are_another_bank_and_unheard_pairs():
     n = P.segment_table("notes")
     test, train = n[n.split == "test"], n[n.split != "test"]
     assert not set(test.bank) & set(train.bank) and not set(test.note) & set(train.note)
+
+def test_a_hidden_layer_solves_what_a_linear_probe_cannot():
+    x = torch.tensor([[0., 0], [0, 1], [1, 0], [1, 1]]).repeat(50, 1)[None]*2 - 1
+    y = ((x[0, :, 0] > 0) ^ (x[0, :, 1] > 0)).long()
+    assert P.fit_probes(x, y, x, y, 2, seeds=(0,))["valid"].max() <= .75 and P.fit_probes(x, y, x, y, 2, seeds=(0,), hidden=32)["valid"].max() == 1
+
+@given(st.floats(-20, 20))
+def test_mixtures_have_the_stated_ratio(snr):
+    g = np.random.default_rng(0)
+    x, y = .01*g.standard_normal(4000), .02*np.sin(np.arange(4000))
+    z = P.mix(x, y, snr)
+    if np.abs(z).max() < .98: assert 10*np.log10(np.mean(x**2)/np.mean((z-x)**2)) == pytest.approx(snr, abs=1e-6)
+    assert np.abs(z).max() <= .99 + 1e-9
+
+def test_mixed_windows_have_their_own_cache_key(runs, corpus):
+    clean = P.segment_table("notes", str(corpus))
+    e, keys = P.LogMel(), set()
+    for t in (clean, P.mixed(clean.copy(), clean, 0.), P.mixed(clean.copy(), clean, 5.)): keys.add(P.features_key(e, t, corpus))
+    assert len(keys) == 3
+    t = P.mixed(clean.copy(), clean.iloc[::-1].reset_index(drop=True), 0.)
+    assert not np.allclose(P.windows(t, corpus)[1], P.windows(clean, corpus)[1])
+
+def test_another_view_or_head_has_another_name(runs, corpus):
+    e = P.open_encoder("logmel")
+    assert P.probe(e, "pitch", seeds=1, root=str(corpus), view="0").encoder.iloc[0] == "logmel@0"
+    d = P.probe(e, "pitch", seeds=1, root=str(corpus), head="mlp")
+    assert d.encoder.iloc[0] == "logmel@mlp" and d.probe.iloc[0] == "mlp" and d.score.iloc[0] == 1
