@@ -51,7 +51,7 @@ class Module:
 def escape(text): return re.sub(r"(?<!\\)([|<$@])", r"\\\1", text) if "`" not in text else "`".join(p if i % 2 else escape(p) for i, p in enumerate(text.split("`")))
 
 def table(rows, head=("parameter", "type", "default", "meaning")):
-    if not rows: return ""
+    if not any(any(r[1:]) for r in rows): return ""    # a table of bare names says no more than the signature
     code = lambda s: f"`{s}`".replace("|", "\\|") if s else ""
     lines = [" | ".join(head), " | ".join("---" for _ in head)] + [" | ".join([*map(code, r[:-1]), escape(r[-1])]) for r in rows]
     return "".join(f"| {l} |\n" for l in lines)
@@ -70,7 +70,7 @@ def klass(m, c):
     rows = [(n.target.id, ast.unparse(n.annotation), ast.unparse(n.value) if n.value else "", says[n.target.id]) for n in fields]
     text = f"## {c.name} {{#{c.name.lower()}}}\n\n{escape(doc)}\n\n{table(rows, ('field', 'type', 'default', 'meaning'))}\n"
     init = next((f for f in c.body if isinstance(f, ast.FunctionDef) and f.name == "__init__"), None)
-    if init and m.parameters(init.args): text += table(m.parameters(init.args)) + "\n"
+    if init: text += table(m.parameters(init.args)) + "\n"
     for f in c.body:
         if isinstance(f, ast.FunctionDef) and not f.name.startswith("_") and ast.get_docstring(f): text += function(m, f, 3, c.name + ".")
     return text

@@ -236,7 +236,7 @@ def reproduce(cells:list,   # cells in order, from `grid`
         progress.close()
     return failed
 
-# %% ../nbs/06_reproduce.ipynb #a2c5e234
+# %% ../nbs/06_reproduce.ipynb #e11297cf
 _HELP = """One small encoder for speech and music: distil two students, merge them, probe everything.
 
   distilltv reproduce              the whole paper on the mini profile: offline, no GPU, minutes
@@ -272,7 +272,7 @@ def main(argv:list=None, # arguments; default those of the command line
     r.add_argument("--profile", default="mini", choices=("mini", "hub", "paper"), help="mini: shipped data, CPU; hub: HuBERT and MERT, one GPU; paper: as published (default: %(default)s)")
     r.add_argument("--corpus", default="", choices=("both", "own", "speech"), help="audio both students are distilled on: both corpora, each its own, or speech only as in the paper (default: the profile's)")
     r.add_argument("--home", type=Path, help="folder to write to (default: $DISTILLTV_HOME, else runs/ in the repository)")
-    r.add_argument("--jobs", type=int, default=min(4, os.cpu_count()), help="notebooks to run side by side, one thread each (default: %(default)s)")
+    r.add_argument("--jobs", type=int, default=min(2, os.cpu_count()), help="notebooks to run side by side, one thread each (default: %(default)s)")
     m = commands.add_parser("merge", help="make the encoder that a recipe describes", description=_MERGE, formatter_class=raw)
     m.add_argument("recipe", type=Path, help="the recipe; paths in it are relative to its folder")
     m.add_argument("out", type=Path, help="folder to write, whole or not at all")
