@@ -116,7 +116,7 @@ def fresh(cell:Cell,   # the cell
     s = _stamp(cell)
     return bool(s.get("made")) and s["made"] == digest(cell.folder) and s["key"] == key(cell, cells)
 
-# %% ../nbs/06_reproduce.ipynb #eff480b6
+# %% ../nbs/06_reproduce.ipynb #da18115f
 class CellError(Exception):
     "A cell of the grid failed; the message says why and which notebook to open."
 
@@ -139,7 +139,7 @@ def run_cell(cell:Cell,   # the cell
     write_json(cell.folder/"stamp.json", dict(key=k))
     parameters = {n: _expand(v) for n, v in cell.parameters.items()}
     try: papermill.execute_notebook(str(root()/"nbs"/cell.notebook), str(cell.executed), parameters, progress_bar=False,
-                                    extra_arguments=["--log-level=40"])   # else each kernel warns about its own transport
+                                    extra_arguments=["--log-level=50"])   # else each kernel warns about its own transport
     except Exception as e: raise CellError(f"{_last_line(e)}\n  open {_short(cell.executed)}") from e
     made = digest(cell.folder)
     if made == "absent": raise CellError(f"{cell.notebook} ended well but left nothing in {_short(cell.folder)}")

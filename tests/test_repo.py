@@ -122,8 +122,8 @@ def site(tmp_path_factory):
     assert done.returncode == 0, f"nbdev_filter failed: {done.stderr[-2000:]}"
     done = subprocess.run([str(Path(sys.executable).parent/"smalldocs"), "render", str(to)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    broken = [l for l in (done.stdout + done.stderr).splitlines() if "broken" in l or "missing" in l]
-    assert not broken, "\n".join(broken)
+    broken = re.findall(r"warning: (.*): (broken link .*|missing .*)", done.stdout + done.stderr)
+    assert not broken, "\n".join(f"{what}, for one in {page}" for what, page in {what: page for page, what in broken}.items())
     return to/"_site"
 
 def test_built_pages_are_whole(site):
