@@ -105,31 +105,33 @@ def check_same(a, b):
         x, y = a.config.get(k), b.config.get(k)
         if x != y: raise ValueError(f"config.json: {k} is {x} in {a} but {y} in {b}; these are not the same architecture")
 
-# %% ../nbs/03_merge.ipynb #4a311d34
+# %% ../nbs/03_merge.ipynb #10aedc30
 def part(name # a tensor's name
         ) -> str:
     "The part of the encoder that a tensor belongs to, such as `conv 0`, `projection` or `layer 2` (counted from 1)."
     if m := re.search(r"conv_layers\.(\d+)", name): return f"conv {m[1]}"
     if m := re.search(r"encoder\.layers\.(\d+)", name): return f"layer {int(m[1])+1}"
-    for key, p in (("feature_projection", "projection"), ("pos_conv", "position"), ("layer_norm", "norm"), ("masked", "mask")):
+    for key, p in (("feature_projection", "projection"), ("pos_conv", "position"), ("layer_norm", "input norm"), ("masked", "mask")):
         if key in name: return p
     return name
 
-_ORDER = "conv projection position norm mask layer".split()
+_ORDER = "conv projection position input mask layer".split()
 
 def parts(names # tensor names
          ) -> dict:
     "Tensor names by part, in the order of the forward pass."
-    key = lambda p: (_ORDER.index(p.split()[0]) if p.split()[0] in _ORDER else 99, int(p.split()[1]) if " " in p else 0)
+    def key(p):
+        kind, _, number = p.partition(" ")
+        return _ORDER.index(kind) if kind in _ORDER else 99, int(number) if number.isdigit() else 0
     return {p: [n for n in names if part(n) == p] for p in sorted({part(n) for n in names}, key=key)}
 
-# %% ../nbs/03_merge.ipynb #828b422d
+# %% ../nbs/03_merge.ipynb #c5d2a2fb
 class ByName(dict):
     "Weights by name: `ByName({'conv': .9, 'layer 2': .2, '': .5})`."
     def __rsub__(self, one): return ByName({k: one - v for k, v in self.items()})
     def of(self, name):
         for key, w in self.items():
-            if key in name or key in part(name): return w
+            if key in name or key == part(name): return w
         raise ValueError(f"no weight is given for {name}; add an empty key for the rest")
 
 def spread(weight, # a number, a list over depth, or a `ByName`

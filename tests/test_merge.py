@@ -139,6 +139,8 @@ def test_weight_by_name(trio, tmp_path):
     assert w["encoder.layers.1.attention.k_proj.bias"] == [1] and w["encoder.layers.1.final_layer_norm.bias"] == [.5]
     assert w["encoder.layers.0.final_layer_norm.bias"] == []
     with pytest.raises(ValueError, match="no weight is given"): ByName({"attention": 1})*s
+    deep = ByName({"layer 1": 1, "input norm": 2, "": 0})
+    assert [deep.of(n) for n in ("encoder.layers.0.x", "encoder.layers.10.x", "encoder.layer_norm.bias", "encoder.layers.3.layer_norm.bias")] == [1, 0, 2, 0]
 
 # --- rules
 
@@ -176,7 +178,7 @@ def test_every_tensor_has_a_part(trio):
     names = load_student(trio/"base").names
     p = parts(names)
     assert sorted(n for ns in p.values() for n in ns) == names
-    assert list(p) == [f"conv {i}" for i in range(7)] + ["projection", "position", "norm", "layer 1", "layer 2"]
+    assert list(p) == [f"conv {i}" for i in range(7)] + ["projection", "position", "input norm", "layer 1", "layer 2"]
     assert part("encoder.layers.11.attention.k_proj.bias") == "layer 12" and part("masked_spec_embed") == "mask"
 
 # --- files

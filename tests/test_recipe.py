@@ -1,0 +1,266 @@
+"Recipes, sweeps, the dial, rules against independent formulas, and files that are not what they say."
+import json, os, shutil, sys
+from pathlib import Path
+import numpy as np, pytest, torch, yaml
+from hypothesis import HealthCheck, given, settings, strategies as st
+from safetensors.torch import load_file
+from transformers import HubertConfig, HubertModel
+from distilltv import merge as merging
+from distilltv.align import activations, align, in_place, merge_with_data, permuted
+from distilltv.encoders import save_encoder, weights_hash
+from distilltv.merge import ByName, TaskVector, load_student, merge
+from distilltv.path import Dial, choose_by_part, choose_lam, pareto, slider, sweep
+from distilltv.recipes import merge_recipe, push_to_hub, recipe_student
+from distilltv.rules import RULES, breadcrumbs, dare, elect, magprune, model_stock, regmean, slerp, trim, vote
+from distilltv.runs import file_hash
+
+def tiny(seed, **kw):
+    torch.manual_seed(seed)
+    m = HubertModel(HubertConfig(**(dict(hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96, conv_dim=(24,)*7,
+        num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=4, feat_proj_layer_norm=False, mask_time_prob=0.) | kw)))
+    for p in m.parameters(): p.data += .02*torch.randn_like(p)
+    return m.eval()
+
+@pytest.fixture(scope="session")
+def trio(tmp_path_factory):
+    top = tmp_path_factory.mktemp("recipes")
+    save_encoder(tiny(0), top/"base")
+    for i, d in enumerate(("speech", "music")): save_encoder(tiny(i+1), top/d, base_hash=weights_hash(tiny(0)), licence="CC0-1.0")
+    return top
+
+@pytest.fixture
+def mine(trio, tmp_path):
+    for d in ("base", "speech", "music"): shutil.copytree(trio/d, tmp_path/d)
+    return tmp_path
+
+def vectors(top):
+    base = load_student(top/"base")
+    return base, {d: TaskVector.between(base, load_student(top/d)) for d in ("speech", "music")}
+
+def note(top, **r):
+    (top/"r.yaml").write_text(yaml.safe_dump(r))
+    return top/"r.yaml"
+
+two = lambda **w: [dict(model=d, parameters=dict(weight=w[d])) for d in w]
+
+# --- recipes
+
+@pytest.mark.parametrize("rule", ["linear", *RULES])
+def test_replay_gives_the_same_bytes(mine, rule):
+    base, v = vectors(mine)
+    merge(base, v, dict(speech=.3, music=.7), rule, scale=.9, seed=5).save_pretrained(mine/"made", dtype="bfloat16", lam=.3, method=rule)
+    merge_recipe(mine/"made/recipe.yaml", mine/"again")
+    for f in (mine/"made").iterdir(): assert file_hash(f) == file_hash(mine/"again"/f.name), f.name
+
+@pytest.mark.parametrize("lam", [np.array([1, .3, 0]), ByName({"attention": 1/3, "": .7}), ByName({"layer 2": .1, "conv": .9, "": .2})])
+def test_replay_of_weights_by_part(mine, lam):
+    base, v = vectors(mine)
+    (base + lam*v["speech"] + (1-lam)*v["music"]).save_pretrained(mine/"made")
+    assert merge_recipe(mine/"made/recipe.yaml", mine/"again")["weights_hash"] == json.loads((mine/"made/distilltv.json").read_text())["weights_hash"]
+
+def test_replay_of_weights_that_no_decimal_says(mine):
+    base, v = vectors(mine)
+    u = base + .3*(.7*v["speech"]) + (v["music"] + v["speech"])/3
+    u.save_pretrained(mine/"made")
+    assert merge_recipe(mine/"made/recipe.yaml", mine/"again")["weights_hash"] == load_student(mine/"made").hash
+
+def test_a_merge_of_merges_says_what_to_do(mine):
+    base, v = vectors(mine)
+    a, b = (merge(base, v, dict(speech=.5, music=.5), r) for r in ("ties", "model_stock"))
+    with pytest.raises(ValueError, match="save the inner merge first"): (base + (a-base) + (b-base)).save_pretrained(mine/"x")
+    assert not (mine/"x").exists()
+    a.save_pretrained(mine/"inner")
+    assert load_student(mine/"inner").origin == base.hash
+
+def test_changed_input_is_refused(mine):
+    base, v = vectors(mine)
+    (base + .5*v["speech"] + .5*v["music"]).save_pretrained(mine/"made")
+    save_encoder(tiny(8), mine/"music", base_hash=base.hash)
+    with pytest.raises(ValueError, match="music has the hash .* not the model this recipe was made from"): merge_recipe(mine/"made/recipe.yaml", mine/"again")
+
+def test_mergekit_filters_and_lists(mine):
+    w = [dict(filter="attention", value=.2), dict(value=.9)]
+    s, _ = recipe_student(note(mine, merge_method="task_arithmetic", base_model="base", models=two(speech=w, music=[0, 1])))
+    base, v = vectors(mine)
+    for n in s.names:
+        a = .2 if "attention" in n else .9
+        b = 1. if "layers.1." in n and n.startswith("encoder") else 0.
+        np.testing.assert_allclose(s[n], base[n] + a*np.asarray(v["speech"][n], float) + b*np.asarray(v["music"][n], float), atol=1e-14)
+
+@pytest.mark.parametrize("change, says", [
+    (dict(merge_method="magic"), "'magic' is unknown"),
+    (dict(slices=[]), "slices cannot be honoured"),
+    (dict(models=[]), "at least one folder"),
+    (dict(models=two(speech=1) + two(speech=1)), "each once"),
+    (dict(parameters=dict(gamma=.1)), "ties has no parameter gamma"),
+    (dict(parameters=dict(normalize=False)), "normalize: False is not offered"),
+    (dict(models=[dict(model="speech", parameters=dict(density=.1)), dict(model="music", parameters=dict(density=.2))]), "density differs between models"),
+    (dict(models=two(speech=1, nowhere=1)), "nowhere holds no model.safetensors"),
+    (dict(dtype="int8"), "'int8' cannot be stored"),
+])
+def test_recipes_that_are_refused(mine, change, says):
+    r = dict(merge_method="ties", base_model="base", models=two(speech=.5, music=.5)) | change
+    with pytest.raises((ValueError, FileNotFoundError), match=says): merge_recipe(note(mine, **r), mine/"out")
+    assert not (mine/"out").exists()
+
+def test_models_without_a_record_need_trust(mine):
+    for d in ("speech", "music"): (mine/d/"distilltv.json").unlink()
+    r = note(mine, merge_method="task_arithmetic", base_model="base", models=two(speech=.5, music=.5))
+    with pytest.raises(ValueError, match="no base_hash is recorded"): merge_recipe(r, mine/"out")
+    merge_recipe(r, mine/"out", trust=True)
+
+def test_not_yaml(mine):
+    (mine/"r.yaml").write_text("merge_method: [")
+    with pytest.raises(ValueError, match="is not YAML"): merge_recipe(mine/"r.yaml", mine/"out")
+
+def test_push_goes_where_it_is_told(mine):
+    calls = []
+    class Fake:
+        def create_repo(self, *a, **kw): calls.append((a, kw))
+        def upload_folder(self, **kw): calls.append(kw); return "done"
+    base, v = vectors(mine)
+    (base + v["speech"]).save_pretrained(mine/"u")
+    (mine/"u/notes.txt").write_text("mine")
+    assert push_to_hub(mine/"u", "me/u", api=Fake()) == "done"
+    assert calls[0] == (("me/u",), dict(private=True, exist_ok=True)) and "notes.txt" not in calls[1]["allow_patterns"]
+    with pytest.raises(ValueError, match="only a saved merge"): push_to_hub(mine/"base", "me/u", api=Fake())
+
+# --- sweep and dial
+
+def test_sweep_reads_each_input_once_and_equals_single_merges(mine, monkeypatch):
+    read, fromfile = {}, np.fromfile
+    def counting(file, *a, **kw):
+        out = fromfile(file, *a, **kw)
+        read[str(file)] = read.get(str(file), 0) + out.nbytes
+        return out
+    monkeypatch.setattr(merging.np, "fromfile", counting)
+    base, v = vectors(mine)
+    made = sweep(lambda l: base + l*v["speech"] + (1-l)*v["music"], [0, .25, 1], mine/"sweep")
+    size = sum(t.numel()*4 for t in tiny(0).state_dict().values())
+    assert set(read.values()) == {size} and len(read) == 3
+    monkeypatch.undo()
+    base, v = vectors(mine)
+    assert load_student(made[.25]).hash == (base + .25*v["speech"] + .75*v["music"]).save_pretrained(mine/"one")["weights_hash"]
+    assert load_student(made[1.]).hash == load_student(mine/"speech").hash
+
+def test_dial(mine):
+    s, m = load_student(mine/"speech"), load_student(mine/"music")
+    dial, wav = Dial(s, m), torch.randn(1, 4000)
+    before = dial.flat.data_ptr()
+    base, v = vectors(mine)
+    for lam in (0, .35, 1, -.5, .35):
+        want = (base + lam*v["speech"] + (1-lam)*v["music"]).model()
+        with torch.no_grad(): assert torch.allclose(dial(lam)(wav)[0], want(wav)[0], atol=1e-4)
+    assert weights_hash(dial(0)) == m.hash and weights_hash(dial(1)) == s.hash and dial.flat.data_ptr() == before
+    save_encoder(tiny(3), mine/"other")
+    with pytest.raises(ValueError, match="no path between them"): Dial(s, load_student(mine/"other"))
+
+def test_choosing(mine):
+    score = lambda l: dict(a=-(l-.8)**2, b=-(l-.4)**2)
+    assert choose_lam(score)[0] == .6
+    best, t = choose_lam(score, wish="worst")
+    assert best == .6 and list(t.lam[t.pareto]) == [.4, .5, .6, .7, .8]
+    with pytest.raises(ValueError, match="use mean, worst"): choose_lam(score, wish="best")
+    noise = np.random.default_rng(0)
+    found, _ = choose_by_part(lambda w: dict(a=noise.normal()*1e-3), .5, ["conv 0", "layer 1"], margin=.1)
+    assert set(found.values()) == {.5}
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=1, max_size=12))
+def test_pareto_front(points):
+    front = pareto(points)
+    assert front.any()
+    for p, on in zip(points, front): assert on != any(q[0] >= p[0] and q[1] >= p[1] and q != p for q in points)
+
+# --- rules, against formulas written another way
+
+arrays = st.integers(0, 10**6).map(lambda s: np.random.default_rng(s).normal(size=(2, 6, 7)))
+
+@settings(max_examples=25, deadline=None)
+@given(arrays, st.floats(.05, 1), st.floats(.05, .95))
+def test_ties_entry_by_entry(ts, density, lam):
+    kept = [trim(t, density) for t in ts]
+    for t, k in zip(ts, kept):
+        n = max(1, int(density*t.size))
+        assert np.count_nonzero(k) == n and np.abs(k[k != 0]).min() >= np.sort(np.abs(t), None)[-n]
+    w, got, summed = (lam, 1-lam), elect(kept, (lam, 1-lam)), vote(kept, (lam, 1-lam))
+    for i in np.ndindex(got.shape):
+        x = [k[i] for k in kept]
+        sign = np.sign(sum(a*b for a, b in zip(w, x)))
+        on = [(a, b) for a, b in zip(w, x) if b*sign > 0]
+        assert got[i] == pytest.approx(sum(a*b for a, b in on)/sum(a for a, _ in on) if on else 0)
+        assert summed[i] == pytest.approx(sum(a*b for a, b in on))
+
+def test_random_rules_keep_the_expectation():
+    t = np.random.default_rng(0).normal(size=(30, 30))
+    for f, kw in ((dare, dict(density=.4)), (magprune, dict(density=.5, epsilon=.3))):
+        draws = np.stack([f(t, rng=np.random.default_rng(i), **kw) for i in range(600)])
+        z = (draws.mean(0) - t)/(draws.std(0)/600**.5 + 1e-12)
+        assert np.abs(z).mean() < 1 and np.abs(z).max() < 5
+    with pytest.raises(ValueError, match="lower epsilon"): magprune(t, .1, .2, np.random.default_rng(0))
+
+@settings(max_examples=25, deadline=None)
+@given(arrays, st.floats(0, 1))
+def test_slerp_turns_evenly(ts, lam):
+    a, b = (t/np.linalg.norm(t) for t in ts)
+    m = slerp(a, b, lam)
+    angle = lambda x, y: np.arccos(np.clip(np.vdot(x, y), -1, 1))
+    assert np.linalg.norm(m) == pytest.approx(1) and angle(m, b) == pytest.approx(lam*angle(a, b), abs=1e-6)
+
+def test_model_stock_is_nearest_to_the_centre():
+    "On the plane through θ₀ and two vectors of one length, the point of the line θ₀–mean that is perpendicular, as in the paper's figure."
+    for cos in (.2, .5, .9):
+        a, b = np.array([1., 0]), np.array([cos, (1-cos**2)**.5])
+        np.testing.assert_allclose(model_stock([a, b]), (a+b)/2 * 2*cos/(1+cos))
+
+def test_breadcrumbs_drops_both_ends():
+    t = np.arange(1., 101)
+    k = breadcrumbs(t, .5, .1)
+    assert list(k[k != 0]) == list(range(41, 91))
+
+def test_regmean_with_a_dead_input():
+    x = np.random.default_rng(0).normal(size=(50, 4)); x[:, 2] = 0
+    a, b = np.ones((3, 4)), np.zeros((3, 4))
+    w = regmean([a, b], [x.T@x]*2, [.5, .5])
+    assert np.isfinite(w).all() and w == pytest.approx(.5*np.ones((3, 4)))
+
+# --- alignment
+
+def test_a_shuffled_model_merged_with_itself_is_itself():
+    model, rng = tiny(1), np.random.default_rng(0)
+    audio = [torch.randn(2, 8000)]
+    state = {n: t.numpy() for n, t in model.state_dict().items()}
+    orders = {(l, k): rng.permutation(96 if k == "units" else 4) for l in range(2) for k in ("units", "heads")}
+    other = tiny(2)
+    other.load_state_dict({n: torch.from_numpy(np.array(t)) for n, t in permuted(state, orders, 4).items()})
+    back = permuted(permuted(state, orders, 4), align(other, model, audio), 4)
+    assert all(np.array_equal(back[n], state[n]) for n in state)
+    m = merge_with_data(dict(a=model, b=other), dict(a=.4, b=.6), dict(a=audio, b=audio), "permute")
+    assert all(torch.allclose(t, model.state_dict()[n], atol=1e-7) for n, t in m.state_dict().items())
+    with pytest.raises(ValueError, match="use fisher, regmean or permute"): merge_with_data(dict(a=model), dict(a=1), dict(a=audio), "magic")
+
+# --- broken files
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_fuzzed_headers_are_refused_or_harmless(trio, tmp_path_factory, data):
+    whole = (trio/"speech/model.safetensors").read_bytes()
+    n = int.from_bytes(whole[:8], "little")
+    how = data.draw(st.sampled_from(["flip", "cut", "length", "offset", "shape"]))
+    broken = bytearray(whole)
+    if how == "flip": broken[(at := data.draw(st.integers(0, n+7)))] ^= data.draw(st.integers(1, 255))
+    elif how == "cut": broken = broken[:data.draw(st.integers(0, len(whole)-1))]
+    elif how == "length": broken[:8] = data.draw(st.integers(0, 2**64-1)).to_bytes(8, "little")
+    else:
+        head = json.loads(whole[8:8+n])
+        t = head[data.draw(st.sampled_from(sorted(k for k in head if k != "__metadata__")))]
+        if how == "offset": t["data_offsets"][data.draw(st.integers(0, 1))] += data.draw(st.integers(-10**7, 10**7).filter(bool))
+        else: t["shape"] = data.draw(st.lists(st.integers(0, 2**40), max_size=4).filter(lambda s: s != t["shape"]))
+        text = json.dumps(head).encode()
+        broken = len(text).to_bytes(8, "little") + text + whole[8+n:]
+    folder = tmp_path_factory.mktemp("fuzz")
+    shutil.copytree(trio/"speech", folder, dirs_exist_ok=True)
+    (folder/"model.safetensors").write_bytes(bytes(broken))
+    try: TaskVector.between(load_student(trio/"base"), load_student(folder)).norm()
+    except ValueError as e: assert str(folder) in str(e) or folder.name in str(e)
+    else: assert how == "flip" # only a byte that the format leaves free (spaces, the metadata text) may pass
