@@ -152,6 +152,16 @@ def test_command_line(tmp_path, repo):
     assert "reproduce" in cli("--help", cwd=repo).stdout and "start + lam" in cli("reproduce", "--help", cwd=repo).stdout
     wrong = cli("reproduce", "--profile", "maxi", cwd=repo)
     assert wrong.returncode == 2 and "'mini'" in wrong.stderr and "Traceback" not in wrong.stderr
+    few = cli("reproduce", "--jobs", "0", cwd=repo)
+    assert few.returncode == 2 and "--jobs 0 is too few" in few.stderr
+    none = cli("merge", "nothing.yaml", "out", cwd=repo)
+    assert none.returncode == 2 and "nothing.yaml" in none.stderr and "Traceback" not in none.stderr
+
+def test_without_notebooks_it_says_what_to_do(tmp_path):
+    "A package installed from a wheel, away from any clone."
+    code = f"import os; os.chdir({str(tmp_path)!r})\nfrom distilltv import reproduce as r\nr.root = lambda: r.Path({str(tmp_path)!r})\nr.main(['reproduce'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root_of_package())
+    assert done.returncode == 2 and "clone it and give the command inside" in done.stderr
 
 def test_checking_imports_nothing_heavy():
     code = "import sys, distilltv.reproduce; print([m for m in ('torch', 'transformers', 'pandas', 'papermill') if m in sys.modules])"
