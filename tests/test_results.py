@@ -89,7 +89,13 @@ def test_a_task_where_teachers_do_not_beat_logmel_has_no_scale(tmp_path):
     write_encoder(tmp_path, "logmel", "logmel", dict(speech=.9, music=.2))
     for t in ("speech", "music"): write_encoder(tmp_path, f"teacher-{t}", "teacher", dict(speech=.5, music=.5))
     scores, hits = R.gather(tmp_path)
-    assert set(R.scale(R.bootstrap(hits, 10), scores).index) == {"pitch", "key"}
+    d = R.bootstrap(hits, 10)
+    assert set(R.scale(d, scores).index) == {"pitch", "key"} and len(R.scale(d, scores, "random")) == 0
+    assert "above random" not in R.with_means(d, scores)
+
+def test_above_random_is_0_at_random_weights(full):
+    _, scores, _, draws = full
+    assert draws["above random", "random"].iloc[0] == pytest.approx(0) and draws["above random", "base"].iloc[0] > 0
 
 def test_a_trade_off_is_found_where_there_is_one_and_only_there(full, tmp_path):
     _, scores, _, draws = full
