@@ -288,7 +288,7 @@ def features_key(encoder, table, root) -> str: # an encoder with a `hash`; rows 
     "Hash of all that determines the features: weights, preprocessing, bounds, audio."
     return _bounds_hash(table, root, encoder.hash, encoder.hop, PREPROCESSING)
 
-# %% ../nbs/04_probe.ipynb #b2b6a210
+# %% ../nbs/04_probe.ipynb #31dd78b8
 def _cached(f, ok, make, most):
     # a file that is absent, damaged or of the wrong shape is made again
     try:
@@ -303,9 +303,11 @@ def _cached(f, ok, make, most):
     return x
 
 def _trim(folder, most):
-    files = sorted(((s.st_mtime, s.st_size, f) for f in folder.glob("*.npy") for s in [f.stat()]), reverse=True)
+    def seen(f):
+        try: return f.stat().st_mtime, f.stat().st_size, f
+        except FileNotFoundError: return 0, 0, f     # another process has just removed it
     held = 0
-    for i, (_, size, f) in enumerate(files):
+    for i, (_, size, f) in enumerate(sorted(map(seen, folder.glob("*.npy")), reverse=True)):
         held += size
         if held > most and i: f.unlink(missing_ok=True)
 
