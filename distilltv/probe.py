@@ -50,13 +50,13 @@ def phones(root):
     m = _windows(m, "speech", 4.).drop(columns=["lo", "hi"]).merge(p, on="id")
     return m[m.hi <= m.end - m.start].assign(utterance=lambda d: d.id, id=lambda d: d.id + ":" + d.lo.astype(str)).reset_index(drop=True)
 
-# %% ../nbs/04_probe.ipynb #b54d62da
+# %% ../nbs/04_probe.ipynb #2e7bb941
 def prompts(root):
     "Telephone prompts that two French and two Italian voices both speak, grouped by prompt."
     m = _table("speech", root).query("prompt != '' and lang in ('fr', 'it')")
     m = m.drop_duplicates(["lang", "voice", "prompt"]).assign(prompt=m.lang + ":" + m.prompt)
     both = m.groupby("prompt").voice.transform("nunique") == 2
-    return some_groups(_windows(m[both], "speech", 4.), "prompt", train=30, valid=30, test=100)
+    return some_groups(_windows(m[both], "speech", 4.), "prompt", train=60, valid=30, test=100)
 
 # %% ../nbs/04_probe.ipynb #edbe5268
 def syllables(root):
