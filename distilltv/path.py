@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['OBJECTIVES', 'sweep', 'Dial', 'objective', 'pareto', 'choose_lam', 'choose_by_part', 'slider']
 
-# %% ../nbs/03c_path.ipynb #85acd1c8
-import time
+# %% ../nbs/03c_path.ipynb #da5b183c
+import os, time
 from pathlib import Path
 import numpy as np
 from .merge import ByName, save_all
@@ -94,11 +94,14 @@ def choose_by_part(score,         # function: `ByName` → `{domain: validation 
             if got > best + margin: now, best = trial, got
     return now, pd.DataFrame(rows)
 
-# %% ../nbs/03c_path.ipynb #2339b308
+# %% ../nbs/03c_path.ipynb #61733ff9
+_FRONT_ENDS = "JPY_SESSION_NAME", "VSCODE_PID", "COLAB_RELEASE_TAG" # set by what a person looks at, not by papermill or nbconvert
+
 def slider(show,         # function of λ that prints or draws
            lam:float=.5, # where to begin
            low:float=0., high:float=1., step:float=.05):
-    "A slider that calls `show(λ)`; without ipywidgets, `show(lam)` once."
+    "A slider that calls `show(λ)`; where there is no browser, `show(lam)` once."
+    if not any(v in os.environ for v in _FRONT_ENDS): return show(lam)
     try: from ipywidgets import FloatSlider, interact
     except ImportError: return show(lam)
-    interact(show, lam=FloatSlider(value=lam, min=low, max=high, step=step, continuous_update=False))
+    interact(lambda lam: show(lam), lam=FloatSlider(value=lam, min=low, max=high, step=step, continuous_update=False))

@@ -5,7 +5,7 @@ import numpy as np, pytest, torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import HubertConfig, HubertModel
-from distilltv.merge import ByName, Checkpoint, Student, TaskVector, geometry, load_student, merge, part, parts
+from distilltv.merge import ByName, Checkpoint, Student, TaskVector, geometry, load_student, merge, part, parts, student_pair
 from distilltv.rules import RULES, apply_rule
 from distilltv import encoders
 
@@ -379,3 +379,31 @@ def papermill(out, home, data, *parameters):
 def test_notebook_refuses_wrong_parameters(tmp_path, name, value, says):
     r = papermill(tmp_path/"out.ipynb", tmp_path/"runs", tmp_path, "-p", name, value)
     assert r.returncode and says in r.stderr
+
+def test_notebook_uses_the_lam_it_is_given(trio, tmp_path):
+    for d in ("base", "speech", "music"): shutil.copytree(trio/d, tmp_path/"data"/(d if d == "base" else f"students/{d}"))
+    for d in ("speech", "music"):
+        f = tmp_path/f"data/students/{d}/distilltv.json"
+        f.write_text(json.dumps(json.loads(f.read_text()) | dict(corpus="both")))
+        (tmp_path/"data"/d).symlink_to(ROOT/"data/mini"/d) # audio for the probe at the end
+    r = papermill(tmp_path/"out.ipynb", tmp_path/"runs", tmp_path/"data", "-p", "lam", "0.4", "-p", "out", str(tmp_path/"made"))
+    assert not r.returncode, r.stderr[-2000:]
+    base, s, m = algebra(trio)
+    made = load_student(tmp_path/"made")
+    assert all(np.array_equal(made[n], np.asarray((base + .4*s + .6*m)[n]).astype(np.float32)) for n in made.names)
+    assert json.loads((tmp_path/"made/distilltv.json").read_text())["lam"] == .4 == json.loads((tmp_path/"made/result.json").read_text())["parameters"]["lam"]
+
+def test_which_students_are_found(trio, tmp_path, monkeypatch):
+    monkeypatch.setenv("DISTILLTV_HOME", str(tmp_path/"runs")); monkeypatch.setenv("DISTILLTV_DATA", str(tmp_path/"data"))
+    def put(top, corpus):
+        for d in ("speech", "music"):
+            shutil.copytree(trio/d, top/d)
+            (top/d/"distilltv.json").write_text(json.dumps(dict(base_hash="x", corpus=corpus)))
+    with pytest.raises(FileNotFoundError, match="no pair of mini students distilled on 'both'.*-p teacher speech"): student_pair()
+    shutil.copytree(trio/"base", tmp_path/"data/base")
+    put(tmp_path/"data/students", "both")
+    assert student_pair()["music"] == tmp_path/"data/students/music"
+    with pytest.raises(FileNotFoundError): student_pair(corpus="own") # the shipped pair is another
+    with pytest.raises(FileNotFoundError): student_pair("hub")
+    put(tmp_path/"runs/mini/students/both", "both")
+    assert student_pair()["music"] == tmp_path/"runs/mini/students/both/music" and student_pair()["base"] == tmp_path/"data/base"

@@ -264,3 +264,22 @@ def test_fuzzed_headers_are_refused_or_harmless(trio, tmp_path_factory, data):
     try: TaskVector.between(load_student(trio/"base"), load_student(folder)).norm()
     except ValueError as e: assert str(folder) in str(e) or folder.name in str(e)
     else: assert how == "flip" # only a byte that the format leaves free (spaces, the metadata text) may pass
+
+# --- the slider
+
+def test_slider_without_and_with_a_browser(monkeypatch):
+    shown = []
+    for v in ("JPY_SESSION_NAME", "VSCODE_PID", "COLAB_RELEASE_TAG"): monkeypatch.delenv(v, raising=False)
+    slider(shown.append, lam=.4)
+    assert shown == [.4]
+    monkeypatch.setenv("JPY_SESSION_NAME", "x.ipynb")
+    class Fake:
+        FloatSlider = staticmethod(lambda **kw: kw)
+        @staticmethod
+        def interact(f, lam): [f(x) for x in (lam["min"], lam["value"], lam["max"])]
+    monkeypatch.setitem(sys.modules, "ipywidgets", Fake)
+    slider(shown.append, lam=.3)
+    assert shown[1:] == [0, .3, 1]
+    monkeypatch.setitem(sys.modules, "ipywidgets", None)
+    slider(shown.append, lam=.2)
+    assert shown[-1] == .2
