@@ -39,14 +39,14 @@ class Profile:
         "Where this profile's runs are kept."
         return home()/self.name
 
-# %% ../nbs/00_runs.ipynb #a0305d76
+# %% ../nbs/00_runs.ipynb #770741a0
 def profile(name:str="mini", # `mini`, `hub` or `paper`
            ) -> Profile:
     "The profile of that name; a `ValueError` names the valid ones."
     d = data_dir()
     known = dict(
         mini=Profile("mini", str(d/"teachers/speech"), str(d/"teachers/music"), (4, 8, 12), 2, "both",
-                     steps=300, batch=6, seconds=2.56, lr=1e-3),
+                     steps=240, batch=6, seconds=2.56, lr=1e-3),
         hub=Profile("hub", "facebook/hubert-base-ls960", "m-a-p/MERT-v0-public", (4, 8, 12), 2, "both",
                     steps=20_000, batch=24, seconds=10., lr=2e-4, precision="bf16"),
         paper=Profile("paper", "facebook/hubert-base-ls960", "m-a-p/MERT-v0-public", (4, 8, 12), 2, "speech",
