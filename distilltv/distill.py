@@ -120,7 +120,7 @@ def _diverged(step, checkpoint):
     kept = f"{checkpoint} is the last good one" if checkpoint.exists() else "there is no checkpoint yet"
     return f"the loss is not finite at step {step}: look at that step's batch, or lower the learning rate; {kept}"
 
-# %% ../nbs/02_distill.ipynb #057367d4
+# %% ../nbs/02_distill.ipynb #3dc1d800
 def heard(corpus:str, teacher:str) -> str:
     "Which audio a student hears: `speech`, `music` or `both`."
     return {"speech": "speech", "both": "both", "own": "both" if teacher == "ensemble" else teacher}[corpus]
@@ -129,10 +129,10 @@ def base_of(p:Profile):
     "θ₀ of a profile: the one saved before, else copied from the speech teacher and saved."
     folder = Path(p.speech_teacher).parents[1]/"base" if p.name == "mini" else p.folder/"base"
     if not (folder/"model.safetensors").exists():
-        save_encoder(make_base(load_encoder(p.speech_teacher), p.student_layers), folder, role="base", copied_from=p.speech_teacher)
+        save_encoder(make_base(load_encoder(p.speech_teacher), p.student_layers), folder, torch.float16, role="base", copied_from=p.speech_teacher)
     return load_encoder(folder)
 
-# %% ../nbs/02_distill.ipynb #e71c5d9c
+# %% ../nbs/02_distill.ipynb #000d0f21
 def distil(p:Profile,     # teachers, budget and learning rate
            teacher:str,   # `speech`, `music` or `ensemble`
            corpus:str="", # `speech`, `own` or `both`; "" = the profile's
@@ -153,7 +153,8 @@ def distil(p:Profile,     # teachers, budget and learning rate
         run.inputs(base=origin, **{f"{n}_teacher": weights_hash(t) for n, t in teachers.items()})
         log = fit(distiller, lambda k: crop_batch(audio, k, p.batch, p.seconds, seed), folder, p, steps, seed, run.record["inputs"])
         run.metrics(**validate(distiller, p), teacher_passes=steps*len(teachers), audio_seconds=steps*p.batch*p.seconds)
-        save_encoder(student, folder, **note, base_hash=origin, licence="Apache-2.0")  # the checkpoint has done its work and goes
+        # half precision is plenty at rest; the checkpoint has done its work and goes with the folder's old content
+        save_encoder(student, folder, torch.float16, **note, base_hash=origin, licence="Apache-2.0")
         with write_atomic(folder/"log.csv") as tmp: log.to_csv(tmp, index=False)
     return folder, log
 

@@ -49,16 +49,17 @@ def weights_hash(model) -> str: # a module, or a dict of tensors
         h.update(t)
     return h.hexdigest()
 
-# %% ../nbs/01_encoders.ipynb #f3a1bcd8
+# %% ../nbs/01_encoders.ipynb #550da3c3
 def save_encoder(model:HubertModel,
                  folder,               # where to; an older version there is replaced at once, never half
                  dtype=torch.float32,  # of the stored tensors
                  **provenance          # noted in `distilltv.json`, beside hash, versions and commit
                 ) -> Path:
     "Save as a plain `transformers` model folder."
-    note = dict(provenance, weights_hash=weights_hash(model), versions=versions(), commit=commit())
+    state = {k: v.to(dtype).contiguous() for k, v in model.state_dict().items()}
+    note = dict(provenance, weights_hash=weights_hash(state), versions=versions(), commit=commit())
     with atomic_folder(folder) as tmp:
-        HubertModel.save_pretrained(model, tmp, state_dict={k: v.to(dtype).contiguous() for k, v in model.state_dict().items()})
+        HubertModel.save_pretrained(model, tmp, state_dict=state)
         Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=False).save_pretrained(tmp)
         (tmp/"distilltv.json").write_text(json.dumps(note, indent=1, default=str)+"\n")
     return Path(folder)
