@@ -191,7 +191,7 @@ def label_of(e, info): # an encoder; table of encoders
     r = info.role[e]
     return {"merged": f"λ = {info.lam[e]:.2g}", "endpoint": e.replace("-", " student, ", 1), "ensemble": "ensemble student", "base": "θ₀", "random": "random", "logmel": "log-mel", "teacher": e.replace("teacher-", "") + " teacher"}.get(r, e)
 
-# %% ../nbs/05_results.ipynb #a452a3bc
+# %% ../nbs/05_results.ipynb #66cb2df7
 def plot_tradeoff(draws, scores): # from `with_means`; from `gather`
     "Speech mean against music mean: the λ curve, with 95 % intervals, and all other encoders as marks."
     style()
@@ -203,7 +203,7 @@ def plot_tradeoff(draws, scores): # from `with_means`; from `gather`
         r, sweep = info.role[e], info.role[e] == "merged"
         ax.errorbar(s.estimate[e], m.estimate[e], xerr=[[s.estimate[e]-s.lo[e]], [s.hi[e]-s.estimate[e]]], yerr=[[m.estimate[e]-m.lo[e]], [m.hi[e]-m.estimate[e]]], fmt=MARK[r], color=COLOUR[r], ms=6 if sweep else 9,
                     elinewidth=.6, mec="white", mew=.7, ecolor=COLOUR[r] + ("50" if sweep else "90"), label="_" if sweep else label_of(e, info), fillstyle="full" if "speech" in e or r not in ("teacher", "endpoint") else "top", zorder=3)
-        if sweep and round(info.lam[e]*10) % 5 == 0: ax.annotate(label_of(e, info), (s.estimate[e], m.estimate[e]), xytext=(-6, -13), textcoords="offset points", ha="right", fontsize=9, color=COLOUR[r], zorder=4)
+        if sweep and round(info.lam[e], 2) in (.2, .5, .8): ax.annotate(label_of(e, info), (s.estimate[e], m.estimate[e]), xytext=(-6, -13), textcoords="offset points", ha="right", fontsize=9, color=COLOUR[r], zorder=4)
     for (corpus, method), d in sweeps(scores).items():
         on = [e for e in d.encoder if e in shown]
         ax.plot(s.estimate[on], m.estimate[on], color=COLOUR["merged"], lw=1.6, zorder=2, label=f"{method} merge, λ from 0 to 1")
@@ -293,8 +293,8 @@ def _teachers(draws, info, has):
         out.append(f"The {dom} teacher is {'' if not lost else 'not '}clearly above {', '.join(lost or rivals)} on the {dom} mean ({100*draws[col, own].iloc[0]:.1f} against {', '.join(f'{100*draws[col, e].iloc[0]:.1f}' for e in lost or rivals)}).")
     return out
 
-# %% ../nbs/05_results.ipynb #cfbd8c9f
-NOT_RUN = "not run: needs the paper profile's teachers and data (GPU weeks); then `distilltv reproduce --profile paper`"
+# %% ../nbs/05_results.ipynb #dc570c6c
+NOT_RUN = "not run: needs HuBERT, MERT and the paper's data sets on GPUs; their probes are not written yet"
 
 def paper_table(draws, scores, numbers=None) -> pd.DataFrame: # from `with_means`; from `gather`; CSV, default the shipped one
     "The known paper numbers with source and confidence, ours where the same comparison exists, else how to run it."
