@@ -19,6 +19,7 @@ def notebook(cell):
         c["metadata"] = {k: v for k, v in c["metadata"].items() if k == "tags" and v}
         if c["cell_type"] == "code": c["execution_count"] = None
         if c["cell_type"] == "markdown": c["source"] = relink("".join(c["source"]))
+        if c.get("outputs"): c["outputs"] = [o for o in c["outputs"] if "step/s]" not in json.dumps(o)]  # progress bars
         for o in c.get("outputs", []):
             o.pop("execution_count", None)
             if "image/png" in o.get("data", {}): o["data"]["image/png"] = smaller(o["data"]["image/png"])
