@@ -124,6 +124,8 @@ def site(tmp_path_factory):
     assert done.returncode == 0, done.stdout + done.stderr
     broken = re.findall(r"warning: (.*): (broken link .*|missing .*)", done.stdout + done.stderr)
     assert not broken, "\n".join(f"{what}, for one in {page}" for what, page in {what: page for page, what in broken}.items())
+    assert "aliases: [/index.html]" in (ROOT/"nbs/index.ipynb").read_text()    # Quarto makes the root page of it, smalldocs does not
+    (to/"_site/index.html").write_text('<meta http-equiv="refresh" content="0; url=nbs/index.html">')
     return to/"_site"
 
 def test_built_pages_are_whole(site):
