@@ -126,10 +126,11 @@ def heard(corpus:str, teacher:str) -> str:
     return {"speech": "speech", "both": "both", "own": "both" if teacher == "ensemble" else teacher}[corpus]
 
 def base_of(p:Profile):
-    "θ₀ of a profile: the one saved before, else copied from the speech teacher and saved."
+    "θ₀ of a profile: the one saved before, else copied from the teacher that `init` names, and saved."
     folder = Path(p.speech_teacher).parents[1]/"base" if p.name == "mini" else p.folder/"base"
     if not (folder/"model.safetensors").exists():
-        save_encoder(make_base(load_encoder(p.speech_teacher), p.student_layers), folder, torch.float16, role="base", copied_from=p.speech_teacher)
+        source = getattr(p, f"{p.init}_teacher")
+        save_encoder(make_base(load_encoder(source), p.student_layers), folder, torch.float16, role="base", copied_from=f"{p.init} teacher")
     return load_encoder(folder)
 
 # %% ../nbs/02_distill.ipynb #000d0f21

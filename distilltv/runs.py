@@ -21,6 +21,7 @@ class Profile:
     name:str             # `mini`, `hub` or `paper`
     speech_teacher:str   # folder or hub name of the speech teacher
     music_teacher:str    # folder or hub name of the music teacher
+    init:str             # the teacher whose first layers θ₀ copies: `speech` (as in the paper) or `music`
     layers:tuple         # teacher layers the heads predict, counted from 1 (paper: 4, 8, 12)
     student_layers:int   # transformer layers of the student
     corpus:str           # default distillation corpus: `speech`, `music`, `own` or `both`
@@ -45,11 +46,11 @@ def profile(name:str="mini", # `mini`, `hub` or `paper`
     "The profile of that name; a `ValueError` names the valid ones."
     d = data_dir()
     known = dict(
-        mini=Profile("mini", str(d/"teachers/speech"), str(d/"teachers/music"), (4, 8, 12), 2, "both",
+        mini=Profile("mini", str(d/"teachers/speech"), str(d/"teachers/music"), "music", (4, 8, 12), 2, "both",
                      steps=240, batch=6, seconds=2.56, lr=1e-3),
-        hub=Profile("hub", "facebook/hubert-base-ls960", "m-a-p/MERT-v0-public", (4, 8, 12), 2, "both",
+        hub=Profile("hub", "facebook/hubert-base-ls960", "m-a-p/MERT-v0-public", "speech", (4, 8, 12), 2, "both",
                     steps=20_000, batch=24, seconds=10., lr=2e-4, precision="bf16"),
-        paper=Profile("paper", "facebook/hubert-base-ls960", "m-a-p/MERT-v0-public", (4, 8, 12), 2, "speech",
+        paper=Profile("paper", "facebook/hubert-base-ls960", "m-a-p/MERT-v0-public", "speech", (4, 8, 12), 2, "speech",
                       steps=220_000, batch=24, seconds=15.625, lr=2e-4, precision="fp16"))
     if name not in known: raise ValueError(f"profile {name!r} is unknown; use one of {', '.join(known)}")
     return known[name]
