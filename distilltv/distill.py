@@ -65,7 +65,7 @@ def fit(module,            # `module(wav)` returns a dict of scalars, the one to
         p:Profile,         # learning rate, warm-up, clipping, weight decay, precision
         steps:int,
         seed:int=0,
-        inputs:dict={},    # hashes of what goes in: a checkpoint made from other inputs is refused
+        inputs:dict={},    # what goes in, such as hashes: a checkpoint made from other inputs is refused
         save_every:int=50, # steps between checkpoints
         log_every:int=10,
        ) -> pd.DataFrame: # the log: a row per logged step
@@ -152,7 +152,7 @@ def distil(p:Profile,     # teachers, budget and learning rate
     note = dict(role="student", teacher=teacher, corpus=corpus, steps=steps, seed=seed, profile=p.name)
     with Run(folder, **note) as run:
         run.inputs(base=origin, **{f"{n}_teacher": weights_hash(t) for n, t in teachers.items()})
-        log = fit(distiller, lambda k: crop_batch(audio, k, p.batch, p.seconds, seed), folder, p, steps, seed, run.record["inputs"])
+        log = fit(distiller, lambda k: crop_batch(audio, k, p.batch, p.seconds, seed), folder, p, steps, seed, run.record["inputs"] | dict(corpus=corpus))
         run.metrics(**validate(distiller, p), teacher_passes=steps*len(teachers), audio_seconds=steps*p.batch*p.seconds)
         # half precision is plenty at rest; the checkpoint has done its work and goes with the folder's old content
         save_encoder(student, folder, torch.float16, **note, base_hash=origin, licence="Apache-2.0")

@@ -19,8 +19,8 @@ import numpy as np, pandas as pd, torch, torchaudio
 import torch.nn.functional as F
 from sklearn.metrics import accuracy_score
 from .runs import Run, data_dir, file_hash, home, profile as get_profile, write_atomic
-from .corpora import normalise, segment_audio
-from .encoders import hidden_states, random_student, weights_hash
+from .corpora import SAMPLE_RATE, normalise, segment_audio
+from .encoders import HOP, WINDOW, hidden_states, random_student, weights_hash
 
 # %% ../nbs/04_probe.ipynb #c9787108
 def some_groups(df:pd.DataFrame, # rows with columns `split` and `by`
@@ -37,8 +37,8 @@ def _table(corpus, root): return pd.read_csv(Path(root)/corpus/"metadata.csv", d
 
 def _windows(df, corpus, seconds=None):
     # crop to `seconds` and to whole frames, so that equal frame counts mean equal lengths and no batch needs padding
-    length = (df.end - df.start).clip(upper=int(16000*seconds) if seconds else None)
-    length = (length.clip(lower=400) - 400)//320*320 + 400
+    length = (df.end - df.start).clip(upper=int(SAMPLE_RATE*seconds) if seconds else None)
+    length = (length.clip(lower=WINDOW) - WINDOW)//HOP*HOP + WINDOW
     return df.assign(file=corpus + "/" + df.file, end=df.start + length, lo=0, hi=length)
 
 # %% ../nbs/04_probe.ipynb #c211c566
@@ -188,21 +188,26 @@ def check_leakage(task:str, root=None, # a key of `TASKS`; the corpora's folder
 # %% ../nbs/04_probe.ipynb #f3432492
 class LogMel:
     "Log-mel filterbank energies as an encoder of one layer: 25 ms windows every 20 ms."
-    sample_rate, hop, depth = 16000, 320, 1
+    sample_rate, hop, depth = SAMPLE_RATE, HOP, 1
     def __init__(self, dim:int=80): # mel bands
         self.dim, self.hash = dim, f"logmel-{dim}"
-        self.mel = torchaudio.transforms.MelSpectrogram(16000, n_fft=400, win_length=400, hop_length=320, n_mels=dim, center=False)
+        self.mel = torchaudio.transforms.MelSpectrogram(SAMPLE_RATE, n_fft=WINDOW, hop_length=HOP, n_mels=dim, center=False)
     def __call__(self, wav): return (self.mel(wav) + 1e-4).log().transpose(1, 2)[None]
 
 class Transformer:
     "A `transformers` audio model as an encoder: all hidden states, from the first layer's input to the last output."
     def __init__(self, model,             # for example a `HubertModel`
-                 sample_rate:int=16000):  # what the model was trained on
+                 sample_rate:int=SAMPLE_RATE):  # what the model was trained on
         self.model, self.sample_rate = model.eval(), sample_rate
         c = model.config
         self.hop, self.dim, self.depth = int(np.prod(c.conv_stride)), c.hidden_size, c.num_hidden_layers + 1
-        self.hash = weights_hash(model)
+        self.hash, self.setup = weights_hash(model), _setup(c)
     def __call__(self, wav): return hidden_states(self.model, wav)
+
+def _setup(config):
+    # weights alone do not say what a model computes: the same ones with norms before or after the sums are two encoders
+    passing = {"_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype"}
+    return json.dumps({k: v for k, v in config.to_dict().items() if k not in passing}, sort_keys=True, default=str)
 
 # %% ../nbs/04_probe.ipynb #8984fd43
 def check_encoder(encoder):
@@ -285,8 +290,8 @@ def _bounds_hash(table, root, *more):
 def _partners(table): return pd.DataFrame(dict(file=table.with_file, start=table.with_start, end=table.with_start + table.end - table.start, lo=0, hi=0))
 
 def features_key(encoder, table, root) -> str: # an encoder with a `hash`; rows with file, start, end, lo, hi; folder of the corpora
-    "Hash of all that determines the features: weights, preprocessing, bounds, audio."
-    return _bounds_hash(table, root, encoder.hash, encoder.hop, PREPROCESSING)
+    "Hash of all that determines the features: weights, configuration, preprocessing, bounds, audio."
+    return _bounds_hash(table, root, encoder.hash, getattr(encoder, "setup", ""), encoder.hop, PREPROCESSING)
 
 # %% ../nbs/04_probe.ipynb #31dd78b8
 def _cached(f, ok, make, most):
@@ -338,10 +343,10 @@ def windows(table, root, most:float=4e9) -> tuple: # rows with file, start, end;
 # %% ../nbs/04_probe.ipynb #b7405425
 def pool(frames:torch.Tensor, # hidden states [layers, frames, dim] of one window
          lo, hi,              # bounds in samples of the items in it, arrays [items]
-         hop:int=320          # samples between frames
+         hop:int=HOP          # samples between frames
         ) -> torch.Tensor:    # [layers, items, dim]
     "Mean over the frames whose centre lies in [lo, hi); the nearest frame where there is none."
-    centre = torch.arange(frames.shape[1])*hop + 200
+    centre = torch.arange(frames.shape[1])*hop + WINDOW//2
     lo, hi = (torch.as_tensor(np.asarray(b)).double()[:, None] for b in (lo, hi))
     inside = (centre >= lo) & (centre < hi)
     nearest = F.one_hot((centre - (lo+hi)/2).abs().argmin(1), frames.shape[1]).bool()
@@ -357,7 +362,7 @@ def extract(encoder, table, root,  # rows with file, start, end, lo, hi; folder 
     w, audio = windows(table, root)
     w["at"], out = (w.end - w.start).cumsum() - (w.end - w.start), None
     for length, same in w.groupby(w.end - w.start):
-        step = max(1, int(seconds*16000/length))
+        step = max(1, int(seconds*SAMPLE_RATE/length))
         for i in range(0, len(same), step):
             some = same.iloc[i:i+step]
             hidden = encoder(normalise(torch.as_tensor(np.stack([audio[a:a+length] for a in some["at"]])).float()/32768))

@@ -104,6 +104,13 @@ def test_same_weights_in_another_class_of_name_share_a_key():
     class Renamed(P.Transformer): pass
     assert P.Transformer(hubert()).hash == Renamed(hubert()).hash
 
+def test_same_weights_in_another_configuration_have_a_key_of_their_own(corpus):
+    usual, table = hubert(), P.segment_table("notes", str(corpus))
+    other = HubertModel(HubertConfig(**usual.config.to_dict() | dict(hidden_act="relu")))
+    other.load_state_dict(usual.state_dict())
+    a, b = P.Transformer(usual), P.Transformer(other)
+    assert a.hash == b.hash and P.features_key(a, table, corpus) != P.features_key(b, table, corpus)
+
 def test_cache_is_bounded(runs, corpus):
     for s in range(3): P.features(P.Transformer(hubert(s)), "notes", corpus, most=2e6)
     size = lambda: sum(f.stat().st_size for f in (runs/"cache").glob("*.npy"))
