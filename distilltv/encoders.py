@@ -39,30 +39,32 @@ def receptive(config:PreTrainedConfig # of an encoder; its `conv_kernel` and `co
         hop *= stride
     return hop, window
 
-# %% ../nbs/01_encoders.ipynb #40755f50
+# %% ../nbs/01_encoders.ipynb #ba0f1f63
 _FAMILIES = {"hubert": HubertModel, "mert_model": HubertModel, "music_hubert": HubertModel, "wavlm": WavLMModel,
              "wav2vec2": Wav2Vec2Model, "data2vec-audio": Data2VecAudioModel}
-_MERT = ("mert_model", "music_hubert")
 _CHANGES = ("feature_extractor_cqt", "deepnorm")  # switches of MERT
 # what published MERT configurations hold beside HuBERT's keys; none of it has a part in a forward pass
 _HARMLESS = re.compile(r"mask_.*|.*dropout.*|attention_relax|feature_extractor_cqt_bins|sample_rate|gradient_checkpointing"
                        r"|tokenizer_class|auto_map|_name_or_path|(torch_)?dtype|transformers_version")
+
+def _refuse_strangers(path, raw, known):
+    "A `ValueError` that names what would not be computed as its authors meant it."
+    kind, on = raw.get("model_type"), [k for k in _CHANGES if raw.get(k)]
+    if on: raise ValueError(f"{path}: config.json switches on {' and '.join(on)}, which no class here computes; use a checkpoint without")
+    unknown = sorted(k for k in raw if k not in {*known, *_CHANGES} and not _HARMLESS.fullmatch(k))
+    if unknown and kind in ("mert_model", "music_hubert"):
+        raise ValueError(f"{path}: config.json holds {', '.join(unknown)}, which no MERT we know has; "
+                         "if it matters in training only, delete it from a local copy")
 
 def _config(path, layers):
     "The class of a model folder, its configuration with that many layers, and `config.json` as it stands."
     try: raw, _ = PreTrainedConfig.get_config_dict(path)
     except OSError as e:
         raise ValueError(f"{path} is not a model folder or hub name that can be opened ({_first_line(e)}); check it, or run the notebook that makes it") from e
-    kind, depth = raw.get("model_type"), raw.get("num_hidden_layers", 12)
-    if kind not in _FAMILIES: raise ValueError(f"{path} holds a model of type {kind!r}; an encoder is one of {', '.join(_FAMILIES)}")
-    if on := [k for k in _CHANGES if raw.get(k)]:
-        raise ValueError(f"{path}: config.json switches on {' and '.join(on)}, which no class here computes; use a checkpoint without")
-    cls = _FAMILIES[kind]
+    cls, depth = _FAMILIES.get(raw.get("model_type")), raw.get("num_hidden_layers", 12)
+    if not cls: raise ValueError(f"{path} holds a model of type {raw.get('model_type')!r}; an encoder is one of {', '.join(_FAMILIES)}")
     known = cls.config_class().to_dict()
-    unknown = sorted(k for k in raw if k not in {*known, *_CHANGES} and not _HARMLESS.fullmatch(k))
-    if kind in _MERT and unknown:
-        raise ValueError(f"{path}: config.json holds {', '.join(unknown)}, which no MERT we know has; "
-                         "if it matters in training only, delete it from a local copy")
+    _refuse_strangers(path, raw, known)
     if not 0 <= layers <= depth: raise ValueError(f"layers = {layers}, but {path} has {depth} layers; ask for at most these, or 0 for all")
     said = {k: v for k, v in raw.items() if k in known and k not in ("model_type", "architectures")}
     return cls, cls.config_class(**said | dict(num_hidden_layers=layers or depth)), raw
