@@ -108,7 +108,8 @@ def test_random_students_do_not_touch_the_global_generator(teacher):
 SMALL = dict(hidden_size=48, num_hidden_layers=4, num_attention_heads=4, intermediate_size=96, conv_dim=[16]*7,
              num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=4)
 LARGE = SMALL | dict(do_stable_layer_norm=True, feat_extract_norm="layer", conv_bias=True)
-PUBLISHED = dict(hubert_base=(HubertModel, HubertConfig(**SMALL)), hubert_large=(HubertModel, HubertConfig(**LARGE)),
+MINI = LARGE | dict(conv_dim=[16]*2, conv_kernel=[400, 1], conv_stride=[320, 1])
+PUBLISHED = dict(mini=(HubertModel, HubertConfig(**MINI)), hubert_base=(HubertModel, HubertConfig(**SMALL)), hubert_large=(HubertModel, HubertConfig(**LARGE)),
                  hubert_ctc=(HubertForCTC, HubertConfig(**SMALL)), wavlm_base=(WavLMModel, WavLMConfig(**SMALL)),
                  wavlm_large=(WavLMModel, WavLMConfig(**LARGE)), data2vec=(Data2VecAudioForCTC, Data2VecAudioConfig(**SMALL)),
                  wav2vec2=(Wav2Vec2ForPreTraining, Wav2Vec2Config(**SMALL, codevector_dim=16, proj_codevector_dim=16, num_codevectors_per_group=8)))
