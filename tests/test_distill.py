@@ -1,7 +1,8 @@
 "Distillation: objectives against numpy, gradients that reach the student only, and runs of one and two processes killed with SIGKILL."
-import errno, os, signal, socket, subprocess, sys
+import errno, io, json, os, signal, socket, subprocess, sys
 from dataclasses import replace
-import numpy as np, pandas as pd, pytest, torch
+import numpy as np, pandas as pd, pytest, soundfile as sf, torch
+from datasets import Audio, Dataset
 from transformers import HubertConfig, HubertModel
 from distilltv import distill, runs
 from distilltv.distill import Distiller, cl_loss, distil, fit, frame_clock, heard, kd_loss, lr_at, match_frames
@@ -239,54 +240,70 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
 
 # --- killed, and in two processes
 
-CHILD = """
-import os, signal, sys
+SERVER = """
+import json, multiprocessing, os, random, signal, sys
 sys.path.insert(0, {tests!r})
 from test_distill import *
 from distilltv.scale import Crops
-torch.set_num_threads(1)
 
 class Deadly(Crops):
+    "Crops that end their process at a step."
+    kill_at = -1
     def items(self, step, part):
-        if step == kill_at and self.rank == 0: os.kill(os.getpid(), signal.SIGKILL)
+        if step == self.kill_at: os.kill(os.getpid(), signal.SIGKILL)
         return super().items(step, part)
 
-def run(folder, audio, p=P, **kw):
-    d = distiller(**kw)
-    crops = Deadly([audio], p.batch, p.seconds)
-    crops.rank = int(os.environ.get("RANK", 0))
-    log = fit(d, crops, folder, p, steps=7, save_every=2, log_every=1)
-    torch.save(d.state_dict(), f"{{folder}}/weights-{{crops.rank}}.pt")
-    print(weights_hash(d), len(log), len(crops.quarantine))
+def train(rank, world, port, job):
+    if world > 1: os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    for seed in (random.seed, np.random.seed, torch.manual_seed): seed(os.getpid())    # as in a new process: nothing may depend on it
+    p = replace(P, batch=4)
+    crops = Deadly([job["audio"]], p.batch, p.seconds)
+    if rank == 0: crops.kill_at = job["kill_at"]
+    d = distiller(loss=job["loss"], **STILL if job["still"] else {{}})
+    log = fit(d, crops, job["folder"], p, steps=7, save_every=2, log_every=1)
+    torch.save(d.state_dict(), f"{{job['folder']}}/weights-{{rank}}.pt")
 
-folder, kill_at, stream = sys.argv[1], int(sys.argv[2]), sys.argv[3]
-run(folder, stream)
-if kill_at == -2:
-    for loss in ("kd", "cl"): run(f"{{folder}}-{{loss}}", "speech", replace(P, batch=4), loss=loss, **STILL)
+torch.set_num_threads(1)
+fork = multiprocessing.get_context("fork")
+for line in sys.stdin:
+    job, port = json.loads(line), free_port()
+    workers = [fork.Process(target=train, args=(r, job["world"], port, job)) for r in range(job["world"])]
+    for w in workers: w.start()
+    workers[0].join()
+    if workers[0].exitcode: [w.kill() for w in workers]    # the machine is gone, not one process
+    for w in workers: w.join()
+    print(workers[0].exitcode, flush=True)
 """
 
-def processes(world, *args):
-    "Exit codes and last lines of that many processes that train together."
-    with socket.socket() as s: s.bind(("127.0.0.1", 0)); port = s.getsockname()[1]
-    env = lambda r: dict(os.environ, OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true", HF_HUB_OFFLINE="1", **(dict(
-        RANK=str(r), LOCAL_RANK=str(r), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)) if world > 1 else {}))
-    code = CHILD.format(tests=os.path.dirname(__file__))
-    started = [subprocess.Popen([sys.executable, "-c", code, *map(str, args)], env=env(r), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for r in range(world)]
-    first = started[0].communicate(timeout=300)
-    if started[0].returncode < 0: [p.kill() for p in started[1:]]    # the machine is gone, not one process
-    outs = [first] + [p.communicate(timeout=300) for p in started[1:]]
-    assert started[0].returncode in (0, -signal.SIGKILL), outs[0][1][-3000:]
-    return started[0].returncode, [o[0].strip() for o in outs]
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+@pytest.fixture(scope="module")
+def train(tmp_path_factory):
+    "Train in new processes, forked from one that has imported everything and done nothing: exit code, and the weights by process."
+    env = dict(os.environ, OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true", HF_HUB_OFFLINE="1")
+    server = subprocess.Popen([sys.executable, "-c", SERVER.format(tests=os.path.dirname(__file__))], env=env, stdin=subprocess.PIPE,
+                              stdout=subprocess.PIPE, stderr=open(tmp_path_factory.mktemp("server")/"stderr", "w+"), text=True)
+    def train(folder, audio, world, kill_at=-1, loss="kd", still=False):
+        server.stdin.write(json.dumps(dict(folder=str(folder), audio=str(audio), world=world, kill_at=int(kill_at), loss=loss, still=still))+"\n")
+        server.stdin.flush()
+        code = int(server.stdout.readline())
+        return code, [torch.load(folder/f"weights-{r}.pt", weights_only=True) for r in range(world)] if code == 0 else None
+    yield train
+    server.stdin.close()
+    server.wait(60)
+
+def noise(i): return np.random.default_rng(i).normal(0, .1, 6000)
 
 @pytest.fixture(scope="module")
 def stream(tmp_path_factory):
     "Two Parquet shards of short noises, one of them broken."
-    import io, soundfile as sf
-    from datasets import Audio, Dataset
     folder = tmp_path_factory.mktemp("stream")
     def wav(i):
         f = io.BytesIO()
-        sf.write(f, np.random.default_rng(i).normal(0, .1, 6000), 16_000, format="WAV")
+        sf.write(f, noise(i), 16_000, format="WAV")
         return f.getvalue() if i != 3 else f.getvalue()[:1000]
     for s in range(2):
         audio = [dict(path=f"{i}.wav", bytes=wav(i)) for i in range(8*s, 8*s+8)]
@@ -294,25 +311,20 @@ def stream(tmp_path_factory):
     return f"stream:{folder}"
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_killed_with_sigkill_it_ends_with_the_same_weights(tmp_path, stream, world):
-    assert processes(world, tmp_path/"killed", np.random.default_rng().integers(2, 7), stream)[0] == -signal.SIGKILL
-    killed = processes(world, tmp_path/"killed", -1, stream)
-    whole = processes(world, tmp_path/"whole", -2 if world == 2 else -1, stream)
-    assert killed == (0, [w.split("\n")[0] for w in whole[1]]) and len({w.split()[0] for w in killed[1]}) == 1
-    assert "3.wav" in (tmp_path/"killed/quarantine.csv").read_text()
-    assert (tmp_path/"killed/quarantine.csv").read_text() == (tmp_path/"whole/quarantine.csv").read_text()
-    if world == 2: two_processes_train_what_one_trains(tmp_path)
+def test_killed_with_sigkill_it_ends_with_the_same_weights(tmp_path, train, stream, world):
+    assert train(tmp_path/"killed", stream, world, kill_at=np.random.default_rng().integers(2, 7))[0] == -signal.SIGKILL
+    (_, killed), (_, whole) = (train(tmp_path/d, stream, world) for d in ("killed", "whole"))
+    assert len({weights_hash(w) for w in killed + whole}) == 1
+    listed = [(tmp_path/d/"quarantine.csv").read_text() for d in ("killed", "whole")]
+    assert listed[0] == listed[1] and "3.wav" in listed[0]
 
-def two_processes_train_what_one_trains(tmp_path):
-    "At the same global batch, for both losses; and each has the same weights."
-    from distilltv.scale import Crops
-    for loss in ("kd", "cl"):
-        one = distiller(loss=loss, **STILL)
-        start = {k: v.clone() for k, v in one.state_dict().items()}
-        p = replace(P, batch=4)
-        fit(one, Crops(["speech"], p.batch, p.seconds), tmp_path/f"one-{loss}", p, steps=7)
-        two = [torch.load(tmp_path/f"whole-{loss}/weights-{r}.pt", weights_only=True) for r in range(2)]
-        assert weights_hash(two[0]) == weights_hash(two[1])
-        flat = lambda s: torch.cat([v.flatten() for v in s.values()])
-        moved, apart = (flat(one.state_dict())-flat(start)).norm(), (flat(one.state_dict())-flat(two[0])).norm()
-        assert apart < 1e-3*moved, (loss, float(apart), float(moved))
+@pytest.mark.parametrize("loss", ["kd", "cl"])
+def test_two_processes_train_what_one_trains(tmp_path, train, loss):
+    "At the same global batch; each of the two hears half of it."
+    (tmp_path/"audio").mkdir()
+    for i in range(8): sf.write(tmp_path/f"audio/{i}.wav", noise(i), 16_000)
+    (_, one), (_, two) = (train(tmp_path/str(n), tmp_path/"audio", n, loss=loss, still=True) for n in (1, 2))
+    flat = lambda s: torch.cat([v.flatten() for v in s.values()])
+    start = flat(distiller(loss=loss, **STILL).state_dict())
+    moved, apart = (flat(one[0])-start).norm(), (flat(one[0])-flat(two[0])).norm()
+    assert weights_hash(two[0]) == weights_hash(two[1]) and apart < 1e-3*moved, (float(apart), float(moved))
