@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['LOSSES', 'kd_loss', 'cl_loss', 'frame_clock', 'match_frames', 'Distiller', 'lr_at', 'fit', 'heard', 'base_of',
-           'distil', 'crops_of', 'validation_crops', 'validate']
+           'distil', 'crops_of', 'validation_crops', 'validate', 'main']
 
 # %% ../nbs/02_distill.ipynb #bf474f44
-import importlib.util, math, sys
+import argparse, importlib.util, math, sys
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 import pandas as pd, torch, torchaudio
 from accelerate import Accelerator, PartialState
@@ -352,3 +353,27 @@ def validate(distiller,
     device = next(distiller.parameters()).device
     loss = lambda crops, k: float(distiller(crops(k).to(device))["loss"])
     return {f"valid_{d}": sum(loss(crops, k) for k in range(batches))/batches for d, crops in held_out.items()}
+
+# %% ../nbs/02_distill.ipynb #902f94c7
+def main(args=None) -> None:
+    "Distil one student from the command line: `python -m distilltv.distill --profile mini --teacher music`."
+    a = argparse.ArgumentParser(prog="distilltv.distill", description=main.__doc__)
+    a.add_argument("--profile", default="mini", help="mini, hub or paper")
+    a.add_argument("--teacher", default="speech", choices=("speech", "music", "ensemble", "average"))
+    a.add_argument("--corpus", default="", choices=("", "speech", "own", "both"), help="which audio it hears; empty: the profile's")
+    for n, says in dict(steps="optimiser steps; 0: the profile's", seed="of dropout and data order").items(): a.add_argument(f"--{n}", type=int, default=0, help=says)
+    a.add_argument("--out", default="", help="folder of the student")
+    a.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="values of the profile to replace, such as loss=cl")
+    o = a.parse_args(args)
+    folder, _ = distil(_with(get_profile(o.profile), o.set), o.teacher, o.corpus, o.steps, o.seed, o.out)
+    if PartialState().is_main_process: print(folder)
+
+def _with(p, settings):
+    "The profile with `name=value` replaced, each value of its field's type."
+    for name, value in (s.split("=", 1) for s in settings):
+        kind = type(getattr(p, name, None))
+        if kind not in (int, float, str): raise SystemExit(f"--set {name}={value}: {name} is no setting; use one of {', '.join(k for k, v in vars(p).items() if type(v) in (int, float, str))}")
+        p = replace(p, **{name: kind(value)})
+    return p
+
+if __name__ == "__main__" and "__file__" in globals(): main()

@@ -238,6 +238,13 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
     with pytest.raises(ValueError, match="belongs to a run with"): fit(distiller(), batch_at, tmp_path, P, steps=4)
     with pytest.raises(ValueError, match="belongs to a run with"): fit(distiller(), batch_at, tmp_path, P, steps=2, inputs=dict(base="other"))
 
+def test_the_command_takes_the_notebooks_parameters(monkeypatch, capsys):
+    seen = []
+    monkeypatch.setattr(distill, "distil", lambda *a: seen.append(a) or ("folder", None))
+    distill.main("--profile mini --teacher average --corpus own --steps 3 --seed 1 --out here --set loss=cl accumulate=2".split())
+    assert seen == [(replace(profile("mini"), loss="cl", accumulate=2), "average", "own", 3, 1, "here")] and capsys.readouterr().out == "folder\n"
+    with pytest.raises(SystemExit, match="los is no setting; use one of name, .*loss"): distill.main(["--set", "los=cl"])
+
 # --- killed, and in two processes
 
 SERVER = """
