@@ -123,7 +123,7 @@ def _split_of(relative):
 def _scan(folder):
     "A row per readable audio file under `folder`, and the others with the reason; headers are read once per state of the folder."
     files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in AUDIO_SUFFIXES)
-    stamps = [(str(f.absolute()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    stamps = [_stamp(f) for f in files]
     kept = home()/"cache/scan"/f"{hashlib.sha256(json.dumps(stamps).encode()).hexdigest()[:32]}.json"
     if kept.is_file(): headers = json.loads(kept.read_text())
     else:
@@ -133,6 +133,11 @@ def _scan(folder):
                  split=_split_of(f.relative_to(folder)), end=h, source=folder.name) for f, h in zip(files, headers) if isinstance(h, int)]
     if not rows: raise ValueError(f"{folder} holds no readable audio file ({', '.join(AUDIO_SUFFIXES)})")
     return rows, {str(f): h for f, h in zip(files, headers) if isinstance(h, str)}
+
+def _stamp(path):
+    "What tells that a file has changed; a link to nowhere has no size."
+    try: return str(path.absolute()), path.stat().st_size, path.stat().st_mtime_ns
+    except OSError: return str(path.absolute()), -1, 0
 
 def _header(path):
     "Samples at 16 kHz that the file has, or why it cannot be used."

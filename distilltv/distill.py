@@ -69,10 +69,12 @@ def cl_loss(predicted:torch.Tensor, # [layers, batch, frames, dim] from the stud
 
 LOSSES = dict(kd=kd_loss, cl=cl_loss)
 
-# %% ../nbs/02_distill.ipynb #e88f44f4
-def frame_clock(config) -> tuple: # seconds between frames, and seconds from the waveform's start to the first frame's centre
-    "When an encoder's frames are, from its convolutions and `sample_rate` (16 kHz if its configuration has none)."
-    rate, hop, window = getattr(config, "sample_rate", SAMPLE_RATE), 1, 1
+# %% ../nbs/02_distill.ipynb #e712dd6e
+def frame_clock(config,               # of a HuBERT-like encoder
+                rate:int=SAMPLE_RATE  # samples a second that it hears
+               ) -> tuple: # seconds between frames, and seconds from the waveform's start to the first frame's centre
+    "When an encoder's frames are, from its convolutions."
+    hop, window = 1, 1
     for kernel, stride in zip(config.conv_kernel, config.conv_stride):
         window += (kernel-1)*hop
         hop *= stride
@@ -112,19 +114,21 @@ class Distiller(nn.Module):
         for t in self._teachers.values(): t._apply(fn)  # they follow to the GPU
         return super()._apply(fn, *args)
     def targets(self, teacher, wav): # [layers, batch, frames, dim], at the teacher's own frames
-        rate = getattr(teacher.config, "sample_rate", SAMPLE_RATE)
+        rate = _rate(teacher)
         if rate != SAMPLE_RATE: wav = normalise(torchaudio.functional.resample(wav, SAMPLE_RATE, rate))
         with torch.no_grad(): h = teacher(wav, output_hidden_states=True).hidden_states
         return torch.stack([h[l] for l in self.layers])
     def forward(self, wav): # [batch, samples] at 16 kHz, normalised
         h, clock = self.student(wav).last_hidden_state, frame_clock(self.student.config)
-        targets = {n: match_frames(self.targets(t, wav), frame_clock(t.config), clock, h.shape[1]) for n, t in self._teachers.items()}
+        targets = {n: match_frames(self.targets(t, wav), frame_clock(t.config, _rate(t)), clock, h.shape[1]) for n, t in self._teachers.items()}
         if self.average: targets = {"average": torch.stack(_shortest(targets.values())).mean(0)}
         parts = {n: self.loss(self.heads[n](h[:, :t.shape[2]]).float(), t.float()) for n, t in targets.items()}
         named = {f"{n}_{l}": v.detach() for n, p in parts.items() for l, v in zip(self.layers, p)}
         return dict(loss=sum(p.mean() for p in parts.values()), **named)
 
-# %% ../nbs/02_distill.ipynb #b1ef664c
+# %% ../nbs/02_distill.ipynb #4ed4e67f
+def _rate(teacher): return getattr(teacher, "sample_rate", SAMPLE_RATE)  # `load_encoder` notes it; a student always hears 16 kHz
+
 def _shortest(targets):
     frames = min(t.shape[2] for t in targets)
     return [t[:, :, :frames] for t in targets]

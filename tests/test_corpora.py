@@ -307,6 +307,8 @@ def test_headers_of_a_folder_are_read_once(tmp_path, monkeypatch):
     (folder/"1.flac").touch()
     cut(folder/"0.flac", 0)
     assert "0 bytes" in corpora._rows(str(folder), None)[1][str(folder/"0.flac")]
+    (folder/"gone.wav").symlink_to(tmp_path/"nowhere.wav")
+    assert "not a file" in corpora._rows(str(folder), None)[1][str(folder/"gone.wav")]
 
 @pytest.fixture(scope="module")
 def parquet(tmp_path_factory):
