@@ -8,7 +8,7 @@ __all__ = ['Profile', 'profile', 'root', 'home', 'data_dir', 'Number', 'Integer'
            'use_threads']
 
 # %% ../nbs/00_runs.ipynb #42d82b39
-import ast, hashlib, json, os, platform, resource, shutil, subprocess, sys, time
+import ast, errno, hashlib, json, os, platform, resource, shutil, subprocess, sys, time
 from contextlib import contextmanager
 from dataclasses import dataclass, asdict
 from importlib import metadata
@@ -34,6 +34,14 @@ class Profile:
     weight_decay:float = .01
     precision:str = "no" # accelerate's mixed precision: `no`, `bf16` or `fp16`
     seed:int = 0
+    loss:str = "kd"              # objective: `kd` (L1 and cosine) or `cl` (correlation and cosine)
+    accumulate:int = 1           # pieces that a process cuts its share of a batch into
+    validate_every:int = 0       # steps between validations, which choose `best.pt`; 0: only at the end
+    attention:str = "sdpa"       # attention kernel: `eager`, `sdpa` or `flash_attention_2` (needs that package and a GPU)
+    compile:str = ""             # `torch.compile` backend, such as `inductor`; "": not compiled
+    log_with:str = ""            # `tensorboard` or `trackio` beside the local log; "": neither
+    speech_audio:str = "speech"  # the mini corpus, a folder of audio, or `stream:NAME:CONFIG:SPLIT` of the hub
+    music_audio:str = "music"    # likewise
 
     @property
     def folder(self) -> Path:
@@ -45,13 +53,14 @@ def profile(name:str="mini", # `mini`, `hub` or `paper`
            ) -> Profile:
     "The profile of that name; a `ValueError` names the valid ones."
     d = data_dir()
+    yours = dict(speech_audio=os.environ.get("DISTILLTV_SPEECH", ""), music_audio=os.environ.get("DISTILLTV_MUSIC", ""))
     known = dict(
         mini=Profile("mini", str(d/"teachers/speech"), str(d/"teachers/music"), "music", (4, 8, 12), 2, "both",
                      steps=240, batch=6, seconds=2.56, lr=1e-3),
         hub=Profile("hub", "facebook/hubert-base-ls960", "m-a-p/MERT-v0-public", "speech", (4, 8, 12), 2, "both",
-                    steps=20_000, batch=24, seconds=10., lr=2e-4, precision="bf16"),
+                    steps=20_000, batch=24, seconds=10., lr=2e-4, precision="bf16", validate_every=1000, **yours),
         paper=Profile("paper", "facebook/hubert-base-ls960", "m-a-p/MERT-v0-public", "speech", (4, 8, 12), 2, "speech",
-                      steps=220_000, batch=24, seconds=15.625, lr=2e-4, precision="fp16"))
+                      steps=220_000, batch=24, seconds=15.625, lr=2e-4, precision="fp16", validate_every=5000, **yours))
     if name not in known: raise ValueError(f"profile {name!r} is unknown; use one of {', '.join(known)}")
     return known[name]
 
@@ -130,7 +139,15 @@ def write_atomic(path): # the file to write
         yield tmp
         with open(tmp, "rb") as f: os.fsync(f.fileno())
         os.replace(tmp, path)
+    except Exception as e: raise _full(e, path)
     finally: tmp.unlink(missing_ok=True)
+
+def _full(error, path):
+    "The error, or if the disk is full, one that says so of `path` (libraries that write have their own words for it)."
+    full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error) or "os error 28" in str(error)
+    full = full or "inline_container" in str(error) or shutil.disk_usage(path.parent).free < 2**20
+    if not full: return error
+    return OSError(errno.ENOSPC, f"no space left to write {path}: free some and start again; what was there before is untouched")
 
 @contextmanager
 def atomic_folder(path): # the folder to write
@@ -146,6 +163,7 @@ def atomic_folder(path): # the folder to write
             with open(f, "rb") as h: os.fsync(h.fileno())
         if path.exists(): os.replace(path, old)
         os.replace(tmp, path)
+    except Exception as e: raise _full(e, path)
     finally:
         for d in (tmp, old): shutil.rmtree(d, ignore_errors=True)
 
@@ -199,7 +217,7 @@ class Run:
         self.began = time.perf_counter()
         return self
     def __exit__(self, kind, *_):
-        if kind is None: write_json(self.folder/"result.json", dict(
+        if kind is None and os.environ.get("RANK", "0") == "0": write_json(self.folder/"result.json", dict(
             **self.record, versions=versions(), commit=commit(), machine=f"{platform.machine()}, {os.cpu_count()} cores",
             seconds=round(time.perf_counter()-self.began, 2), peak_memory_mb=round(peak_memory(), 1)))
 

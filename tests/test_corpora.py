@@ -1,10 +1,12 @@
 """The shipped corpora keep their promises, and bad audio is refused by name."""
-import hashlib, re, unicodedata
+import hashlib, io, re, unicodedata
 from collections import defaultdict
 import numpy as np, pandas as pd, pytest, soundfile as sf, torch
+from datasets import Audio, Dataset
 from distilltv import corpora
 from distilltv.corpora import AudioError, SAMPLE_RATE, crop_batch, load_audio, load_corpus, normalise, segment_audio
 from distilltv.runs import data_dir
+from distilltv.scale import Crops, Stream, merge_quarantines, write_quarantine
 
 LICENCES = {"CC-BY-3.0", "CC-BY-SA-3.0", "CC-BY-SA-3.0-IT", "BSD-style-Shmyrev", "BSD-style-Gutierrez", "MIT", "GPL-2.0-only"}
 
@@ -229,3 +231,139 @@ def test_segment_audio_gives_the_samples_of_its_row(music):
 def test_normalise_is_hubert_convention():
     x = np.random.default_rng(0).normal(3, 2, 16_000).astype(np.float32)
     assert np.allclose(normalise(x), (x - x.mean())/np.sqrt(x.var() + 1e-7), atol=1e-5)
+
+# --- at scale: folders with broken files, streams, shares
+
+def folder_of(tmp_path, n=6, seconds=2.):
+    (tmp_path/"train").mkdir()
+    for i in range(n): sf.write(tmp_path/f"train/{i}.flac", np.random.default_rng(i).normal(0, .1, int(seconds*SAMPLE_RATE)), SAMPLE_RATE)
+    return tmp_path/"train"
+
+def cut(path, share=.5): path.write_bytes(path.read_bytes()[:int(path.stat().st_size*share)])
+
+def test_broken_files_are_quarantined_and_change_no_other_crop(tmp_path):
+    folder = folder_of(tmp_path)
+    before = [Crops([folder], 4, 1., seed=1)(k) for k in range(4)]
+    whole = Crops([folder], 4, 1., seed=1)
+    for k in range(4): whole(k)
+    met = [k for k in range(4) if any(f == "2" for f in whole.files(k))]
+    cut(folder/"2.flac")                                    # the header stays good: only decoding can tell
+    corpora._pool.cache_clear()
+    crops = Crops([folder], 4, 1., seed=1)
+    after = [crops(k) for k in range(4)]
+    assert met and list(crops.quarantine) == [str(folder/"2.flac")] and "breaks off" in crops.quarantine[str(folder/"2.flac")]
+    for k in range(4):
+        if k not in met: assert torch.equal(before[k], after[k])
+        assert after[k].shape == (4, 16_000) and after[k].isfinite().all()
+    assert torch.equal(Crops([folder], 4, 1., seed=1)(3), after[3]), "a crop depends on the steps before it"
+
+def test_quarantine_has_every_fault_and_becomes_a_table(tmp_path):
+    folder = folder_of(tmp_path, 3)
+    for fault, (make, _) in BAD.items(): make(folder/f"{fault}.wav")
+    corpora._pool.cache_clear()
+    with pytest.warns(UserWarning, match="3 of 8 files left out"): crops = Crops([folder], 8, .5)
+    for k in range(20): crops(k)
+    write_quarantine(merge_quarantines([crops.state(20), dict(quarantine={"b,c.wav": "is \"odd\""})]), tmp_path)
+    table = pd.read_csv(tmp_path/"quarantine.csv", index_col="path").reason
+    assert table["b,c.wav"] == 'is "odd"' and len(table) == len(BAD)+1
+    for fault, (_, says) in BAD.items(): assert says in table[str(folder/f"{fault}.wav")]
+
+def test_a_corpus_of_broken_files_ends_in_a_sentence(tmp_path):
+    folder = folder_of(tmp_path, 2)
+    for f in folder.glob("*"): cut(f)
+    corpora._pool.cache_clear()
+    with pytest.raises(AudioError, match=r"\d\.flac.*draws of a crop in a row met unusable files"): Crops([folder], 2, 1.)(0)
+    with pytest.raises(ValueError, match="has no valid audio: a file's split comes from the folders above"): Crops([folder], 2, 1., split="valid")
+
+@pytest.mark.parametrize("rate, channels", [(44_100, 2), (8_000, 1), (48_000, 2)])
+def test_crops_of_other_rates_are_16k_mono_and_of_one_length(tmp_path, rate, channels):
+    sf.write(tmp_path/"tone.wav", np.stack([tone(1.3, rate)]*channels, 1), rate)
+    corpora._pool.cache_clear()
+    x = Crops([tmp_path], 6, 1.0001)(0)
+    assert x.shape == (6, 16_001)
+    assert abs(np.abs(np.fft.rfft(x[0]))[:4000].argmax() - 440) <= 3
+
+def test_a_long_file_is_cropped_without_being_decoded(tmp_path, monkeypatch):
+    "Three hours and more, of which a crop reads its seconds."
+    path = tmp_path/"long.wav"
+    sf.write(path, tone(1), SAMPLE_RATE, subtype="PCM_U8")
+    size = 44 + int(3.2*3600*SAMPLE_RATE)
+    head = bytearray(path.read_bytes()[:44])
+    head[4:8], head[40:44] = (size-8).to_bytes(4, "little"), (size-44).to_bytes(4, "little")
+    with open(path, "r+b") as f: f.write(head); f.truncate(size)      # sparse: no disk is used
+    with pytest.raises(AudioError, match="long.wav.*3.2 h, more than the limit of 3 h: cut it"): load_audio(path)
+    read, frames = corpora._read, []
+    monkeypatch.setattr(corpora, "_read", lambda p, start, n, *a: frames.append(n) or read(p, start, n, *a))
+    corpora._pool.cache_clear()
+    assert Crops([tmp_path], 2, 1.)(0).shape == (2, 16_000) and max(frames) == 16_000
+
+def test_headers_of_a_folder_are_read_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("DISTILLTV_HOME", str(tmp_path/"home"))
+    folder = folder_of(tmp_path, 3)
+    rows = corpora._rows(str(folder), None)
+    with monkeypatch.context() as m:
+        m.setattr(corpora, "_open", lambda *a: pytest.fail("read again"))
+        assert corpora._rows(str(folder), None) == rows
+    (folder/"1.flac").touch()
+    cut(folder/"0.flac", 0)
+    assert "0 bytes" in corpora._rows(str(folder), None)[1][str(folder/"0.flac")]
+    (folder/"gone.wav").symlink_to(tmp_path/"nowhere.wav")
+    assert "not a file" in corpora._rows(str(folder), None)[1][str(folder/"gone.wav")]
+
+@pytest.fixture(scope="module")
+def parquet(tmp_path_factory):
+    "Three shards of short noises, one of them at 44.1 kHz stereo, one broken."
+    folder = tmp_path_factory.mktemp("parquet")
+    def wav(i):
+        f, rate = io.BytesIO(), 44_100 if i == 4 else SAMPLE_RATE
+        sf.write(f, np.random.default_rng(i).normal(0, .1, (rate, 2 if i == 4 else 1)), rate, format="WAV")
+        return f.getvalue() if i != 7 else b"<html>404</html>"
+    for s in range(3):
+        audio = [dict(path=f"{i}.wav", bytes=wav(i)) for i in range(5*s, 5*s+5)]
+        Dataset.from_dict(dict(audio=audio)).cast_column("audio", Audio(decode=False)).to_parquet(folder/f"train-{s}.parquet")
+    return f"stream:{folder}"
+
+def names(stream, n, quarantine=None):
+    used, rng = [], np.random.default_rng(0)
+    for _ in range(n): assert stream.crop(8000, rng, {} if quarantine is None else quarantine, used).shape == (8000,)
+    return used
+
+def test_a_stream_gives_each_example_once_an_epoch_in_another_order(parquet):
+    stream, bad = Stream(parquet, block=4), {}
+    epochs = names(stream, 28, bad)
+    assert list(bad) == ["7.wav"]
+    assert set(epochs[:14]) == set(epochs[14:]) == {f"{i}.wav" for i in range(15) if i != 7} and epochs[:14] != epochs[14:]
+    assert names(Stream(parquet, block=4), 28) == epochs != names(Stream(parquet, seed=1, block=4), 28)
+
+@pytest.mark.parametrize("taken", [0, 3, 4, 13, 17])
+def test_a_stream_goes_on_where_it_was(parquet, taken):
+    a, b = Stream(parquet, block=4), Stream(parquet, block=4)
+    names(a, taken)
+    b.seek(a.mark())
+    assert names(a, 20) == names(b, 20)
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_processes_share_a_stream_without_duplicates(parquet, world):
+    shares = []
+    for rank in range(world):
+        stream, mine = Stream(parquet, rank=rank, world=world, block=4), []
+        while not stream.epoch: stream.crop(8000, np.random.default_rng(0), {}, mine)
+        shares.append(mine[:-1])                            # the last one is of the second epoch
+    assert sorted(sum(shares, [])) == sorted(f"{i}.wav" for i in range(15) if i != 7)
+
+def test_crops_of_a_stream_continue_and_their_shares_are_apart(parquet):
+    whole, again = (Crops([parquet, "speech"], 4, .3) for _ in range(2))
+    steps = [whole(k) for k in range(6)]
+    again.restore(4, [whole.state(4)])
+    assert torch.equal(again(4), steps[4]) and torch.equal(again(5), steps[5])
+    with pytest.raises(ValueError, match="no way to step 9 but through step 6"): again(9)
+    with pytest.raises(ValueError, match="shared by 2 processes, not 1"): again.restore(4, [whole.state(4)]*2)
+
+def test_shares_of_a_folder_are_the_batch(tmp_path):
+    crops = Crops([folder_of(tmp_path)], 6, 1.)
+    assert torch.equal(torch.cat([crops.items(2, slice(0, 3)), crops.items(2, slice(3, 6))]), crops(2))
+
+def test_a_stream_that_cannot_be_opened_is_named(tmp_path):
+    with pytest.raises(ValueError, match="cannot be opened as stream:NAME:CONFIG:SPLIT"): Stream(f"stream:{tmp_path}/nothing")
+    Dataset.from_dict(dict(text=["a"])).to_parquet(tmp_path/"train.parquet")
+    with pytest.raises(ValueError, match="no audio column, only text"): Stream(f"stream:{tmp_path}")

@@ -1,19 +1,23 @@
-"Distillation: the objective against numpy, gradients that reach the student only, and a run killed with SIGKILL."
-import os, signal, subprocess, sys, textwrap
+"Distillation: objectives against numpy, gradients that reach the student only, and runs of one and two processes killed with SIGKILL."
+import errno, io, json, os, signal, socket, subprocess, sys
 from dataclasses import replace
-import numpy as np, pandas as pd, pytest, torch
+import numpy as np, pandas as pd, pytest, soundfile as sf, torch
+from datasets import Audio, Dataset
 from transformers import HubertConfig, HubertModel
-from distilltv.distill import Distiller, fit, heard, kd_loss, lr_at
+from distilltv import distill, runs
+from distilltv.distill import Distiller, cl_loss, distil, fit, frame_clock, heard, kd_loss, lr_at, match_frames
 from distilltv.encoders import load_encoder, make_base, weights_hash
 from distilltv.runs import profile
 
 TINY = dict(hidden_size=48, num_hidden_layers=12, num_attention_heads=4, intermediate_size=96, conv_dim=[16]*7,
             num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=4)
 
-def distiller(names=("speech",)):
+STILL = dict(hidden_dropout=0., attention_dropout=0., activation_dropout=0., feat_proj_dropout=0.)
+
+def distiller(names=("speech",), loss="kd", average=False, **config):
     torch.manual_seed(0)
-    teachers = {n: HubertModel(HubertConfig(**TINY)).eval().requires_grad_(False) for n in names}
-    return Distiller(make_base(teachers[names[0]]), teachers)
+    teachers = {n: HubertModel(HubertConfig(**TINY | config)).eval().requires_grad_(False) for n in names}
+    return Distiller(make_base(teachers[names[0]]), teachers, loss=loss, average=average)
 
 def test_loss_equals_numpy():
     rng = np.random.default_rng(0)
@@ -21,6 +25,34 @@ def test_loss_equals_numpy():
     cos = (p*h).sum(-1)/np.linalg.norm(p, axis=-1)/np.linalg.norm(h, axis=-1)
     want = np.abs(p-h).mean((1, 2, 3)) + .7*np.log1p(np.exp(-cos)).mean((1, 2))
     np.testing.assert_allclose(kd_loss(torch.tensor(p), torch.tensor(h), cosine=.7), want, rtol=1e-12)
+
+def correlation_loss(p, h, w=.7, cross=5e-5, own=5e-6):
+    "L_CL of [layers, batch, frames, dim] in numpy, with its matrices written out."
+    out = []
+    for l in range(len(p)):
+        terms = []
+        for t in range(p.shape[2]):
+            zp, zh = ((x - x.mean(0))/(x.std(0, ddof=1) + 1e-5) for x in (p[l, :, t], h[l, :, t]))
+            c, s = zp.T@zh/(len(zp)-1), zp.T@zp/(len(zp)-1)
+            off = lambda m: sum(m[i, j]**2 for i in range(len(m)) for j in range(len(m)) if i != j)
+            terms.append(((np.diag(c)-1)**2).sum()/10 + cross*off(c)/100 + own*off(s)/50_000)
+        cos = (p[l]*h[l]).sum(-1)/np.linalg.norm(p[l], axis=-1)/np.linalg.norm(h[l], axis=-1)
+        out.append(np.mean(terms) + w*np.log1p(np.exp(-cos)).mean())
+    return np.array(out)
+
+@pytest.mark.parametrize("dtype, rtol", [(np.float64, 1e-10), (np.float32, 1e-5)])
+def test_correlation_loss_equals_numpy(dtype, rtol):
+    p, h = np.random.default_rng(0).normal(1, 2, size=(2, 3, 6, 5, 7)).astype(dtype)
+    for weights in (dict(), dict(cross=50., own=9e4)):    # the second makes the off-diagonal terms as large as the first
+        got = cl_loss(torch.tensor(p), torch.tensor(h), cosine=.7, **weights)
+        np.testing.assert_allclose(got, correlation_loss(p.astype(np.float64), h.astype(np.float64), **weights), rtol=rtol)
+
+def test_correlation_loss_pools_time_first_and_needs_two_crops():
+    p, h = torch.randn(2, 1, 4, 6, 5)
+    pooled = lambda x: x.unflatten(2, (3, 2)).mean(3)
+    torch.testing.assert_close(cl_loss(p, h, pool=3), cl_loss(pooled(p), pooled(h)))
+    assert not torch.allclose(cl_loss(p, h, pool=3), cl_loss(p, h))
+    with pytest.raises(ValueError, match="a batch of 1 is too small"): cl_loss(p[:, :1], h[:, :1])
 
 def test_loss_of_a_batch_is_the_mean_over_its_items():
     d = distiller().eval()
@@ -33,6 +65,47 @@ def test_ensemble_loss_is_the_sum_over_teachers():
     out = d(torch.randn(2, 4000))
     by = {n: torch.stack([out[f"{n}_{l}"] for l in (4, 8, 12)]).mean() for n in ("speech", "music")}
     torch.testing.assert_close(out["loss"], by["speech"]+by["music"])
+
+def test_averaged_targets_have_one_head_set():
+    d = distiller(("speech", "music"), average=True).eval()
+    wav = torch.randn(2, 4000)
+    mean = torch.stack([d.targets(t, wav) for t in d._teachers.values()]).mean(0)
+    want = kd_loss(d.heads["average"](d.student(wav).last_hidden_state), mean)
+    assert list(d.heads) == ["average"]
+    torch.testing.assert_close(d(wav)["loss"], want.mean())
+
+def test_teachers_that_cannot_be_used_are_named():
+    small, wide = (HubertModel(HubertConfig(**TINY | c)) for c in (dict(num_hidden_layers=2), dict(hidden_size=96)))
+    with pytest.raises(ValueError, match="speech teacher has 2 layers, so layer 12"): Distiller(make_base(small), dict(speech=small))
+    with pytest.raises(ValueError, match="different widths"): Distiller(make_base(wide), dict(speech=wide, music=HubertModel(HubertConfig(**TINY))), average=True)
+
+def test_frames_are_matched_by_their_times():
+    "A linear function of time, sampled at 75 frames a second, read off at 50; same clocks are cropped and untouched."
+    theirs, ours = frame_clock(HubertConfig(**TINY), 24_000), frame_clock(HubertConfig(**TINY))
+    assert theirs == pytest.approx((320/24_000, 200/24_000)) and ours == pytest.approx((.02, .0125))
+    time = lambda clock, n: clock[1] + clock[0]*torch.arange(n, dtype=torch.double)
+    got = match_frames(torch.stack([time(theirs, 150), 3-time(theirs, 150)], -1)[None, None], theirs, ours, 99)[0, 0]
+    torch.testing.assert_close(got, torch.stack([time(ours, 99), 3-time(ours, 99)], -1))
+    x = torch.randn(1, 1, 9, 2)
+    assert torch.equal(match_frames(x, ours, ours, 7), x[:, :, :7]) and torch.equal(match_frames(x, ours, ours, 10), x)
+    one_hop = tuple(torch.tensor(theirs).tolist())
+    assert match_frames(torch.ones(1, 1, 1, 2), one_hop, ours, 3).shape == (1, 1, 3, 2)
+
+def test_a_teacher_at_another_rate_hears_that_rate():
+    torch.manual_seed(0)
+    heard_by = HubertModel(HubertConfig(**TINY)).eval()
+    heard_by.sample_rate = 24_000
+    d, seen = Distiller(make_base(HubertModel(HubertConfig(**TINY))), dict(music=heard_by)), []
+    heard_by.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+    loss = d(torch.randn(2, 16_000))["loss"]
+    assert seen[0].shape == (2, 24_000) and seen[0].std() == pytest.approx(1, abs=.01) and loss.isfinite()
+
+def test_padding_would_leak_and_so_there_is_none():
+    "With a group norm, silence behind a clip changes the frames of the clip: equal-length crops are the only clean way."
+    teacher, clip = HubertModel(HubertConfig(**TINY)).eval(), torch.randn(1, 8000)
+    alone = teacher.feature_extractor(clip)
+    padded = teacher.feature_extractor(torch.cat([clip, torch.zeros(1, 8000)], 1))[:, :, :alone.shape[2]]
+    assert (padded-alone)[:, :, :-2].abs().max() > .01
 
 def test_targets_are_the_teacher_layers_counted_from_one():
     d = distiller()
@@ -70,34 +143,193 @@ def test_heard(corpus, teacher, audio): assert heard(corpus, teacher) == audio
 def batch_at(step): return torch.randn(2, 4000, generator=torch.Generator().manual_seed(step))
 P = replace(profile("mini"), batch=2, seconds=.25)
 
-def test_a_nan_stops_with_the_step_and_the_last_good_checkpoint(tmp_path):
-    bad = lambda k: batch_at(k)*float("nan") if k == 3 else batch_at(k)
-    with pytest.raises(FloatingPointError, match=r"step 3.*checkpoint\.pt is the last good one"):
-        fit(distiller(), bad, tmp_path, P, steps=6, save_every=2, log_every=1)
+class Named:
+    "Batches with file names, such as `Crops`, not numbers at some steps."
+    def __init__(self, bad): self.bad = bad
+    def items(self, k, part): return batch_at(k)[part]*(float("nan") if k in self.bad else 1)
+    def files(self, k): return [f"clip-{k}.flac"]
+    def state(self, k): return dict(streams=[], quarantine={})
+    def restore(self, *_): pass
+
+def test_a_nan_streak_stops_with_steps_files_and_the_last_good_checkpoint(tmp_path):
+    with pytest.raises(FloatingPointError, match=r"steps 3 to 5, 3 in a row.*step 5 \(clip-5\.flac\).*checkpoint\.pt is the last good one"):
+        fit(distiller(), Named({3, 4, 5}), tmp_path, P, steps=9, save_every=2, log_every=1, patience=3)
     saved = torch.load(tmp_path/"checkpoint.pt", weights_only=True)
-    assert saved["step"] == 2 and all(t.isfinite().all() for t in saved["module"].values())
+    assert saved["step"] == 4 and saved["skipped"] == [3]
+    assert all(t.isfinite().all() for t in saved["module"].values())
+
+def test_one_bad_batch_is_skipped_and_counted(tmp_path):
+    d = distiller()
+    log = fit(d, Named({2}), tmp_path, P, steps=4, log_every=1, patience=2)
+    assert log.attrs["skipped"] == [2] and log.loss.isna().tolist() == [False, False, True, False]
+    assert all(q.isfinite().all() for q in d.parameters())
+
+def test_accumulated_pieces_make_the_same_gradient():
+    from accelerate import Accelerator
+    grads = []
+    for pieces in (1, 2):
+        d = distiller(**STILL)
+        losses = distill._backward(Accelerator(), d, torch.cat([batch_at(0), batch_at(1)]), pieces)
+        grads.append(torch.cat([q.grad.flatten() for q in d.parameters()]))
+        assert not losses["loss"].requires_grad
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-7)
+    with pytest.raises(ValueError, match="batch of 2 .* 3 pieces: choose a multiple of 3"): fit(distiller(), batch_at, "unused", replace(P, accumulate=3), steps=1)
+
+def test_best_and_last_checkpoints_can_both_be_continued(tmp_path):
+    scores = iter([3., 1., 2.])
+    d = distiller()
+    log = fit(d, batch_at, tmp_path, replace(P, validate_every=2), steps=6, save_every=3, validate=lambda: dict(valid_speech=next(scores)))
+    best, last = (torch.load(tmp_path/f"{n}.pt", weights_only=True) for n in ("best", "checkpoint"))
+    assert (best["step"], last["step"]) == (4, 6) and log.validation.dropna().tolist() == [3, 1, 2]
+    (tmp_path/"best.pt").replace(tmp_path/"checkpoint.pt")
+    again = distiller()
+    fit(again, batch_at, tmp_path, replace(P, validate_every=2), steps=6, save_every=3, validate=lambda: dict(valid_speech=2.))
+    assert weights_hash(again) == weights_hash(d)
+
+class Toy(torch.nn.Module):
+    "The smallest thing that `fit` trains."
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.w = torch.nn.Linear(4000, 3)
+    def forward(self, wav): return dict(loss=self.w(wav).square().mean())
+
+def test_batches_prepared_ahead_and_a_compiled_model_train_the_same(tmp_path):
+    plain, other, compiled = Toy(), Toy(), Toy()
+    fit(plain, batch_at, tmp_path/"a", P, steps=5, save_every=2)
+    fit(other, batch_at, tmp_path/"b", P, steps=5, save_every=2, prefetch=2)
+    fit(compiled, batch_at, tmp_path/"c", replace(P, compile="eager"), steps=5)
+    assert weights_hash(plain) == weights_hash(other)
+    torch.testing.assert_close(plain.state_dict(), compiled.state_dict())
+    assert list(distill._ahead(str, range(2, 7), 3)) == list("23456")
+
+def test_a_tracker_that_is_not_installed_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(distill.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="pip install trackio"): fit(distiller(), batch_at, tmp_path, replace(P, log_with="trackio"), steps=1)
+
+def test_a_full_disk_is_named_and_loses_nothing(tmp_path, monkeypatch):
+    real = torch.save
+    def full(state, f):
+        if state["step"] > 2: raise OSError(errno.ENOSPC, "No space left on device")
+        real(state, f)
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match=r"no space left.*checkpoint\.pt.*free some"): fit(distiller(), batch_at, tmp_path, P, steps=4, save_every=2)
+    monkeypatch.undo()
+    d, whole = distiller(), distiller()
+    fit(d, batch_at, tmp_path, P, steps=4, save_every=2)
+    fit(whole, batch_at, tmp_path/"whole", P, steps=4, save_every=2)
+    assert weights_hash(d) == weights_hash(whole) and not list(tmp_path.glob(".*.tmp"))
+
+def test_a_damaged_checkpoint_is_named(tmp_path):
+    (tmp_path/"checkpoint.pt").write_bytes(b"half a file")
+    with pytest.raises(ValueError, match=r"checkpoint\.pt is no checkpoint of ours, or is damaged"): fit(distiller(), batch_at, tmp_path, P, steps=2)
+
+def test_a_checkpoint_of_another_architecture_is_named(tmp_path):
+    fit(distiller(), batch_at, tmp_path, P, steps=2)
+    with pytest.raises(ValueError, match=r"checkpoint\.pt holds another architecture"): fit(distiller(hidden_size=96), batch_at, tmp_path, P, steps=2)
+
+def test_scale_profiles_want_audio_of_yours():
+    with pytest.raises(ValueError, match="profile hub has no music corpus: set DISTILLTV_MUSIC"): distill.crops_of(replace(P, name="hub", music_audio=""), "both")
 
 def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
     fit(distiller(), batch_at, tmp_path, P, steps=2)
     with pytest.raises(ValueError, match="belongs to a run with"): fit(distiller(), batch_at, tmp_path, P, steps=4)
     with pytest.raises(ValueError, match="belongs to a run with"): fit(distiller(), batch_at, tmp_path, P, steps=2, inputs=dict(base="other"))
 
-CHILD = """
-import os, signal, sys
+def test_the_command_takes_the_notebooks_parameters(monkeypatch, capsys):
+    seen = []
+    monkeypatch.setattr(distill, "distil", lambda *a: seen.append(a) or ("folder", None))
+    distill.main("--profile mini --teacher average --corpus own --steps 3 --seed 1 --out here --set loss=cl accumulate=2".split())
+    assert seen == [(replace(profile("mini"), loss="cl", accumulate=2), "average", "own", 3, 1, "here")] and capsys.readouterr().out == "folder\n"
+    with pytest.raises(SystemExit, match="los is no setting; use one of name, .*loss"): distill.main(["--set", "los=cl"])
+
+# --- killed, and in two processes
+
+SERVER = """
+import json, multiprocessing, os, random, signal, sys
 sys.path.insert(0, {tests!r})
 from test_distill import *
-def batch(step):
-    if step == int(sys.argv[2]): os.kill(os.getpid(), signal.SIGKILL)
-    return batch_at(step)
+from distilltv.scale import Crops
+
+class Deadly(Crops):
+    "Crops that end their process at a step."
+    kill_at = -1
+    def items(self, step, part):
+        if step == self.kill_at: os.kill(os.getpid(), signal.SIGKILL)
+        return super().items(step, part)
+
+def train(rank, world, port, job):
+    if world > 1: os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    for seed in (random.seed, np.random.seed, torch.manual_seed): seed(os.getpid())    # as in a new process: nothing may depend on it
+    p = replace(P, batch=4)
+    crops = Deadly([job["audio"]], p.batch, p.seconds)
+    if rank == 0: crops.kill_at = job["kill_at"]
+    d = distiller(loss=job["loss"], **STILL if job["still"] else {{}})
+    log = fit(d, crops, job["folder"], p, steps=7, save_every=2, log_every=1)
+    torch.save(d.state_dict(), f"{{job['folder']}}/weights-{{rank}}.pt")
+
 torch.set_num_threads(1)
-d = distiller()
-log = fit(d, batch, sys.argv[1], P, steps=7, save_every=2, log_every=1)
-print(weights_hash(d.student), len(log))
+fork = multiprocessing.get_context("fork")
+for line in sys.stdin:
+    job, port = json.loads(line), free_port()
+    workers = [fork.Process(target=train, args=(r, job["world"], port, job)) for r in range(job["world"])]
+    for w in workers: w.start()
+    workers[0].join()
+    if workers[0].exitcode: [w.kill() for w in workers]    # the machine is gone, not one process
+    for w in workers: w.join()
+    print(workers[0].exitcode, flush=True)
 """
 
-def test_killed_with_sigkill_it_ends_with_the_same_weights(tmp_path):
-    def run(folder, kill_at):
-        r = subprocess.run([sys.executable, "-c", CHILD.format(tests=os.path.dirname(__file__)), str(folder), str(kill_at)], capture_output=True, text=True)
-        return r.returncode, r.stdout.strip()
-    assert run(tmp_path/"killed", np.random.default_rng().integers(2, 7))[0] == -signal.SIGKILL
-    assert run(tmp_path/"killed", -1) == run(tmp_path/"whole", -1)
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+@pytest.fixture(scope="module")
+def train(tmp_path_factory):
+    "Train in new processes, forked from one that has imported everything and done nothing: exit code, and the weights by process."
+    env = dict(os.environ, OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true", HF_HUB_OFFLINE="1")
+    server = subprocess.Popen([sys.executable, "-c", SERVER.format(tests=os.path.dirname(__file__))], env=env, stdin=subprocess.PIPE,
+                              stdout=subprocess.PIPE, stderr=open(tmp_path_factory.mktemp("server")/"stderr", "w+"), text=True)
+    def train(folder, audio, world, kill_at=-1, loss="kd", still=False):
+        server.stdin.write(json.dumps(dict(folder=str(folder), audio=str(audio), world=world, kill_at=int(kill_at), loss=loss, still=still))+"\n")
+        server.stdin.flush()
+        code = int(server.stdout.readline())
+        return code, [torch.load(folder/f"weights-{r}.pt", weights_only=True) for r in range(world)] if code == 0 else None
+    yield train
+    server.stdin.close()
+    server.wait(60)
+
+def noise(i): return np.random.default_rng(i).normal(0, .1, 6000)
+
+@pytest.fixture(scope="module")
+def stream(tmp_path_factory):
+    "Two Parquet shards of short noises, one of them broken."
+    folder = tmp_path_factory.mktemp("stream")
+    def wav(i):
+        f = io.BytesIO()
+        sf.write(f, noise(i), 16_000, format="WAV")
+        return f.getvalue() if i != 3 else f.getvalue()[:1000]
+    for s in range(2):
+        audio = [dict(path=f"{i}.wav", bytes=wav(i)) for i in range(8*s, 8*s+8)]
+        Dataset.from_dict(dict(audio=audio)).cast_column("audio", Audio(decode=False)).to_parquet(folder/f"train-{s}.parquet")
+    return f"stream:{folder}"
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_killed_with_sigkill_it_ends_with_the_same_weights(tmp_path, train, stream, world):
+    assert train(tmp_path/"killed", stream, world, kill_at=np.random.default_rng().integers(2, 7))[0] == -signal.SIGKILL
+    (_, killed), (_, whole) = (train(tmp_path/d, stream, world) for d in ("killed", "whole"))
+    assert len({weights_hash(w) for w in killed + whole}) == 1
+    listed = [(tmp_path/d/"quarantine.csv").read_text() for d in ("killed", "whole")]
+    assert listed[0] == listed[1] and "3.wav" in listed[0]
+
+@pytest.mark.parametrize("loss", ["kd", "cl"])
+def test_two_processes_train_what_one_trains(tmp_path, train, loss):
+    "At the same global batch; each of the two hears half of it."
+    (tmp_path/"audio").mkdir()
+    for i in range(8): sf.write(tmp_path/f"audio/{i}.wav", noise(i), 16_000)
+    (_, one), (_, two) = (train(tmp_path/str(n), tmp_path/"audio", n, loss=loss, still=True) for n in (1, 2))
+    flat = lambda s: torch.cat([v.flatten() for v in s.values()])
+    start = flat(distiller(loss=loss, **STILL).state_dict())
+    moved, apart = (flat(one[0])-start).norm(), (flat(one[0])-flat(two[0])).norm()
+    assert weights_hash(two[0]) == weights_hash(two[1]) and apart < 1e-3*moved, (float(apart), float(moved))
