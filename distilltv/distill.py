@@ -20,7 +20,7 @@ from torch import nn, distributed as dist
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 from .corpora import SAMPLE_RATE, crop_batch, normalise
-from .encoders import Heads, load_encoder, make_base, save_encoder, weights_hash
+from .encoders import Heads, load_encoder, make_base, receptive, save_encoder, weights_hash
 from .runs import Profile, Run, profile as get_profile, use_threads, write_atomic
 from .scale import Crops, merge_quarantines, write_quarantine
 
@@ -74,10 +74,7 @@ def frame_clock(config,               # of a HuBERT-like encoder
                 rate:int=SAMPLE_RATE  # samples a second that it hears
                ) -> tuple: # seconds between frames, and seconds from the waveform's start to the first frame's centre
     "When an encoder's frames are, from its convolutions."
-    hop, window = 1, 1
-    for kernel, stride in zip(config.conv_kernel, config.conv_stride):
-        window += (kernel-1)*hop
-        hop *= stride
+    hop, window = receptive(config)
     return hop/rate, window/2/rate
 
 def match_frames(target:torch.Tensor, # [layers, batch, frames, dim] of the teacher
