@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from safetensors import safe_open
 import yaml
-from .rules import FAMILY, RULES, apply_rule
+from .rules import FAMILY, RULES, apply_rule, blocks
 from .runs import atomic_folder, commit, data_dir, home, versions, write_json
 
 # %% ../nbs/03_merge.ipynb #2984fbb9
@@ -61,6 +61,7 @@ class Checkpoint:
         self.folder, self.file = Path(folder), Path(folder)/"model.safetensors"
         if not self.file.is_file(): raise FileNotFoundError(f"{folder} holds no model.safetensors; write one with save_pretrained")
         read = lambda n: json.loads((self.folder/n).read_text()) if (self.folder/n).exists() else {}
+        self._id = os.path.realpath(self.file), os.stat(self.file).st_mtime_ns # asked for at every look into a formula
         self.config, self.record, self.layout = read("config.json"), read("distilltv.json"), _layout(self.file)
         self._check_names()
         self._last, self._print, self._due = (None, None), Fingerprint(self.layout), list(self.layout)[::-1]
@@ -87,9 +88,8 @@ class Checkpoint:
         while self._due: self[self._due[-1]]
         return self._print.hash
     def __str__(self): return str(self.folder)
-    def _id(self): return os.path.realpath(self.file), os.stat(self.file).st_mtime_ns
-    def __eq__(self, other): return isinstance(other, Checkpoint) and self._id() == other._id()
-    def __hash__(self): return hash(self._id())
+    def __eq__(self, other): return isinstance(other, Checkpoint) and self._id == other._id
+    def __hash__(self): return hash(self._id)
 
 # %% ../nbs/03_merge.ipynb #197cd558
 _NO_MATTER = re.compile("dropout|layerdrop|mask_|version|_name_or_path|architectures|dtype|apply_spec_augment")
@@ -160,10 +160,10 @@ class Combination:
         w = self.weights(name)
         if list(w.values()) == [1]: return next(iter(w))[name]
         total = np.zeros(next(iter(self.terms)).layout[name][1])
+        flat = total.reshape(-1)
         for c, k in w.items():
-            t = c[name].astype(np.float64)
-            t *= float(k)
-            total += t
+            t = np.ravel(c[name])
+            for b in blocks(t.size): flat[b] += float(k)*t[b].astype(np.float64) # block by block, it stays in the cache
         return total
 
     def _plus(self, other, sign, kind):

@@ -8,7 +8,7 @@ __all__ = ['Profile', 'profile', 'root', 'home', 'data_dir', 'Number', 'Integer'
            'use_threads']
 
 # %% ../nbs/00_runs.ipynb #42d82b39
-import ast, errno, hashlib, json, os, platform, resource, shutil, subprocess, sys, time
+import ast, ctypes, errno, hashlib, json, os, platform, resource, shutil, subprocess, sys, time
 from contextlib import contextmanager
 from dataclasses import dataclass, asdict
 from importlib import metadata
@@ -149,23 +149,34 @@ def _full(error, path):
     if not full: return error
     return OSError(errno.ENOSPC, f"no space left to write {path}: free some and start again; what was there before is untouched")
 
+def _exchange(a, b): # two paths swap what they name in one step; whether the system could
+    try: swap = ctypes.CDLL(None, use_errno=True).renameat2
+    except AttributeError: return False
+    here, exchange = -100, 2 # AT_FDCWD and RENAME_EXCHANGE of <fcntl.h> and <linux/fs.h>
+    if not swap(here, os.fsencode(a), here, os.fsencode(b), exchange): return True
+    if (code := ctypes.get_errno()) in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP): return False
+    raise OSError(code, os.strerror(code), str(b))
+
 @contextmanager
 def atomic_folder(path): # the folder to write
     "Yield a temporary folder beside `path`; on success put it in the place of `path`."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    tmp, old = (path.with_name(f".{path.name}.{os.getpid()}.{s}") for s in ("tmp", "old"))
+    tmp, old = path.with_name(f".{path.name}.{os.getpid()}.tmp"), path.with_name(f".{path.name}.old")
+    if old.exists() and not path.exists(): os.replace(old, path) # a run was killed between the two renames below
     for d in (tmp, old): shutil.rmtree(d, ignore_errors=True)
     tmp.mkdir()
     try:
         yield tmp
         for f in filter(Path.is_file, tmp.rglob("*")):
             with open(f, "rb") as h: os.fsync(h.fileno())
-        if path.exists(): os.replace(path, old)
-        os.replace(tmp, path)
+        if not (path.exists() and _exchange(tmp, path)):
+            if path.exists(): os.replace(path, old)
+            os.replace(tmp, path)
     except Exception as e: raise _full(e, path)
     finally:
-        for d in (tmp, old): shutil.rmtree(d, ignore_errors=True)
+        if path.exists(): shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(tmp, ignore_errors=True)
 
 def write_json(path, # the file to write
                obj   # anything `json` can write; paths become strings

@@ -8,6 +8,7 @@ from transformers import HubertConfig, HubertModel
 from distilltv.merge import ByName, Checkpoint, Student, TaskVector, geometry, load_student, merge, part, parts, student_pair
 from distilltv.rules import RULES, apply_rule
 from distilltv import encoders
+from distilltv.runs import atomic_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 G, V = ("encoder.pos_conv_embed.conv.parametrizations.weight.original" + i for i in "01")
@@ -366,6 +367,40 @@ def test_killed_while_writing_leaves_the_old_folder_whole(trio, tmp_path, after)
     assert load_student(tmp_path/"u").hash in (old, new)
     (base + .25*s + .75*m).save_pretrained(tmp_path/"u") # what the killed run left is in nobody's way
     assert load_student(tmp_path/"u").hash == load_student(tmp_path/"u").hash and (tmp_path/"u/README.md").exists()
+
+BETWEEN = """
+import ctypes, os, sys
+from distilltv import runs
+if sys.argv[2] == "without": runs._exchange = lambda a, b: False
+def dies_after(call, when):
+    def f(*a):
+        if when == "before": os._exit(9)
+        out = call(*a)
+        os._exit(9)
+    return f
+where, when = sys.argv[3].split()
+if where == "exchange": runs._exchange = dies_after(runs._exchange, when)
+else: os.replace = dies_after(os.replace, when)
+with runs.atomic_folder(sys.argv[1]) as t: (t/"w").write_text("new")
+"""
+
+@pytest.mark.parametrize("exchange, dies, left", [
+    ("with", "exchange before", "old"), ("with", "exchange after", "new"), ("with", "rename before", "new"),
+    ("without", "rename before", "old"), ("without", "rename after", None)])
+def test_killed_between_two_renames(tmp_path, exchange, dies, left):
+    if exchange == "with" and sys.platform != "linux": pytest.skip("only Linux exchanges two names in one step")
+    with atomic_folder(tmp_path/"u") as t: (t/"w").write_text("old")
+    subprocess.run([sys.executable, "-c", BETWEEN, str(tmp_path/"u"), exchange, dies], cwd=ROOT)
+    if left: assert (tmp_path/"u/w").read_text() == left # the name was never without a whole folder
+    else: assert (tmp_path/".u.old/w").read_text() == "old" and not (tmp_path/"u").exists()
+    try:
+        with atomic_folder(tmp_path/"u") as t:
+            assert (tmp_path/"u/w").read_text() == (left or "old") # the next one finds it, whatever becomes of itself
+            raise KeyboardInterrupt
+    except KeyboardInterrupt: pass
+    assert (tmp_path/"u/w").read_text() == (left or "old")
+    with atomic_folder(tmp_path/"u") as t: (t/"w").write_text("newer")
+    assert (tmp_path/"u/w").read_text() == "newer"
 
 # --- the notebook
 

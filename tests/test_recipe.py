@@ -11,7 +11,7 @@ from distilltv.encoders import save_encoder, weights_hash
 from distilltv.merge import ByName, TaskVector, load_student, merge
 from distilltv.path import Dial, choose_by_part, choose_lam, pareto, slider, sweep
 from distilltv.recipes import merge_recipe, push_to_hub, recipe_student
-from distilltv.rules import RULES, breadcrumbs, dare, elect, magprune, model_stock, regmean, slerp, trim, vote
+from distilltv.rules import RULES, add, apply_rule, blocks, breadcrumbs, dare, elect, magprune, model_stock, regmean, slerp, trim, vote
 from distilltv.runs import file_hash
 
 def tiny(seed, **kw):
@@ -190,6 +190,59 @@ def test_ties_entry_by_entry(ts, density, lam):
         on = [(a, b) for a, b in zip(w, x) if b*sign > 0]
         assert got[i] == pytest.approx(sum(a*b for a, b in on)/sum(a for a, _ in on) if on else 0)
         assert summed[i] == pytest.approx(sum(a*b for a, b in on))
+
+# What peft 0.21.2 with torch 2.14.1 answers, so that parity is tested where peft is not installed. These lines made it:
+PEFT_MADE_BY = """
+import numpy as np, torch
+from peft.utils.merge_utils import dare_linear, dare_ties, magnitude_prune, prune, task_arithmetic, ties
+t = [torch.from_numpy(x) for x in np.random.default_rng(7).normal(size=(3, 3, 4)).round(3).astype("float32")]
+w, one = torch.tensor([.5, .3, -.4]), torch.ones(3)
+seeded = lambda f: (torch.manual_seed(0), f())[1]
+out = dict(task_arithmetic=task_arithmetic(t, w), magnitude_prune=magnitude_prune(t, w, .4), ties=ties(t, one, .4),
+           pruned=torch.stack(seeded(lambda: [prune(x, .6, "random", rescale=True) for x in t])),
+           dare_linear=seeded(lambda: dare_linear(t, w, .6)), dare_ties=seeded(lambda: dare_ties(t, one, .6)))
+for k, v in out.items(): print(f"    {k}={[round(x, 5) for x in v.flatten().tolist()]},")
+"""
+PEFT = dict(
+    task_arithmetic=[-0.0308, -0.0547, 0.8611, -0.0214, -0.6111, -0.6786, 0.0717, 0.4742, -0.407, -0.0569, -0.5595, 0.583],
+    magnitude_prune=[0.0, 0.0, 1.0068, -0.4455, -0.4032, -0.496, 0.0417, 0.283, -0.161, -0.31, -0.4244, 0.0],
+    ties=[0.0, 0.0, -2.517, -0.891, -1.344, -0.992, -1.7155, 1.34, -1.4105, -0.62, 1.061, 0.0],
+    pruned=[0.00167, 0.0, -0.45667, -1.485, -0.75833, -0.0, 0.1, 0.0, -0.82, -0.0, 0.81667, 0.595, 0.175, -1.55, -0.04833, 1.15833, -0.0, -0.0, -3.16833, -2.15, -0.0, -0.0, -2.11167, 0.0, 0.26167, -0.31167, -0.0, -0.89833, -0.08167, 0.18833, -2.55, -0.0, -1.63167, -1.34833, 1.76833, -1.34667],
+    dare_linear=[-0.05133, -0.34033, -0.24283, -0.03567, -0.3465, -0.07533, 0.1195, -0.645, 0.24267, 0.53933, -0.9325, 0.83617],
+    dare_ties=[0.14611, -0.93083, -0.2525, -1.19167, -0.42, 0.18833, -2.85917, -2.15, -1.22583, -1.34833, 1.2925, -1.34667],
+)
+
+def test_shared_rules_agree_with_peft():
+    ts = np.random.default_rng(7).normal(size=(3, 3, 4)).round(3)
+    want = {k: np.array(v).reshape(-1, 3, 4) if k == "pruned" else np.array(v).reshape(3, 4) for k, v in PEFT.items()}
+    w, near = [.5, .3, -.4], lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5)
+    near(apply_rule("task_arithmetic", ts, w), want["task_arithmetic"])
+    near(add([trim(t, .4) for t in ts], w), want["magnitude_prune"])
+    near(apply_rule("ties", ts, [1, 1, 1], density=.4), want["ties"]) # at other weights peft elects signs before weighing, mergekit and we after
+    kept = want["pruned"] != 0                                        # peft draws from torch, we from numpy: its draw is replayed
+    class Drawn:                                                      # a generator that draws what peft drew
+        def __init__(self, i): self.i = i
+        def random(self, shape): return np.where(kept[self.i], 0., 1.)
+    pruned = [dare(t, .6, Drawn(i)) for i, t in enumerate(ts)]
+    near(pruned, want["pruned"])
+    near(add(pruned, w), want["dare_linear"])
+    near(elect(pruned, [1, 1, 1]), want["dare_ties"])                 # peft takes the mean of the winners here, mergekit and our dare_ties the sum
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.integers(-3, 3), min_size=1, max_size=40), st.floats(.01, 1))
+def test_trim_breaks_ties_by_position(entries, density):
+    t, n = np.array(entries, float), max(1, int(density*len(entries)))
+    ranks = np.empty(len(t), int)
+    ranks[sorted(range(len(t)), key=lambda i: (abs(t[i]), i))] = np.arange(len(t))
+    np.testing.assert_array_equal(trim(t, density), np.where(ranks >= len(t)-n, t, 0))
+
+def test_blocks_leave_no_seam():
+    size = next(blocks(10**9)).stop
+    ts = np.random.default_rng(0).normal(size=(2, 2*size+3))
+    assert [b.start for b in blocks(ts[0].size)] == [0, size, 2*size]
+    for rule, kw in (("ties", dict(density=.3)), ("breadcrumbs_ties", dict(density=.5))):
+        sparse = [(trim if rule == "ties" else breadcrumbs)(t, **kw) for t in ts]
+        np.testing.assert_array_equal(apply_rule(rule, ts, [.3, .7], **kw), (elect if rule == "ties" else vote)(sparse, [.3, .7]))
 
 def test_random_rules_keep_the_expectation():
     t = np.random.default_rng(0).normal(size=(30, 30))
