@@ -173,7 +173,7 @@ def test_an_unknown_encoder_is_named(name):
     with pytest.raises(ValueError, match="no config.json"): P.open_encoder(name)
 
 def test_unknown_tasks_and_views_are_named():
-    with pytest.raises(ValueError, match="task 'tempo' is unknown; use all, more, or some of phones"): P.probe("logmel", "tempo")
+    with pytest.raises(ValueError, match="task 'tempo' is unknown; use all, more, paper, or some of phones"): P.probe("logmel", "tempo")
     with pytest.raises(ValueError, match="layer from 0 to 0"): P.choose_view(P.LogMel(), "3")
     assert P.choose_view(P.LogMel()) == "last"
 
@@ -230,3 +230,39 @@ def test_another_view_or_head_has_another_name(runs, corpus):
     assert P.probe(e, "pitch", seeds=1, root=str(corpus), view="0").encoder.iloc[0] == "logmel@0"
     d = P.probe(e, "pitch", seeds=1, root=str(corpus), head="mlp")
     assert d.encoder.iloc[0] == "logmel@mlp" and d.probe.iloc[0] == "mlp" and d.score.iloc[0] == 1
+
+def test_encoders_probed_together_score_as_one_by_one(runs, corpus, tmp_path):
+    "Same features, same seeds: the scores of three encoders of one shape, and one of another, are those of each alone."
+    encoders = [P.Transformer(hubert(s)) for s in range(3)] + [P.open_encoder("logmel")]
+    for i, e in enumerate(encoders[:3]): e.info = dict(encoder=f"e{i}", role="other")
+    folders = [tmp_path/str(i) for i in range(4)]
+    together = P.probe(encoders, "pitch,instrument", root=str(corpus), out=folders)
+    alone = pd.concat([P.probe(e, "pitch,instrument", root=str(corpus)) for e in encoders], ignore_index=True)
+    pd.testing.assert_frame_equal(together.drop(columns="seconds"), alone.drop(columns="seconds"), atol=1e-6)
+    assert [pd.read_csv(f/"scores.csv").encoder.iloc[0] for f in folders] == ["e0", "e1", "e2", "logmel"]
+
+@pytest.mark.parametrize("layers, hidden, kind", [(1, 0, "classify"), (3, 0, "classify"), (1, 8, "classify"), (1, 0, "tags"), (2, 0, "numbers")])
+def test_probes_of_several_encoders_equal_their_own(layers, hidden, kind):
+    (a, y), (b, _) = toy(layers=layers), toy(layers=layers, seed=1)
+    if kind != "classify": y = torch.nn.functional.one_hot(y, 3).float()
+    x, kw = torch.stack([a, b]), dict(classes=3, lrs=(3e-3, 3e-2), seeds=(4, 5), steps=60, batch=32, hidden=hidden, kind=kind)
+    both = P.fit_probes(x, y, x, y, **kw)
+    for e in range(2):
+        one = P.fit_probes(x[e], y, x[e], y, **kw)
+        for k in one["p"]: torch.testing.assert_close(both["p"][k][e], one["p"][k], atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(both["valid"][e], one["valid"])
+
+@pytest.mark.parametrize("copies", [True, False])
+def test_logits_are_those_of_each_copy(copies):
+    g = torch.Generator().manual_seed(0)
+    x, W, b = torch.randn(1, 2, 5, 6, generator=g), torch.randn(2, 3, 6, 4, generator=g), torch.randn(2, 3, 1, 4, generator=g)
+    x = x if copies else x[:, :1]
+    said = P.logits(x, W, b)
+    for s in range(2):
+        for r in range(3): torch.testing.assert_close(said[s, r], x[0, s if copies else 0] @ W[s, r] + b[s, r])
+
+@given(st.integers(400, 90000), st.floats(.2, 3))
+@settings(max_examples=25, deadline=None)
+def test_long_clips_are_heard_in_pieces_without_losing_a_frame(samples, longest):
+    e, wav = P.LogMel(), torch.randn(1, samples, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(P.hear(e, wav, longest), e(wav), atol=1e-4, rtol=1e-4)

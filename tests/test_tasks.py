@@ -1,0 +1,266 @@
+"Published data sets on tiny trees with their real layout and file formats; letters; adapters for others' tools."
+import csv, dataclasses, json, shutil, zlib
+import numpy as np, pandas as pd, pytest, soundfile as sf, torch
+from hypothesis import given, strategies as st
+from distilltv import probe as P, tasks as T
+
+torch.set_num_threads(1)
+
+def tone(path, seconds=.2, hz=440., rate=16000, **kw):
+    "A sine with a little noise, written in the data set's own format."
+    path.parent.mkdir(parents=True, exist_ok=True)
+    n = int(seconds*rate)
+    noise = np.random.default_rng(zlib.crc32('/'.join(path.parts[-3:]).encode())).standard_normal(n)
+    sf.write(path, .3*np.sin(2*np.pi*hz*np.arange(n)/rate) + .01*noise, rate, **kw)
+
+def speech_commands(at):
+    base, test = at/"speech_commands_v0.01", at/"speech_commands_test_set_v0.01"
+    for word, hz in dict(yes=300, no=600, bed=1200).items():
+        for i in range(8): tone(base/word/f"s{i}_nohash_0.wav", .3, hz)
+        tone(test/("_unknown_" if word == "bed" else word)/f"t_{word}_nohash_0.wav", .3, hz)
+    tone(test/"_silence_"/"silence0.wav", 1, 5000)
+    tone(base/"_background_noise_/pink_noise.wav", 11, 5000)
+    (base/"validation_list.txt").write_text("".join(f"{w}/s6_nohash_0.wav\n" for w in ("yes", "no", "bed")))
+    (base/"testing_list.txt").write_text("yes/s7_nohash_0.wav\n")
+
+def fluent_commands(at):
+    base = at/"fluent_speech_commands_dataset"
+    for k, split in enumerate(("train", "valid", "test")):
+        (base/"data").mkdir(parents=True, exist_ok=True)
+        with open(base/f"data/{split}_data.csv", "w", newline="") as f:
+            out = csv.writer(f)
+            out.writerow(["", "path", "speakerId", "transcription", "action", "object", "location"])
+            for i in range(12):
+                up, lamp = i % 2, i//2 % 2
+                tone(base/f"wavs/speakers/sp{k}/{split}{i}.wav", .2 + .02*i, 200 + 1500*up + 400*lamp)
+                out.writerow([i, f"wavs/speakers/sp{k}/{split}{i}.wav", f"sp{k}", "words", ("down", "up")[up], ("heat", "lights")[lamp], "none"])
+
+def voxceleb1(at):
+    lines = []
+    for s in (1, 2):
+        for v, part in enumerate((1, 1, 2, 3)):
+            name = f"id1000{s}/video{v}/00001.wav"
+            tone(at/f"VoxCeleb1/{'dev' if s == 1 else 'test'}/wav"/name, 8.5 if v == 0 else .3, 300*s)
+            lines.append(f"{part} {name}\n")
+    (at/"VoxCeleb1/iden_split.txt").write_text("".join(lines))
+
+def iemocap(at):
+    for s in range(1, 6):
+        d, says = f"Ses0{s}F_impro01", ""
+        for i, e in enumerate(["ang", "hap", "exc", "neu", "sad", "fru", "xxx"]):
+            u = f"{d}_{'FM'[i % 2]}{i:03d}"
+            tone(at/f"IEMOCAP_full_release/Session{s}/sentences/wav/{d}/{u}.wav", .3, dict(ang=300, hap=700, exc=700, neu=1500).get(e, 3000))
+            says += f"[{i}.0000 - {i}.9000]\t{u}\t{e}\t[2.5000, 2.5000, 2.5000]\nC-E2:\tNeutral;\t()\n\n"
+        f = at/f"IEMOCAP_full_release/Session{s}/dialog/EmoEvaluation/{d}.txt"
+        f.parent.mkdir(parents=True)
+        f.write_text("% [START_TIME - END_TIME] TURN_NAME EMOTION [V, A, D]\n\n" + says)
+
+def librispeech(at):
+    for s, part in enumerate(("train-clean-100", "dev-clean", "test-clean")):
+        f = at/f"LibriSpeech/{part}/{s}/198"
+        for i, hz in enumerate((400, 2000)): tone(f/f"{s}-198-000{i}.flac", .3, hz)
+        (f/f"{s}-198.trans.txt").write_text(f"{s}-198-0000 A\n{s}-198-0001 I I\n")
+
+def vocalset(at):
+    for s in [f"female{i}" for i in range(1, 10)] + [f"male{i}" for i in range(1, 12)]:
+        for t in ("belt", "vibrato", "fast_forte"):
+            for e in ("arpeggios", "scales"): tone(at/f"VocalSet/FULL/{s}/{e}/{t}/{s[0]}{s.strip('emal f')}_{e}_{t}_a.wav", 3.1, 440, 8000)
+    tone(at/"VocalSet/FULL/female1/long_tones/belt/f1_long_belt_a.wav", 6.5, 440, 44100)
+    (at/"VocalSet/test_singers_technique.txt").write_text("f2\nf8\nm3\nm5\nm10\n")
+
+def nsynth(at):
+    for split in ("train", "valid", "test"):
+        notes = {f"{fam}_acoustic_{split}-{p:03d}-075": dict(instrument_family_str=fam, pitch=p, instrument_source_str="acoustic") for fam in ("flute", "bass") for p in (60, 61)}
+        for n, r in notes.items(): tone(at/f"nsynth/nsynth-{split}/audio/{n}.wav", .3, 5*r["pitch"])
+        (at/f"nsynth/nsynth-{split}/examples.json").write_text(json.dumps(notes))
+
+def gtzan(at):
+    from torchaudio.datasets import gtzan as lists
+    for split in ("train", "valid", "test"):
+        for n in getattr(lists, f"filtered_{split}")[::40]: tone(at/f"gtzan/genres/{n.split('.')[0]}/{n}.au", .3, 440, 22050, format="AU", subtype="PCM_16")
+    listed = {n for s in ("train", "valid", "test") for n in getattr(lists, f"filtered_{s}")}
+    faulty = next(n for i in range(100) if (n := f"jazz.{i:05d}") not in listed)
+    tone(at/f"gtzan/genres/jazz/{faulty}.au", .3, format="AU", subtype="PCM_16")
+
+def esc50(at):
+    rows = [dict(filename=f"{f}-{i}-A-{c}.wav", fold=f, target=c, category=("dog", "rain")[c], esc10="True", src_file=f"{f}{i}", take="A") for f in range(1, 6) for i in range(2) for c in range(2)]
+    for r in rows: tone(at/"ESC-50-master/audio"/r["filename"], .3, 300 + 2000*r["target"], 44100)
+    (at/"ESC-50-master/meta").mkdir()
+    pd.DataFrame(rows).to_csv(at/"ESC-50-master/meta/esc50.csv", index=False)
+
+def giantsteps(at):
+    train, test = at/"giantsteps/giantsteps-mtg-key-dataset-master", at/"giantsteps/giantsteps-key-dataset-master"
+    (train/"annotations").mkdir(parents=True), (test/"annotations/key").mkdir(parents=True)
+    rows = [["ID", "MANUAL KEY", "C", "ALTERNATIVE", "COMMENTS"]]
+    for i in range(40):
+        rows.append([str(1000+i), "Eb minor" if i % 2 else "C major", "2" if i < 38 else "1", "", ""])
+        tone(train/f"audio/{1000+i}.LOFI.mp3", .5, 300 + 900*(i % 2), 44100, format="MP3")
+    (train/"annotations/annotations.txt").write_text("\n".join("\t".join(r) for r in rows))
+    for i in range(4):
+        tone(test/f"audio/{i}.LOFI.mp3", .5, 300 + 900*(i % 2), 44100, format="MP3")
+        (test/f"annotations/key/{i}.LOFI.key").write_text("D# minor" if i % 2 else "C major")
+
+def magnatagatune(at):
+    rows = []
+    for k, folder in enumerate("0bbccdef"):
+        for i in range(2):
+            name = f"{folder}/song{k}-{i}-0-29.mp3"
+            tone(at/"MTT"/name, .5, 300 + 2000*i, 16000, format="MP3")
+            rows.append(dict(clip_id=len(rows), slow=1-i, fast=i, odd=0, mp3_path=name))
+    (pd.DataFrame(rows + [dict(clip_id=99, slow=0, fast=0, odd=0, mp3_path="0/untagged.mp3")])).to_csv(at/"MTT/annotations_final.csv", sep="\t", index=False)
+
+def emomusic(at):
+    meta = {str(i): dict(split=("train", "train", "valid", "test")[i//16], y=[float(i % 4), -float(i % 4)]) for i in range(64)}
+    for n, r in meta.items(): tone(at/f"emomusic/wav/{n}.wav", .3, 300*2**r["y"][0], 22050)
+    (at/"emomusic/meta.json").write_text(json.dumps(meta))
+
+MAKERS = dict(speech_commands=speech_commands, fluent_commands=fluent_commands, voxceleb1=voxceleb1, iemocap=iemocap, librispeech=librispeech, vocalset_singers=vocalset,
+              vocalset_techniques=vocalset, nsynth=nsynth, gtzan=gtzan, esc50=esc50, giantsteps=giantsteps, magnatagatune=magnatagatune, emomusic=emomusic)
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    monkeypatch.setenv("DISTILLTV_HOME", str(tmp_path/"runs"))
+    monkeypatch.setenv("DISTILLTV_DATASETS", str(tmp_path/"data"))
+    monkeypatch.setattr(T, "PUBLISHED", {n: dataclasses.replace(t, steps=min(t.steps, 600)) for n, t in T.PUBLISHED.items()})
+    P._segment_table.cache_clear()
+    (tmp_path/"data").mkdir()
+    return tmp_path/"data"
+
+EXPECTED = dict(    # rows of train, valid and test, and the labels
+    speech_commands=((6+7+7+10, 3+1, 4), {"yes", "no", "_unknown_", "_silence_"}), fluent_commands=((12, 12, 12), {f"{a}|{o}|none" for a in ("up", "down") for o in ("heat", "lights")}),
+    voxceleb1=((4, 2, 2), {"id10001", "id10002"}), librispeech=((2, 2, 2), {"A", "I I"}), magnatagatune=((6, 4, 6), {"1|0|0", "0|1|0"}), emomusic=((32, 16, 16), {f"{i}.0|-{i}.0" for i in range(4)}),
+    giantsteps=((None, None, 4), {"0:major", "3:minor"}), nsynth=((4, 4, 4), None), gtzan=((12, 5, 8), None))
+
+@pytest.mark.parametrize("name", list(T.LOADERS))
+def test_a_loader_reads_the_layout(root, name):
+    MAKERS[name](root)
+    df = P.segment_table(name)
+    assert {"id", "file", "start", "end", "lo", "hi", "split"} <= set(df) and df.id.is_unique
+    assert all((root/f).is_file() for f in df.file) and ((df.end - df.start - 400) % 320 == 0).all() and (df.lo == 0).all() and (df.hi == df.end - df.start).all()
+    assert not len(T.duplicates(df, root))
+    for t in T.PUBLISHED.values():
+        if t.segments == name: assert P.task_table(t.name).usable.any()
+    if name not in EXPECTED: return
+    counts, labels = EXPECTED[name]
+    got = df.split.value_counts()
+    assert all(c is None or got[s] == c for s, c in zip(("train", "valid", "test"), counts))
+    assert labels is None or set(df.label) == labels
+
+def test_a_missing_data_set_is_said_to_be_missing(root, tmp_path):
+    esc50(root)
+    scores = P.probe(P.open_encoder("logmel"), "ks,esc50,ic", seeds=1, out=tmp_path/"out")
+    missing = scores[scores.score.isna()]
+    assert missing.task.tolist() == ["ks", "ic"] and scores[scores.task == "esc50"].score.notna().all()
+    assert missing.status.iloc[0].startswith("not run: Speech Commands v0.01 is not in data: fetch") and "1.5 GB, CC BY 4.0" in missing.status.iloc[0]
+    written = pd.read_csv(tmp_path/"out/scores.csv")
+    assert set(written.task) == {"esc50"} and pd.read_csv(tmp_path/"out/not_run.csv").task.tolist() == ["ks", "ic"]
+
+def test_a_missing_part_is_named(root):
+    nsynth(root)
+    shutil.rmtree(root/"nsynth/nsynth-valid")
+    with pytest.raises(T.MissingData, match="NSynth lacks nsynth-valid/examples.json: fetch"): P.task_table("pitchid")
+
+@pytest.mark.parametrize("task, make", [("esc50", esc50), ("ic", fluent_commands), ("sid", voxceleb1), ("gs-key", giantsteps), ("ks", speech_commands)])
+def test_a_solvable_task_is_solved(root, task, make):
+    make(root)
+    scores = P.probe("logmel", task, seeds=2)
+    linear = scores[(scores.probe == "linear") & (scores.metric == "accuracy")]
+    assert len(linear) == 2 and (linear.score >= .75).all() and (scores[scores.probe == "knn"].score >= .75).all()
+
+def test_folds_test_every_item_once(root):
+    esc50(root)
+    rows, kept = P.score_task(P.LogMel(), "esc50", seeds=(0,))
+    assert rows[0]["n_test"] == 20 and sorted(kept["id"]) == sorted(P.segment_table("esc50").id) and kept["pred"].shape == (1, 20)
+    for k in range(5):
+        d = P.task_table("esc50", fold=k)
+        assert set(d[d.split == "test"].fold) == {k} and set(d[d.split == "valid"].fold) == {(k+1) % 5}
+
+def test_an_intent_is_right_when_all_slots_are(root):
+    fluent_commands(root)
+    _, kept = P.score_task(P.LogMel(), "ic", seeds=(0,))
+    assert set(kept["classes"][kept["true"]]) == set(P.segment_table("fluent_commands").label)
+
+def test_tags_and_numbers(root):
+    magnatagatune(root), emomusic(root)
+    scores = P.probe("logmel", "mtt,emo", seeds=1).set_index("metric").score
+    assert scores["roc-auc"] == 1 and scores["average precision"] == 1 and scores["r2"] > .5 and {"r2:0", "r2:1"} <= set(scores.index)
+
+def test_number_scores_against_hand_worked():
+    true, said = np.array([[1, 0, 0], [0, 1, 0], [1, 1, 0]]), np.array([[.9, .2, .5], [.1, .8, .5], [.05, .9, .5]])
+    assert P.number_score("roc-auc", true, said) == (.5 + 1)/2        # the third tag never occurs
+    assert P.number_score("r2:1", np.array([[0, 1.], [0, 3.]]), np.array([[9, 1.], [9, 2.]])) == .5
+
+def test_a_corrupt_file_costs_a_row_not_the_run(root):
+    esc50(root)
+    files = sorted((root/"ESC-50-master/audio").glob("*.wav"))
+    files[3].write_bytes(b"not a sound at all")
+    files[5].write_bytes(files[5].read_bytes()[:200])
+    with pytest.warns(UserWarning, match="2 of 20 windows could not be read"): scores = P.probe("logmel", "esc50", seeds=1)
+    linear = scores[scores.probe == "linear"].iloc[0]
+    assert linear.n_test == 18 and linear.status == "2 of 20 rows unreadable" and linear.score == 1
+
+def test_a_file_in_two_splits_is_reported(root):
+    nsynth(root)
+    a, b = sorted((root/"nsynth/nsynth-train/audio").glob("*.wav"))[0], sorted((root/"nsynth/nsynth-test/audio").glob("*.wav"))[1]
+    shutil.copy(a, b)
+    P._segment_table.cache_clear()
+    d = T.duplicates(P.segment_table("nsynth"), root)
+    assert set(d.split) == {"train", "test"} and len(d) == 2
+
+def test_vocalset_splits_keep_recordings_and_singers_apart(root):
+    vocalset(root)
+    singers, techniques = P.segment_table("vocalset_singers"), P.segment_table("vocalset_techniques")
+    assert (singers.groupby("recording").split.nunique() == 1).all() and singers.singer.nunique() == 20
+    assert set(techniques.singer[techniques.split == "test"]) == {"f2", "f8", "m3", "m5", "m10"} and "fast_forte" not in set(techniques.technique)
+    long = singers[singers.recording == "f1_long_belt_a"]
+    assert long.start.tolist() == [0, 48000]
+
+def test_iemocap_counts_excited_as_happy_and_folds_by_session(root):
+    iemocap(root)
+    d = P.segment_table("iemocap")
+    assert d.label.value_counts().to_dict() == dict(ang=5, hap=10, neu=5, sad=5) and all(f.startswith(f"IEMOCAP_full_release/Session{k+1}/") for f, k in zip(d.file, d.fold))
+
+def test_letters_are_learnt():
+    torch.manual_seed(0)
+    net = T.Letters(1, 80, 16)
+    adam, want = torch.optim.Adam(net.parameters(), 1e-2), T.letters("I I")
+    x = torch.randn(1, 1, 1, 80) + .1*torch.randn(1, 1, 14, 80)
+    losses = []
+    for _ in range(60):
+        losses.append(torch.nn.functional.ctc_loss(net(x), want[None], [14], [len(want)]))
+        adam.zero_grad(), losses[-1].backward(), torch.nn.utils.clip_grad_norm_(net.parameters(), 1.), adam.step()
+    assert losses[-1] < .1*losses[0]
+
+def test_letters_are_scored(root):
+    librispeech(root)
+    rows, kept = T.score_letters(P.LogMel(), "asr", "last", (0, 1), steps=2, batch=2, width=8, every=1)
+    assert [r["seed"] for r in rows] == [0, 1] and rows[0]["metric"] == "wer" and rows[0]["n_test"] == 2
+    assert kept["edits"].shape == (2, 2) and kept["words"].tolist() == [1, 2] and rows[0]["score"] == kept["edits"][0].sum()/3
+
+def levenshtein(a, b):
+    "The textbook table, as an independent opinion."
+    d = np.add.outer(np.arange(len(a)+1), np.arange(len(b)+1))
+    for i in range(len(a)):
+        for j in range(len(b)): d[i+1, j+1] = min(d[i, j+1] + 1, d[i+1, j] + 1, d[i, j] + (a[i] != b[j]))
+    return d[-1, -1]
+
+@given(st.lists(st.sampled_from("abc"), max_size=6), st.lists(st.sampled_from("abc"), max_size=6))
+def test_word_errors(a, b):
+    edits, words = T.word_errors([" ".join(a)], [" ".join(b)])
+    assert edits[0] == levenshtein(a, b) and words[0] == len(a)
+
+def test_xares_contract():
+    "What X-ARES' checker asks: three attributes, and [batch, frames, dim] for a batch and for one long clip."
+    e = T.XaresEncoder(P.LogMel())
+    assert isinstance(e.sampling_rate, int) and isinstance(e.output_dim, int) and isinstance(e.hop_size_in_ms, float)
+    for seconds in (1, 45):
+        h = e(torch.randn(2, 16000*seconds))
+        assert h.shape[::2] == (2, e.output_dim) and abs(h.shape[1]*e.hop_size_in_ms/1000 - seconds) < .05
+    assert e(torch.randn(100)).shape == (1, 1, 80)
+
+def test_s3prl_contract():
+    wavs = [torch.randn(16000), torch.randn(4000)]
+    u = T.S3prlUpstream(P.LogMel())
+    out = u(wavs)
+    assert u.get_downsample_rates("hidden_states") == 320 and out["hidden_states"][0].shape == (2, 49, 80)
+    torch.testing.assert_close(out["last_hidden_state"][1, :12], u([wavs[1]])["last_hidden_state"][0])
