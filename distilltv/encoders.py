@@ -7,7 +7,7 @@ __all__ = ['HOP', 'WINDOW', 'frames', 'receptive', 'load_encoder', 'weights_hash
            'student_config', 'make_base', 'random_student', 'Heads']
 
 # %% ../nbs/01_encoders.ipynb #5ea3960b
-import hashlib, json, pickle, re
+import json, pickle, re
 from contextlib import contextmanager
 from pathlib import Path
 import torch
@@ -16,7 +16,7 @@ from torch import nn
 from transformers import (Data2VecAudioModel, HubertConfig, HubertModel, PreTrainedConfig, PreTrainedModel,
                           Wav2Vec2FeatureExtractor, Wav2Vec2Model, WavLMModel)
 from transformers.utils import logging as hf_logging
-from .runs import atomic_folder, versions, commit
+from .runs import Fingerprint, atomic_folder, versions, commit
 
 hf_logging.disable_progress_bar()  # loading a 5 MB file needs no bar in every notebook
 
@@ -130,13 +130,9 @@ def load_encoder(path,        # model folder or hub name, of one of the types ab
 # %% ../nbs/01_encoders.ipynb #a2e15920
 def weights_hash(model) -> str: # a module, or a dict of tensors
     "SHA-256 over the names, shapes and float32 bytes of all tensors, as hex."
-    state = model.state_dict() if isinstance(model, nn.Module) else model
-    h = hashlib.sha256()
-    for name in sorted(state):
-        t = state[name].detach().float().contiguous().cpu().numpy()
-        h.update(f"{name}|float32|{t.shape}|".encode())
-        h.update(t)
-    return h.hexdigest()
+    state, f = model.state_dict() if isinstance(model, nn.Module) else model, Fingerprint()
+    for name in sorted(state): f.feed(name, state[name].detach().float().cpu().numpy())
+    return f.hash
 
 # %% ../nbs/01_encoders.ipynb #550da3c3
 def _card(note, rate):

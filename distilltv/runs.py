@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Profile', 'profile', 'root', 'home', 'data_dir', 'Number', 'Integer', 'Choice', 'Text', 'check_parameters',
-           'write_atomic', 'atomic_folder', 'write_json', 'file_hash', 'versions', 'commit', 'peak_memory', 'Run',
-           'use_threads']
+           'write_atomic', 'atomic_folder', 'write_json', 'file_hash', 'Fingerprint', 'versions', 'commit',
+           'peak_memory', 'Run', 'use_threads']
 
 # %% ../nbs/00_runs.ipynb #42d82b39
 import ast, ctypes, errno, hashlib, json, os, platform, resource, shutil, subprocess, sys, time
@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, asdict
 from importlib import metadata
 from pathlib import Path
+import numpy as np
 
 # %% ../nbs/00_runs.ipynb #1106ec55
 @dataclass(frozen=True)
@@ -187,6 +188,15 @@ def write_json(path, # the file to write
 def file_hash(path) -> str:
     "SHA-256 of a file's bytes, as hex."
     with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest() if sys.version_info >= (3, 11) else hashlib.sha256(f.read()).hexdigest()
+
+class Fingerprint:
+    "SHA-256 over the names, shapes and float32 bytes of tensors, fed one by one in order of name."
+    def __init__(self): self.sha = hashlib.sha256()
+    def feed(self, name, t): # a name; an array of any float type
+        self.sha.update(f"{name}|float32|{t.shape}|".encode())
+        self.sha.update(np.ascontiguousarray(t, np.float32))
+    @property
+    def hash(self) -> str: return self.sha.hexdigest()
 
 # %% ../nbs/00_runs.ipynb #1ce5239a
 _PACKAGES = "torch torchaudio transformers datasets accelerate numpy scikit-learn papermill".split()
