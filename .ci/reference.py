@@ -58,7 +58,8 @@ def main():
     (to/"runs").mkdir()
     records = {}
     for c in cells:
-        write_json(to/f"runs/{c.stage}-{c.name}.ipynb", notebook(c))
+        # compact, since some forty of them ship
+        (to/f"runs/{c.stage}-{c.name}.ipynb").write_text(json.dumps(notebook(c), ensure_ascii=False, separators=(",", ":")) + "\n")
         if (c.folder/"result.json").exists(): records[c.id] = json.loads((c.folder/"result.json").read_text())
     write_json(to/"runs/runs.json", records)
 
