@@ -35,7 +35,7 @@ def gather(source) -> tuple:  # folder with `probes/*/scores.csv`, or with `scor
     for f in found:
         name = pd.read_csv(f).encoder.iloc[0]
         with np.load(f.with_name("predictions.npz"), allow_pickle=False) as z:
-            for t in sorted({k.rsplit("/", 1)[0] for k in z.files}): parts.setdefault(t, {})[name] = {k: z[f"{t}/{k}"] for k in ("id", "group", "true", "pred")}
+            for t in sorted(k.removesuffix("/pred") for k in z.files if k.endswith("/pred")): parts.setdefault(t, {})[name] = {k: z[f"{t}/{k}"] for k in ("id", "group", "true", "pred")}
     return scores, {t: _stack(t, p) for t, p in parts.items()}
 
 # %% ../nbs/05_results.ipynb #d62771c4
@@ -294,7 +294,7 @@ def _teachers(draws, info, has):
     return out
 
 # %% ../nbs/05_results.ipynb #dc570c6c
-NOT_RUN = "not run: needs HuBERT, MERT and the paper's data sets on GPUs; their probes are not written yet"
+NOT_RUN = "not run: needs HuBERT, MERT, GPUs and the data sets; then `papermill nbs/04_probe.ipynb out.ipynb -p profile paper -p tasks paper -p encoder …`"
 
 def paper_table(draws, scores, numbers=None) -> pd.DataFrame: # from `with_means`; from `gather`; CSV, default the shipped one
     "The known paper numbers with source and confidence, ours where the same comparison exists, else how to run it."
