@@ -197,20 +197,32 @@ def plot_tradeoff(draws, scores): # from `with_means`; from `gather`
     style()
     i, info = interval(draws), scores.drop_duplicates("encoder").set_index("encoder")
     s, m = (i.loc[f"{d} mean"]*100 if f"{d} mean" in i.index.get_level_values(0) else pd.DataFrame(columns=i.columns, dtype=float) for d in ("speech", "music"))
-    fig, ax = plt.subplots(figsize=(8.2, 5.2))
+    fig, (ax, near) = plt.subplots(1, 2, figsize=(10.5, 5.2))
     shown = [e for e in order(scores) if e in s.index and e in m.index]
-    for e in shown:
-        r, sweep = info.role[e], info.role[e] == "merged"
-        ax.errorbar(s.estimate[e], m.estimate[e], xerr=[[s.estimate[e]-s.lo[e]], [s.hi[e]-s.estimate[e]]], yerr=[[m.estimate[e]-m.lo[e]], [m.hi[e]-m.estimate[e]]], fmt=MARK[r], color=COLOUR[r], ms=6 if sweep else 9,
-                    elinewidth=.6, mec="white", mew=.7, ecolor=COLOUR[r] + ("50" if sweep else "90"), label="_" if sweep else label_of(e, info), fillstyle="full" if "speech" in e or r not in ("teacher", "endpoint") else "top", zorder=3)
-        if sweep and round(info.lam[e], 2) in (.2, .5, .8): ax.annotate(label_of(e, info), (s.estimate[e], m.estimate[e]), xytext=(-6, -13), textcoords="offset points", ha="right", fontsize=9, color=COLOUR[r], zorder=4)
-    for (corpus, method), d in sweeps(scores).items():
-        on = [e for e in d.encoder if e in shown]
-        ax.plot(s.estimate[on], m.estimate[on], color=COLOUR["merged"], lw=1.6, zorder=2, label=f"{method} merge, λ from 0 to 1")
-    ax.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, .5))
-    ax.set(xlabel="speech mean (accuracy, %)", ylabel="music mean (accuracy, %)")
-    fig.tight_layout()
+    for a, closer in ((ax, False), (near, True)):
+        for e in shown: _mark(a, e, s, m, info, closer)
+        for (corpus, method), d in sweeps(scores).items():
+            on = [e for e in d.encoder if e in shown]
+            a.plot(s.estimate[on], m.estimate[on], color=COLOUR["merged"], lw=1.6, zorder=2, label=f"{method} merge, λ from 0 to 1")
+        a.set(xlabel="speech mean (accuracy, %)", ylabel="music mean (accuracy, %)")
+    _zoom(ax, near, *([v.estimate[e] for e in shown if info.role[e] in ("merged", "endpoint", "ensemble", "base")] for v in (s, m)))
+    fig.legend(*ax.get_legend_handles_labels(), frameon=False, fontsize=9, loc="lower center", ncols=5)
+    fig.tight_layout(rect=(0, .12, 1, 1))
     return fig
+
+def _mark(ax, e, s, m, info, closer):
+    r, sweep = info.role[e], info.role[e] == "merged"
+    ax.errorbar(s.estimate[e], m.estimate[e], xerr=[[s.estimate[e]-s.lo[e]], [s.hi[e]-s.estimate[e]]], yerr=[[m.estimate[e]-m.lo[e]], [m.hi[e]-m.estimate[e]]], fmt=MARK[r], color=COLOUR[r], ms=6 if sweep else 9,
+                elinewidth=.6, mec="white", mew=.7, ecolor=COLOUR[r] + ("50" if sweep else "90"), label="_" if sweep else label_of(e, info), fillstyle="full" if "speech" in e or r not in ("teacher", "endpoint") else "top", zorder=3)
+    if closer and sweep: ax.annotate(f"{info.lam[e]:.2g}", (s.estimate[e], m.estimate[e]), xytext=(7, 3), textcoords="offset points", fontsize=9, color=COLOUR[r], zorder=4)
+
+def _zoom(ax, near, x, y):
+    # the same marks on the ground that the sweep covers, and a frame around it where all are seen
+    if not x: return
+    near.set_title("the sweep, closer: numbers are λ", fontsize=10)
+    for lim, v in ((near.set_xlim, x), (near.set_ylim, y)): lim(min(v) - .15*(max(v)-min(v)) - .5, max(v) + .15*(max(v)-min(v)) + .5)
+    (x0, x1), (y0, y1) = near.get_xlim(), near.get_ylim()
+    ax.add_patch(plt.Rectangle((x0, y0), x1-x0, y1-y0, fill=False, ec="0.5", lw=.8, ls=":"))
 
 # %% ../nbs/05_results.ipynb #db1f6eef
 def plot_tasks(draws, scores): # from `with_means`; from `gather`
