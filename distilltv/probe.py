@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from sklearn.metrics import accuracy_score, average_precision_score, r2_score, roc_auc_score
 from .runs import Run, data_dir, file_hash, home, profile as get_profile, write_atomic, write_json
 from .corpora import SAMPLE_RATE, AudioError, normalise, segment_audio
-from .encoders import HOP, WINDOW, hidden_states, random_student, weights_hash
+from .encoders import FAMILIES, HOP, WINDOW, hidden_states, load_encoder, random_student, weights_hash
 
 # %% ../nbs/04_probe.ipynb #c9787108
 def some_groups(df:pd.DataFrame, # rows with columns `split` and `by`
@@ -255,18 +255,25 @@ def open_encoder(name:str,            # a model folder, a hub name, `logmel`, `r
                  seed:int=0           # seed of the random weights
                 ):
     "The encoder of that name, checked, with `info`: name, role, lam, method and corpus."
-    from transformers import AutoConfig, AutoModel
+    from transformers import AutoConfig
     if name == "logmel": return _described(check_encoder(LogMel()), name=name, role="logmel")
     where = _named(name, profile)
     if not (where/"config.json").exists() and (where.exists() or where.is_absolute() or len(where.parts) != 2):
         raise ValueError(f"encoder {name!r}: no config.json in {where}; give a model folder, a hub name, logmel, random, base, teacher-speech or teacher-music")
     if name == "random":
         return _described(check_encoder(Transformer(random_student(AutoConfig.from_pretrained(where), seed))), name=f"random-{seed}" if seed else "random", role="random")
-    rate = json.loads((where/"preprocessor_config.json").read_text()).get("sampling_rate", 16000) if (where/"preprocessor_config.json").exists() else 16000
-    model, info = AutoModel.from_pretrained(where if where.exists() else name, dtype=torch.float32, output_loading_info=True)
+    model, rate = _opened(str(where), name)
+    return _described(check_encoder(Transformer(model, rate)), **_provenance(where, "base" if name == "base" else None))
+
+def _opened(path, name):
+    # HuBERT's kin as everywhere in this project, without their authors' code; what else `transformers` knows, by its own class
+    from transformers import AutoModel, PreTrainedConfig
+    if PreTrainedConfig.get_config_dict(path)[0].get("model_type") in FAMILIES: return (model := load_encoder(path)), model.sample_rate
+    model, info = AutoModel.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
     lost = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
     if lost: raise ValueError(f"encoder {name!r}: {len(lost)} tensors are missing or of another shape, the first is {lost[0]}; they would be random, so this is not the model its config.json describes")
-    return _described(check_encoder(Transformer(model, rate)), **_provenance(where, "base" if name == "base" else None))
+    prep = Path(path)/"preprocessor_config.json"
+    return model, json.loads(prep.read_text()).get("sampling_rate", SAMPLE_RATE) if prep.exists() else SAMPLE_RATE
 
 # %% ../nbs/04_probe.ipynb #7ad9c9eb
 def _shipped_or_run(name, p):

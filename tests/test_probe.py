@@ -1,4 +1,5 @@
 "Probes: batched training, cache keys, padding-free batches, groupings, and messages that explain."
+import json
 import numpy as np, pandas as pd, pytest, soundfile as sf, torch
 from hypothesis import given, settings, strategies as st
 from transformers import HubertConfig, HubertModel
@@ -110,6 +111,13 @@ def test_same_weights_in_another_configuration_have_a_key_of_their_own(corpus):
     other.load_state_dict(usual.state_dict())
     a, b = P.Transformer(usual), P.Transformer(other)
     assert a.hash == b.hash and P.features_key(a, table, corpus) != P.features_key(b, table, corpus)
+
+def test_mert_folders_open_without_their_code(tmp_path):
+    hubert().save_pretrained(tmp_path/"mert")
+    f = tmp_path/"mert/config.json"
+    f.write_text(json.dumps(json.loads(f.read_text()) | dict(model_type="mert_model", sample_rate=16000, auto_map=dict(AutoModel="modeling_MERT.MERTModel"))))
+    (tmp_path/"mert/modeling_MERT.py").write_text("raise SystemExit('this code must never run')")
+    assert P.open_encoder(str(tmp_path/"mert")).hash == P.Transformer(hubert()).hash
 
 def test_cache_is_bounded(runs, corpus):
     for s in range(3): P.features(P.Transformer(hubert(s)), "notes", corpus, most=2e6)
