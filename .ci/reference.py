@@ -49,7 +49,7 @@ def main():
     if stale := [c.id for c in cells if not fresh(c, by_id)]: sys.exit(f"not up to date, run `distilltv reproduce` first: {', '.join(stale)}")
     to = data_dir()
     for f in (home()/"mini/results").iterdir():
-        if f.is_file() and f.suffix != ".ipynb" and f.name not in ("result.json", "stamp.json"): shutil.copy(f, to/"results")
+        if f.is_file() and f.suffix not in (".ipynb", ".svg") and f.name not in ("result.json", "stamp.json"): shutil.copy(f, to/"results")
     for c in cells:
         if c.stage == "distil":
             (to/"students"/c.name).mkdir(parents=True, exist_ok=True)
