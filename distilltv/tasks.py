@@ -17,8 +17,8 @@ import numpy as np, pandas as pd, soundfile as sf, torch, torchaudio
 import torch.nn.functional as F
 from torch import nn
 from .corpora import SAMPLE_RATE, AudioError, normalise
-from .encoders import HOP, WINDOW
-from .probe import Task, _layers, _read_file, _root, audio_hashes, check_encoder, hear, segment_table
+from .encoders import WINDOW
+from .probe import Task, _layers, _read_file, _root, _status, audio_hashes, check_encoder, hear, segment_table, whole_frames
 from .runs import home
 
 # %% ../nbs/04a_tasks.ipynb #ac06f75a
@@ -76,14 +76,11 @@ def _samples(path):
 
 def _clips(rows, root, seconds=None):
     # rows with `path`, and optionally `start` and `end` in samples at 16 kHz; windows of at most `seconds`
-    df = pd.DataFrame(rows)
+    df = pd.DataFrame([r if "start" in r else dict(r, start=0, end=_samples(r["path"])) for r in rows])
     if not len(df): raise MissingData(f"no labelled audio file in {Path(root).name}: the archive is not unpacked as its authors ship it; unpack it again")
     df["file"] = [str(Path(p).relative_to(root)) for p in df.path]
-    if "start" not in df: df = df.assign(start=0, end=[_samples(p) for p in df.path])
-    length = (df.end - df.start).clip(lower=WINDOW, upper=int(seconds*SAMPLE_RATE) if seconds else None)
-    length = (length - WINDOW)//HOP*HOP + WINDOW
     if "id" not in df: df["id"] = df.file + np.where(df.start > 0, ":" + df.start.astype(str), "")
-    return df.assign(end=df.start + length, lo=0, hi=length).drop(columns="path")
+    return whole_frames(df.drop(columns="path"), seconds)
 
 def _chance(name): return int(hashlib.sha1(name.encode()).hexdigest()[:8], 16)/2**32   # in [0, 1), the same everywhere
 
@@ -102,15 +99,13 @@ def speech_commands(root):
         if word == "_background_noise_": rows += _silence(f)
         elif name not in listed["test"]: rows.append(dict(path=f, split="valid" if name in listed["valid"] else "train", label=word if word in COMMANDS else "_unknown_", speaker=f.name.split("_")[0]))
     rows += [dict(path=f, split="test", label=f.parent.name, speaker=f.name.split("_")[0]) for f in sorted(test.glob("*/*.wav"))]
-    return _clips(_bounded(rows), root, 1.).assign(clip=lambda d: d.id)
+    return _clips(rows, root, 1.).assign(clip=lambda d: d.id)
 
 def _silence(f):
     cuts = range(0, _samples(f) - SAMPLE_RATE + 1, SAMPLE_RATE)
     return [dict(path=f, split="valid" if i % 10 == 9 else "train", label="_silence_", speaker="", start=a, end=a + SAMPLE_RATE) for i, a in enumerate(cuts)]
 
 # %% ../nbs/04a_tasks.ipynb #a26b15ab
-def _bounded(rows): return [r if "start" in r else dict(r, start=0, end=_samples(r["path"])) for r in rows]
-
 def fluent_commands(root):
     "Spoken commands with action, object and location; the official split, which is by speaker."
     at, rows = _folder("fluent_speech_commands_dataset", root, *(f"data/{s}_data.csv" for s in ("train", "valid", "test"))), []
@@ -355,7 +350,7 @@ def score_letters(encoder, task, view, seeds, root=None, **settings): # of `fit_
         net, valid = fit_letters(encoder, table, root, view, s, **settings)
         edits, words = word_errors(*_transcribe(net, test, lambda r: _layers(_frames(encoder, r, root), view)))
         rows.append(dict(task=task, domain=t.domain, view=view, layer=view, probe="ctc", seed=s, metric=t.metric, score=edits.sum()/words.sum(), valid=valid, n_test=len(test),
-                         weights_hash=getattr(encoder, "hash", None), status=f"{lost} of {len(table)+lost} rows unreadable" if lost else None))
+                         weights_hash=getattr(encoder, "hash", None), status=_status(lost, len(table)+lost)))
         kept.append(edits)
     return rows, dict(id=test.id.to_numpy(str), group=test[t.group].to_numpy(str), words=words, edits=np.stack(kept))
 
@@ -366,6 +361,10 @@ def _decodes(table, root):
     return np.array([ok(r) for r in table.itertuples()])
 
 # %% ../nbs/04a_tasks.ipynb #7b48743f
+def _heard(encoder, wav):
+    # others hand over clips of any length; one frame is the least an encoder can hear
+    return hear(encoder, normalise(F.pad(wav, (0, max(0, WINDOW - wav.shape[-1])))))
+
 class XaresEncoder(nn.Module):
     "An encoder as X-ARES calls it: `forward(audio)` with [batch, samples] gives [batch, frames, dim]."
     def __init__(self, encoder,      # see `check_encoder`
@@ -375,7 +374,7 @@ class XaresEncoder(nn.Module):
         self.sampling_rate, self.output_dim, self.hop_size_in_ms = encoder.sample_rate, encoder.dim, 1000*encoder.hop/encoder.sample_rate
     @torch.inference_mode()
     def forward(self, audio): # waveforms at `sampling_rate`, [batch, samples] or [samples]
-        return hear(self.encoder, normalise(F.pad(audio := torch.atleast_2d(audio), (0, max(0, WINDOW - audio.shape[-1])))))[self.layer]
+        return _heard(self.encoder, torch.atleast_2d(audio))[self.layer]
 
 class S3prlUpstream(nn.Module):
     "An encoder as s3prl's runner calls an upstream: a list of waveforms in, `hidden_states` out; each is heard alone, then padded."
@@ -387,6 +386,6 @@ class S3prlUpstream(nn.Module):
         return self.encoder.hop
     @torch.inference_mode()
     def forward(self, wavs): # list of [samples]
-        heard = [hear(self.encoder, normalise(F.pad(w, (0, max(0, WINDOW - len(w)))))[None])[:, 0] for w in wavs]
+        heard = [_heard(self.encoder, w[None])[:, 0] for w in wavs]
         states = tuple(nn.utils.rnn.pad_sequence([h[l] for h in heard], batch_first=True) for l in range(len(heard[0])))
         return dict(hidden_states=states, last_hidden_state=states[-1])
