@@ -1,7 +1,7 @@
 """Ship a finished `distilltv reproduce` as the reference run: `python .ci/reference.py`.
 
-Copies from runs/mini to data/mini: the results, the three students, and every executed notebook, cleaned and with links
-that work from its new place, so that each number on the site can be followed to the run that made it.
+Copies from runs/mini to data/mini: the results, the three students, and of every executed notebook the parameters and the
+run itself, with links that work from its new place, so that each number on the site can be followed to the run that made it.
 """
 import base64, io, json, posixpath, re, shutil, sys
 from pathlib import Path
@@ -9,17 +9,29 @@ from PIL import Image
 from distilltv.reproduce import fresh, grid
 from distilltv.runs import data_dir, home, root, write_json
 
+# where a chapter stops explaining and starts to run; the results chapter is all run
+OWN = dict(distil="## This run", merge="## The merge", probe="## The run")
+
+def run_itself(cells, stage):
+    "Parameters, and the cells from the run's own heading on: without what defines the package or asks the reader, both are in the chapter."
+    says = ["".join(c["source"]) for c in cells]
+    first = next((i for i, s in enumerate(says) if s.startswith(OWN[stage])), None) if stage in OWN else 0
+    if first is None: sys.exit(f"no heading {OWN[stage]!r} in the notebook of stage {stage}: say in OWN what it is called now")
+    setting = lambda c, s: "parameters" in c["metadata"].get("tags", []) or s.startswith("# Parameters\n")
+    chapter = lambda s: s.startswith(("#| export", "#| default_exp", "#| hide", "**Exercise", "## Exercise"))
+    return [c for i, (c, s) in enumerate(zip(cells, says)) if setting(c, s) or i >= first and not chapter(s)]
+
 def notebook(cell):
     "The executed notebook of a cell, as a page."
     nb = json.loads(cell.executed.read_text())
     text = json.dumps(nb["cells"], ensure_ascii=False)
     for path, name in ((str(home()), "runs"), (str(root())+"/", ""), (str(root()), ".")): text = text.replace(path, name)
-    cells = [c for c in json.loads(text) if "#| default_exp" not in "".join(c["source"])]
+    cells = run_itself(json.loads(text)[1:], cell.stage)    # the first cell is the chapter's title
     for c in cells:
         c["metadata"] = {k: v for k, v in c["metadata"].items() if k == "tags" and v}
         if c["cell_type"] == "code": c["execution_count"] = None
         if c["cell_type"] == "markdown": c["source"] = relink("".join(c["source"]))
-        if c.get("outputs"): c["outputs"] = [o for o in c["outputs"] if "step/s]" not in json.dumps(o)]  # progress bars
+        if c.get("outputs"): c["outputs"] = [o for o in c["outputs"] if o.get("name") != "stderr"]  # progress bars
         for o in c.get("outputs", []):
             o.pop("execution_count", None)
             if "image/png" in o.get("data", {}): o["data"]["image/png"] = smaller(o["data"]["image/png"])
@@ -27,9 +39,9 @@ def notebook(cell):
     says = " ".join(f"-p {k} {v}" for k, v in cell.parameters.items() if k != "profile")
     cost = f"{record['seconds']:.0f} s and {record['peak_memory_mb']:.0f} MB on {record['machine']}, commit {record['commit']}. " if record else ""
     head = (f"# Run: {cell.stage} {cell.name}\n\n> `papermill nbs/{cell.notebook} out.ipynb {says}`\n\n"
-            f"A run of the reference experiment, exactly as papermill left it. {cost}"
-            f"The chapter it ran is [nbs/{cell.notebook}](../../../nbs/{cell.notebook}).")
-    cells[0] = dict(cell_type="markdown", id=cells[0]["id"], metadata={}, source=head.replace("{home}", "runs"))
+            f"A run of the reference experiment, as papermill left it: its parameters, and what it did. {cost}"
+            f"The code that is used but not shown is explained in the chapter it ran, [nbs/{cell.notebook}](../../../nbs/{cell.notebook}).")
+    cells.insert(0, dict(cell_type="markdown", id=nb["cells"][0]["id"], metadata={}, source=head.replace("{home}", "runs")))
     return dict(cells=cells, metadata=dict(kernelspec=dict(name="python3", display_name="python3", language="python")), nbformat=4, nbformat_minor=5)
 
 def smaller(png):
