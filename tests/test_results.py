@@ -1,8 +1,9 @@
 "Results: statistics against scipy and statsmodels, closed forms for the tables, and what is missing or contradictory."
-import json, math
+import json, math, shutil
 import numpy as np, pandas as pd, pytest
 from hypothesis import given, settings, strategies as st
 from scipy import stats
+from sklearn.metrics import r2_score, roc_auc_score
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_effectsize
@@ -42,14 +43,7 @@ def full(tmp_path_factory):
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 60), st.integers(0, 60))
 def test_mcnemar_is_statsmodels(b, c):
-    if b + c == 0: assert R.mcnemar(b, c) == 1; return
-    want = mcnemar([[10, b], [c, 10]], exact=b+c < 25, correction=True).pvalue
-    assert R.mcnemar(b, c) == pytest.approx(1. if b == c else min(1, want), abs=1e-9)
-
-@settings(max_examples=40, deadline=None)
-@given(st.lists(st.floats(0, 1), min_size=1, max_size=30))
-def test_benjamini_hochberg_is_statsmodels(p):
-    np.testing.assert_allclose(R.benjamini_hochberg(p), multipletests(p, method="fdr_bh")[1], atol=1e-12)
+    assert R.mcnemar(b, c) == pytest.approx(min(1, mcnemar([[10, b], [c, 10]], exact=True).pvalue) if b + c else 1, abs=1e-9)
 
 @given(st.floats(0, 1), st.floats(0, 1))
 def test_cohen_h_is_statsmodels(p, q): assert R.cohen_h(p, q) == pytest.approx(proportion_effectsize(p, q), abs=1e-9)
@@ -99,8 +93,10 @@ def test_above_random_is_0_at_random_weights(full):
 
 def test_a_trade_off_is_found_where_there_is_one_and_only_there(full, tmp_path):
     _, scores, _, draws = full
-    says = R.findings(draws, scores)
-    assert "The trade-off is there." in says[0] and any("speech teacher is clearly above" in s for s in says)
+    says = R.findings(draws, scores, R.paired_tests(full[2], draws, scores))
+    assert says[0].startswith("The trade-off is there.") and any("speech teacher is clearly above" in s for s in says)
+    assert any(s.startswith("Significantly better than the ensemble student: ") and "match at 7 of 11 λ (+20.7 points at λ = 1)" in s for s in says)
+    assert "\n- **The music teacher is clearly above log-mel, random, speech teacher on the music mean:** 9" in R.bullets(says)
     beat = next(s for s in says if "beat the ensemble" in s)
     assert beat.startswith("3 of 11 λ beat") and "(λ = 0.4, 0.5, 0.6)" in beat
     study(tmp_path, slope=0.)
@@ -112,7 +108,9 @@ def test_paired_tests_know_who_is_better(full):
     t = R.paired_tests(hits, draws, scores)
     assert len(t) == 13*len(TASKS) and (t.p_adjusted >= t.p).all() and t.difference.between(t.lo - 1e-9, t.hi + 1e-9).all()
     one = t[(t.encoder == "lam-1.00-both") & (t.task == "phones")].iloc[0]
-    assert one.difference > .15 and one.p_adjusted < .05 and one.better > .99 and one.h > 0
+    assert one.difference > .15 and one.p_adjusted < .05 and one.better > .99 and one.effect > 0
+    np.testing.assert_allclose(t.p_adjusted, multipletests(t.p, method="fdr_bh")[1], atol=1e-12)
+    assert (t.test == "McNemar").all() and R.chances(draws, "speech mean", ["lam-1.00-both", "lam-0.00-both"]).iloc[0, 1] > .99
 
 def test_saved_results_are_read_back_equal(full, tmp_path):
     _, scores, hits, _ = full
@@ -157,3 +155,146 @@ def test_report_writes_everything(full, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "lam-0.50-both" in said and "trade-off is there" in said and str(fig) in said
     assert "3 probe seeds" in json.loads((tmp_path/"captions.json").read_text())["tradeoff"]
+
+# --- tasks whose answers are not just right or wrong
+
+def write_unlike(root, encoder, role, skill, lam=None, corpus=None, n=120, **more):
+    "A probe folder with transcripts, numbers and tags whose error falls with skill; the noise is shared by all encoders."
+    rng, keep, rows = np.random.default_rng(3), {}, []
+    ids = dict(id=np.array([f"i{i}" for i in range(n)]), group=np.array([f"g{i}" for i in range(n)]))
+    words = rng.integers(3, 20, n)
+    edits = np.stack([rng.binomial(words, .5) for _ in range(2)])
+    edits = (edits*(1-skill)).round().astype(int)
+    y, noise = rng.normal(size=(n, 2)), rng.normal(size=(2, n, 2))
+    said, tags = y + noise*(1.2-skill), (y > .3).astype(float)
+    kept = dict(asr=dict(words=words, edits=edits), emo=dict(true_values=y, values=said), mtt=dict(true_values=tags, values=said))
+    score = dict(asr=lambda i: edits[i].sum()/words.sum(), emo=lambda i: r2_score(y, said[i]), mtt=lambda i: roc_auc_score(tags, said[i]))
+    for t, metric, dom in (("asr", "wer", "speech"), ("emo", "r2", "music"), ("mtt", "roc-auc", "music")):
+        keep |= {f"{t}/{k}": v for k, v in dict(ids, **kept[t]).items()}
+        rows += [dict(encoder=encoder, role=role, lam=lam, method="linear" if lam is not None else None, corpus=corpus, task=t, domain=dom, probe="linear", seed=s, view="last", layer=2,
+                      metric=metric, score=score[t](s), n_test=n, weights_hash="x", **more) for s in range(2)]
+    d = root/"probes"/encoder
+    d.mkdir(parents=True)
+    pd.DataFrame(rows).to_csv(d/"scores.csv", index=False)
+    np.savez(d/"predictions.npz", **keep)
+
+@pytest.fixture(scope="module")
+def unlike(tmp_path_factory):
+    root = tmp_path_factory.mktemp("unlike")
+    for e, r, k in (("logmel", "logmel", .1), ("random", "random", .05), ("teacher-speech", "teacher", .9), ("teacher-music", "teacher", .7)): write_unlike(root, e, r, k)
+    write_unlike(root, "ensemble-both", "ensemble", .5, corpus="both")
+    for lam in (0., .5, 1.): write_unlike(root, f"lam-{lam:.2f}-both", "merged", .3 + .4*lam, lam=lam, corpus="both")
+    scores, hits = R.gather(root)
+    return root, scores, hits, R.with_means(R.bootstrap(hits, 1000), scores)
+
+def test_estimates_are_the_scores_that_the_probes_reported(unlike):
+    _, scores, hits, draws = unlike
+    for (t, e), want in scores.groupby(["task", "encoder"]).score.mean().items(): assert draws[t, e].iloc[0] == pytest.approx(want)
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10**6))
+def test_weighted_scores_are_sklearns(seed):
+    rng = np.random.default_rng(seed)
+    y, said, w = rng.normal(size=(30, 2)), rng.normal(size=(2, 1, 30, 2)), rng.integers(0, 4, (3, 30)).astype(float)
+    got = R.weighted_score(dict(true_values=y, values=said, metric="r2"), w)
+    for d in range(3):
+        for e in range(2): assert got[d, e, 0] == pytest.approx(r2_score(y, said[e, 0], sample_weight=w[d]))
+    tags, tied = (y > 0).astype(float), said.round(0)
+    area = R.weighted_score(dict(true_values=tags, values=tied, metric="roc-auc"), np.ones((1, 30)))
+    for e in range(2): assert area[0, e, 0] == pytest.approx(roc_auc_score(tags, tied[e, 0]))
+
+def test_intervals_of_other_metrics_are_scipys(unlike):
+    _, _, hits, _ = unlike
+    h, e = hits["asr"], 2
+    one = {k: v[[e]][:, :1] if k in ("edits", "values") else v[[e]] if k == "encoder" else v for k, v in h.items()}
+    got = R.interval(R.bootstrap(dict(asr=one), 4000)).iloc[0]
+    rate = lambda edits, words, axis: edits.sum(axis)/words.sum(axis)
+    want = stats.bootstrap((one["edits"][0, 0], one["words"]), rate, paired=True, method="percentile", rng=np.random.default_rng(1)).confidence_interval
+    assert got.lo == pytest.approx(want.low, abs=.01) and got.hi == pytest.approx(want.high, abs=.01)
+    h = hits["mtt"]
+    one = dict(encoder=h["encoder"][[e]], metric="roc-auc", group=h["group"], true_values=h["true_values"][:, :1], values=h["values"][[e]][:, :1, :, :1])
+    got = R.bootstrap(dict(mtt=one), 4000).iloc[1:].std().iloc[0]
+    tag, value = one["true_values"][:, 0], one["values"][0, 0, :, 0]
+    want = np.std([roc_auc_score(tag[i], value[i]) for i in np.random.default_rng(1).integers(0, len(tag), (600, len(tag)))])
+    assert got == pytest.approx(want, rel=.12)
+
+def test_less_is_better_is_turned_in_scale_and_differences(unlike):
+    _, scores, hits, draws = unlike
+    k = R.scale(draws, scores)
+    assert k.best["asr"] < k.zero["asr"] and k.best["emo"] > k.zero["emo"]
+    assert draws["overall", "teacher-speech"].iloc[0] == pytest.approx(1000) and draws["overall", "logmel"].iloc[0] == pytest.approx(0)
+    assert not {"speech mean", "music mean"} & set(draws.columns.unique(0))
+    t = R.paired_tests(hits, draws, scores).set_index(["task", "encoder"])
+    for task in ("asr", "emo", "mtt"):
+        up, down = t.loc[task, "lam-1.00-both"], t.loc[task, "lam-0.00-both"]
+        assert up.difference > 0 > down.difference and up.better > .9 > .1 > down.better and up.effect > 0 > down.effect and up.test == "paired bootstrap"
+    shown = R.table(draws, scores)
+    assert {"asr (wer ↓)", "emo (r2)", "mtt (roc-auc)"} <= set(shown.columns)
+
+def test_effect_and_p_of_a_paired_difference():
+    rng = np.random.default_rng(0)
+    words, a, b = np.ones(200), rng.normal(0, 1, 200), rng.normal(.25, 1, 200)
+    h = dict(t=dict(encoder=np.array(["a", "b"]), metric="wer", group=np.arange(200), words=words, edits=np.stack([a, b])[:, None]))
+    draws = R.bootstrap(h, 4000)
+    d, want = draws["t", "b"] - draws["t", "a"], b - a
+    assert R.cohen_dz(d, 200) == pytest.approx(want.mean()/want.std(), rel=.05)
+    assert R.bootstrap_p(d) == pytest.approx(stats.ttest_rel(b, a).pvalue, abs=.02) and R.bootstrap_p(-d) == R.bootstrap_p(d)
+    assert R.bootstrap_p(pd.Series([0.]*101)) == 1
+
+def test_machines_share_the_work(unlike, tmp_path):
+    "Folders of probes, and results that were saved from them, join to what one machine would have had."
+    root, scores, hits, _ = unlike
+    for e in scores.encoder.unique():
+        to = tmp_path/("one" if e.startswith("lam") else "two")/"probes"/e
+        shutil.copytree(root/"probes"/e, to)
+    saved = R.gather(tmp_path/"two")
+    R.save(tmp_path/"three", *saved)
+    more = pd.read_csv(tmp_path/"one/probes/lam-0.50-both/scores.csv").assign(commit="abc", peak_memory_mb=1.)    # columns that the others lack
+    more.to_csv(tmp_path/"one/probes/lam-0.50-both/scores.csv", index=False)
+    for both in ((tmp_path/"one", tmp_path/"two"), (tmp_path/"three", tmp_path/"one")):
+        s, h = R.gather(*both)
+        a, b = (R.bootstrap(x, 50) for x in (hits, h))
+        pd.testing.assert_frame_equal(R.interval(a).sort_index()[["estimate"]], R.interval(b).sort_index()[["estimate"]])
+        assert len(s) == len(scores) and "commit abc" in R.how_made(s)
+    with pytest.raises(ValueError, match="'ensemble-both' was scored on asr in more than one folder"): R.gather(tmp_path/"two", tmp_path/"three")
+    z = dict(np.load(tmp_path/"one/probes/lam-0.50-both/predictions.npz"))
+    np.savez(tmp_path/"one/probes/lam-0.50-both/predictions.npz", **z | {"asr/words": z["asr/words"] + 1})
+    with pytest.raises(ValueError, match="task asr: .*'lam-0.50-both' were tested on different items"): R.gather(tmp_path/"one", tmp_path/"two")
+
+def test_what_was_not_run_is_a_state(unlike, tmp_path):
+    root, scores, _, _ = unlike
+    shutil.copytree(root/"probes", tmp_path/"probes")
+    row = dict(encoder="logmel", role="logmel", task="sid", domain="speech", probe="linear", seed=-1, metric="accuracy", n_test=0, status="not run: VoxCeleb1 is not in datasets: fetch it")
+    pd.DataFrame([row]).to_csv(tmp_path/"probes/logmel/not_run.csv", index=False)
+    pd.DataFrame([dict(row, encoder="only", task=t) for t in ("sid", "asr")]).to_csv((tmp_path/"probes/only").mkdir() or tmp_path/"probes/only/not_run.csv", index=False)
+    pd.DataFrame(columns=scores.columns).to_csv(tmp_path/"probes/only/scores.csv", index=False)
+    np.savez(tmp_path/"probes/only/predictions.npz")
+    scores, hits = R.gather(tmp_path)
+    draws = R.with_means(R.bootstrap(hits, 50), scores)
+    t = R.table(draws, scores)
+    assert (t.sid == "not run").all() and (t.loc["only"] == "not run").all() and not t.isin(["0.0 ± 0.0"]).any().any()
+    assert "sid not run: VoxCeleb1 is not in datasets: fetch it" in R.missing(scores) and "sid" not in R.how_made(scores)
+    assert len(R.paired_tests(hits, draws, scores)) == 9 and R.findings(draws, scores) == []
+    R.save(tmp_path/"out", scores, hits)
+    assert R.gather(tmp_path/"out")[0].score.isna().sum() == 3
+
+def test_the_authors_nine_have_an_overall_of_their_own():
+    tasks = [*R.NINE, "sid", "pitchid"]
+    scores = pd.DataFrame([dict(encoder=e, role=r, task=t, domain="speech", metric="wer" if t == "asr" else "accuracy") for e, r in (("logmel", "logmel"), ("teacher-speech", "teacher"), ("x", "merged")) for t in tasks])
+    level = {"logmel": .2, "teacher-speech": .8, "x": .5}
+    d = pd.DataFrame({(t, e): [1-v if t == "asr" else v if t in R.NINE or e != "x" else .2]*3 for t in tasks for e, v in level.items()})
+    m = R.with_means(d, scores)
+    assert m["overall of nine", "x"].iloc[0] == pytest.approx(500) and m["overall", "x"].iloc[0] == pytest.approx(500*9/11)
+    assert "overall of nine" not in R.with_means(d.drop(columns=["er"], level=0), scores)
+
+# --- learning curves
+
+def test_learning_curves_are_read_from_the_logs(tmp_path):
+    for s, cols in (("speech", ["speech_4", "speech_12"]), ("ensemble", ["speech_4", "music_4"])):
+        d = tmp_path/f"students/both/{s}"
+        d.mkdir(parents=True)
+        pd.DataFrame({"step": [0, 10], "loss": [2., 1.], "validation": [None, 1.], **{c: [2., 1.5] for c in cols}}).to_csv(d/"log.csv", index=False)
+    c = R.learning(tmp_path)
+    assert set(map(tuple, c[["student", "teacher", "layer"]].to_numpy())) == {("speech", "speech", 4), ("speech", "speech", 12), ("ensemble", "speech", 4), ("ensemble", "music", 4)}
+    assert c[(c.student == "ensemble") & (c.teacher == "music")].loss.tolist() == [2., 1.5] and len(R.learning(tmp_path/"students")) == 0
+    assert len(R.plot_learning(c).axes) == 2
