@@ -1,7 +1,8 @@
 """README.md from nbs/index.ipynb, without Quarto: `python .ci/readme.py` writes it, `--check` fails if it is out of date.
 
 Prose is copied; a code cell shows its source unless it says `#| echo: false`, then its outputs; `#| hide` drops both.
-Links and pictures are relative to nbs/ in the notebook and to the repository in the README.
+Links and pictures are relative to nbs/ in the notebook and to the repository in the README. A figure's caption, which only
+Quarto shows, becomes a line of its own; badges say what workflows, licence and citation file say.
 """
 import json, posixpath, re, sys
 from pathlib import Path
@@ -31,13 +32,29 @@ def parts(cells):
         if "#| echo: false" not in source: yield f"```python\n{code}\n```"
         yield from map(output, c["outputs"])
 
+def found(pattern, file): return re.search(pattern, (root/file).read_text())[1]
+
+def badges():
+    "Badges whose words come from the files that decide them."
+    repo = found(r"repo-url: (\S+)", "_quarto.yml")
+    pythons = re.findall(r"[\d.]+", found(r"python: \[(.*?)\]", ".github/workflows/test.yml"))
+    licence, doi = found(r'\nlicense = "(.*)"', "pyproject.toml"), found(r"doi: (\S+)", "CITATION.cff")
+    static = lambda left, right, colour: f"https://img.shields.io/badge/{left}-{right.replace('-', '--').replace(' ', '_')}-{colour}"
+    flow = lambda name, to: f"[![{name}]({repo}/actions/workflows/{name}.yml/badge.svg)]({to})"
+    return " ".join([flow("test", f"{repo}/actions/workflows/test.yml"), flow("docs", found(r"site-url: (\S+)", "_quarto.yml")),
+                     f"[![Python {pythons[0]} to {pythons[-1]}]({static('python', f'{pythons[0]} to {pythons[-1]}', 'blue')})](pyproject.toml)",
+                     f"[![licence {licence}]({static('licence', licence, 'green')})](LICENSE)",
+                     f"[![paper: Interspeech 2025]({static('paper', 'Interspeech 2025', 'b31b1b')})](https://doi.org/{doi})"])
+
 def readme():
     cells = json.loads((root/"nbs/index.ipynb").read_text())["cells"]
     text = "\n\n".join(p.strip() for p in parts(cells))
     text = re.sub(r"^:::.*\n?", "", text, flags=re.M)                                     # Quarto's divs
+    text = re.sub(r'!\[([^\]]*)\]\(([^)]*)\)\{[^}]*fig-alt="([^"]*)"[^}]*\}', r"![\3](\2)\n\n<sub>\1</sub>", text)
     text = re.sub(r"(\]\()([^)\s]+)(\))(?:\{[^}]*\})?", relink, text)                     # Markdown links, Quarto's attributes off
     text = re.sub(r'((?:src|href)=")([^"]+)(")', relink, text)
-    return "<!-- made from nbs/index.ipynb by .ci/readme.py: edit that -->\n" + text + "\n"
+    title, rest = text.split("\n", 1)
+    return f"<!-- made from nbs/index.ipynb by .ci/readme.py: edit that -->\n{title}\n\n{badges()}\n{rest}\n"
 
 if __name__ == "__main__":
     if "--check" not in sys.argv: (root/"README.md").write_text(readme())

@@ -37,6 +37,9 @@ def gather(*sources) -> tuple:  # folders with `probes/*/scores.csv`, or with `s
         for task, encoder, p in _predictions(f.with_name("predictions.npz"), t.encoder.iloc[0] if len(t) else ""): parts.setdefault(task, {})[encoder] = p
     return scores, {t: _stack(t, p, metrics(scores)[t]) for t, p in sorted(parts.items())}
 
+# %% ../nbs/05_results.ipynb #5e01ae04
+#| code-fold: true
+#| code-summary: "Which files, and what could not be run"
 def _score_files(source):
     found = sorted(source.glob("probes/*/scores.csv")) or sorted(source.glob("scores.csv"))
     if not found: raise ValueError(f"no scores in {source}: run `distilltv reproduce`, or probe an encoder with `papermill nbs/04_probe.ipynb out.ipynb -p encoder logmel`")
@@ -56,6 +59,9 @@ def _kept(p):
     mark = hashlib.sha256("\n".join(p["id"].tolist()).encode() + (np.round(truth.astype(float), 3) + 0.).tobytes()).hexdigest()[:16]
     return dict(items=mark, group=p["group"]) | (dict(correct=p["pred"] == truth) if "true" in p else {k: p[k] for k in p if k in (*_OWN, *_SHARED) and k != "group"})
 
+# %% ../nbs/05_results.ipynb #5e01ae00
+#| code-fold: true
+#| code-summary: "Reading the two kinds of file"
 def _predictions(f, encoder):
     # (task, encoder, what is kept), from a probe's file and from one that `save` wrote
     with np.load(f, allow_pickle=False) as z: flat = dict(z)
@@ -65,6 +71,7 @@ def _predictions(f, encoder):
         if "correct" in p: p["correct"] = np.unpackbits(p["correct"], -1, count=len(p["group"])).astype(bool)
         for i, e in enumerate(p["encoder"]): yield t, str(e), dict(items="") | {k: v[i] if k in _OWN else v for k, v in p.items() if k != "encoder"}
 
+# %% ../nbs/05_results.ipynb #5e01ae02
 def _stack(task, parts, metric):
     first_name, first = next(iter(parts.items()))
     for name, p in parts.items():
@@ -73,6 +80,7 @@ def _stack(task, parts, metric):
     seeds = min(len(p[own]) for p in parts.values())
     return dict(encoder=np.array(list(parts)), metric=metric, **{k: first[k] for k in _SHARED if k in first}, **{own: np.stack([p[own][:seeds] for p in parts.values()])})
 
+# %% ../nbs/05_results.ipynb #5e01ae03
 def save(folder, scores, hits) -> None: # where to; from `gather`
     "Write `scores.csv` and a compact `predictions.npz`, atomically."
     folder = Path(folder)
@@ -244,12 +252,14 @@ def paired_tests(hits, draws, scores, against="ensemble", # from `gather`; from 
     out = pd.DataFrame(rows, columns="encoder lam task domain reference n test b c difference lo hi effect p better".split())
     return out.assign(p_adjusted=stats.false_discovery_control(out.p) if len(out) else [])
 
+# %% ../nbs/05_results.ipynb #5e01ae06
 def _test(h, d, i, j):
     if "correct" not in h: return dict(test="paired bootstrap", effect=cohen_dz(d, len(set(h["group"]))), p=bootstrap_p(d))
     x, y = (h["correct"][k].mean(0) > .5 for k in (i, j))
     b, c = int((x & ~y).sum()), int((~x & y).sum())
     return dict(test="McNemar", b=b, c=c, effect=cohen_h(x.mean(), y.mean()), p=mcnemar(b, c))
 
+# %% ../nbs/05_results.ipynb #5e01ae07
 def _beats(d): return float((d[1:] > 0).mean() + .5*(d[1:] == 0).mean())
 
 def chances(draws, column, encoders) -> pd.DataFrame: # from `with_means`; a mean, an overall score or a task of which more is better
@@ -283,6 +293,8 @@ def label_of(e, info): # an encoder; table of encoders
     return {"merged": f"λ = {info.lam[e]:.2g}", "endpoint": e.replace("-", " student, ", 1), "ensemble": "ensemble student", "base": "θ₀", "random": "random", "logmel": "log-mel", "teacher": e.replace("teacher-", "") + " teacher"}.get(r, e)
 
 # %% ../nbs/05_results.ipynb #66cb2df7
+#| code-fold: true
+#| code-summary: "Drawing the trade-off"
 def plot_tradeoff(draws, scores, # from `with_means`; from `gather`
                   pages=None     # encoder -> address that its mark leads to, where the figure is an SVG
                  ):
@@ -319,6 +331,8 @@ def _zoom(ax, near, x, y):
     ax.add_patch(plt.Rectangle((x0, y0), x1-x0, y1-y0, fill=False, ec="0.5", lw=.8, ls=":"))
 
 # %% ../nbs/05_results.ipynb #db1f6eef
+#| code-fold: true
+#| code-summary: "Drawing the tasks"
 def plot_tasks(draws, scores): # from `with_means`; from `gather`
     "Each task over λ, with 95 % band, and the ensemble, teachers, θ₀ and log-mel as lines."
     style()
@@ -328,11 +342,12 @@ def plot_tasks(draws, scores): # from `with_means`; from `gather`
     for ax, t in zip(axes.flat, tasks):
         _over_lam(ax, i.loc[t], scores, info)
         m = metrics(scores)[t]
-        ax.set(title=t, xlabel="λ", ylabel=("accuracy" if m.startswith("accuracy") else m) + (", % (less is better)" if m in LOWER else ", %"))
+        ax.set(title=f"{t} ({scores.domain[scores.task == t].iloc[0]})", ylabel=("accuracy" if m.startswith("accuracy") else m) + (", % (less is better)" if m in LOWER else ", %"))
     for ax in list(axes.flat)[len(tasks):]: ax.set_axis_off()
+    for ax in list(axes.flat)[max(0, len(tasks)-4):len(tasks)]: ax.set_xlabel("λ"), ax.tick_params(labelbottom=True)
     handles = {l: h for ax in axes.flat for h, l in zip(*ax.get_legend_handles_labels())}
     fig.legend(handles.values(), handles.keys(), loc="lower center", ncols=6, frameon=False, fontsize=9)
-    fig.tight_layout(rect=(0, .07, 1, 1))
+    fig.tight_layout(rect=(0, .05, 1, 1))
     return fig
 
 def _over_lam(ax, r, scores, info):
@@ -344,6 +359,8 @@ def _over_lam(ax, r, scores, info):
         ax.axhline(r.estimate[e], color=COLOUR[info.role[e]], lw=1.2, ls=":" if e == "teacher-music" else "--" if info.role[e] == "logmel" else "-", label=label_of(e, info))
 
 # %% ../nbs/05_results.ipynb #c31f12a7
+#| code-fold: true
+#| code-summary: "Drawing the differences"
 def plot_differences(tests): # from `paired_tests`
     "Merged encoders minus the ensemble, per task, with 95 % intervals; filled where significant at q = .05."
     style()
@@ -359,11 +376,13 @@ def plot_differences(tests): # from `paired_tests`
         ax.set_title(t, fontsize=10)
     for ax in list(axes.flat)[len(tasks):]: ax.set_axis_off()
     for ax in axes[:, 0]: ax.set_ylabel("λ")
-    fig.supxlabel("merged minus ensemble, points (right of the line: the merge is better)", fontsize=10)
-    fig.tight_layout()
+    fig.supxlabel("merged minus ensemble, points (right of the line: the merge is better)", fontsize=10, y=.03)
+    fig.tight_layout(rect=(0, .02, 1, 1))
     return fig
 
 # %% ../nbs/05_results.ipynb #5e01ac01
+#| code-fold: true
+#| code-summary: "Reading the logs and drawing them"
 def learning(source) -> pd.DataFrame: # a profile's folder with `students/*/*/log.csv`, or a folder with `learning.csv`
     "Distillation losses: student, step, teacher, layer, loss; empty where no log is there."
     source = Path(source)
@@ -409,6 +428,8 @@ def bullets(sentences) -> str: # from `findings`
     return "\n".join("- " + re.sub(r"^(.*?[.:])(?= |$)", r"**\1**", s) for s in sentences)
 
 # %% ../nbs/05_results.ipynb #a88c0cef
+#| code-fold: true
+#| code-summary: "The sentences"
 def _tradeoff(draws, name, low, high, info):
     s, m = (draws[f"{d} mean", high] - draws[f"{d} mean", low] for d in ("speech", "music"))
     ci = lambda d: f"{100*d[0]:+.1f} points [{100*d[1:].quantile(.025):+.1f}, {100*d[1:].quantile(.975):+.1f}]"
@@ -433,8 +454,8 @@ def _where(tests, ahead, lams):
 def _on_one_scale(d, name, es, ref, info):
     top = max(es, key=lambda e: d[e].iloc[0])
     p = _beats(d[top] - d[ref])
-    zero = dict(logmel="log-mel features", random="random weights")[OVERALL[name][0]]
-    return (f"By the score *{name}* the merge is {'ahead of' if p > .95 else 'behind' if p < .05 else 'level with'} the ensemble student. From 0 ({zero}) to 1000 (best teacher), the best λ = {info.lam[top]:.2g} has {d[top].iloc[0]:.0f}, the ensemble {d[ref].iloc[0]:.0f} "
+    zero, both = dict(logmel="log-mel features", random="random weights")[OVERALL[name][0]], (d[top].iloc[0], d[ref].iloc[0])
+    return (f"By the score *{name}* the merge is {'ahead of' if p > .95 else 'behind' if p < .05 else 'level with'} the ensemble student. From 0 ({zero}) to 1000 (best teacher), the best λ = {info.lam[top]:.2g} has {both[0]:.0f}, the ensemble {both[1]:.0f}{'; both are below ' + zero if max(both) < 0 else ''} "
             f"(probability that the merge is better: {p:.2f}, not corrected for picking the best λ).")
 
 def _teachers(draws, info, has):
@@ -448,6 +469,8 @@ def _teachers(draws, info, has):
     return out
 
 # %% ../nbs/05_results.ipynb #dc570c6c
+#| code-fold: true
+#| code-summary: "The paper's numbers beside ours"
 NOT_RUN = "not run: needs HuBERT, MERT, GPUs and the data sets; then `papermill nbs/04_probe.ipynb out.ipynb -p profile paper -p tasks paper -p encoder …`"
 
 def paper_table(draws, scores, numbers=None) -> pd.DataFrame: # from `with_means`; from `gather`; CSV, default the shipped one
@@ -486,6 +509,8 @@ def report(profile="mini",  # a profile's name, or a folder that `gather` reads
     return out/"tradeoff.png"
 
 # %% ../nbs/05_results.ipynb #fef0a164
+#| code-fold: true
+#| code-summary: "Figures and captions as files"
 def _figures(out, draws, scores, tests, curves, profile):
     captions = dict(tradeoff="Mean accuracy on speech against music tasks along λ.", tasks="Each task along λ.", learning="Distillation loss of each student over the steps, by teacher and layer.",
                     differences="Merged minus ensemble on the same items; filled: significant at q = .05 (McNemar or paired bootstrap, Benjamini–Hochberg).")

@@ -170,6 +170,17 @@ def test_citation():
     paper = cff["preferred-citation"]
     assert paper["doi"] == "10.21437/Interspeech.2025-747" and (paper["start"], paper["end"]) == (3858, 3862) and len(paper["authors"]) == 7
 
+def test_badges_are_true():
+    shown = re.findall(r"\[!\[([^\]]*)\]\(([^)]*)\)\]\(([^)]*)\)", (ROOT/"README.md").read_text())
+    assert len(shown) == 5
+    flows = [re.search(r"/actions/workflows/(.*?)/badge", image)[1] for _, image, _ in shown if "/actions/" in image]
+    assert flows and all((ROOT/".github/workflows"/f).exists() for f in flows)
+    said = " ".join(alt for alt, *_ in shown)
+    tested = yaml.safe_load((ROOT/".github/workflows/test.yml").read_text())["jobs"]["test"]["strategy"]["matrix"]["python"]
+    project = (ROOT/"pyproject.toml").read_text()
+    assert f"Python {tested[0]} to {tested[-1]}" in said and f'requires-python = ">={tested[0]}"' in project
+    assert re.search(r'^license = "(.*)"', project, re.M)[1] in said and "Apache License" in (ROOT/"LICENSE").read_text()[:200]
+
 def test_one_version():
     import distilltv
     assert re.search(r"^version = (.*)$", (ROOT/"settings.ini").read_text(), re.M)[1] == distilltv.__version__ == yaml.safe_load((ROOT/"CITATION.cff").read_text())["version"]
