@@ -302,7 +302,7 @@ def plot_tradeoff(draws, scores, # from `with_means`; from `gather`
     style()
     i, info = interval(draws), scores.drop_duplicates("encoder").set_index("encoder")
     s, m = (i.loc[f"{d} mean"]*100 if f"{d} mean" in i.index.get_level_values(0) else pd.DataFrame(columns=i.columns, dtype=float) for d in ("speech", "music"))
-    fig, (ax, near) = plt.subplots(1, 2, figsize=(10.5, 5.2))
+    fig, (ax, near) = plt.subplots(1, 2, figsize=(9, 4.9))
     shown = [e for e in order(scores) if e in s.index and e in m.index]
     for a, closer in ((ax, False), (near, True)):
         for e in shown: _mark(a, e, s, m, info, closer)
@@ -312,8 +312,8 @@ def plot_tradeoff(draws, scores, # from `with_means`; from `gather`
             a.plot(s.estimate[on], m.estimate[on], color=COLOUR["merged"], lw=1.6, zorder=2, label=f"{method} merge, λ from 0 to 1")
         a.set(xlabel="speech mean (accuracy, %)", ylabel="music mean (accuracy, %)")
     _zoom(ax, near, *([v.estimate[e] for e in shown if info.role[e] in ("merged", "endpoint", "ensemble", "base")] for v in (s, m)))
-    fig.legend(*ax.get_legend_handles_labels(), frameon=False, fontsize=9, loc="lower center", ncols=5)
-    fig.tight_layout(rect=(0, .12, 1, 1))
+    fig.legend(*ax.get_legend_handles_labels(), frameon=False, fontsize=9, loc="lower center", ncols=4)
+    fig.tight_layout(rect=(0, .15, 1, 1))
     return fig
 
 def _mark(ax, e, s, m, info, closer):

@@ -42,7 +42,7 @@ def strings(node):
 
 def test_paths_of_the_site_exist():
     for pattern in SITE["project"]["render"]: assert "*" in pattern or (ROOT/pattern).exists(), pattern
-    named = [s for s in strings([SITE["website"], SITE["bibliography"], SITE["format"]]) if re.search(r"\.(ipynb|qmd|md|bib|scss|html)$", s) and "://" not in s]
+    named = [s for s in strings([SITE["website"], SITE["bibliography"], SITE["format"]]) if re.search(r"\.(ipynb|qmd|md|bib|s?css|html)$", s) and "://" not in s]
     assert len(named) > 10
     assert not [s for s in named if not (ROOT/s).exists()]
 
@@ -114,7 +114,7 @@ for f in map(Path, sys.argv[1:]): f.write_text(nbdev_filter(nb_txt=f.read_text()
 def site(tmp_path_factory):
     "The site as Quarto would see it, built by smalldocs: hidden cells taken out, the rest as stored."
     to = tmp_path_factory.mktemp("site")
-    keep = [*pages(), *(ROOT/"nbs").glob("*.scss"), *(ROOT/"nbs").glob("*.bib"), *(ROOT/"data/mini/results").glob("*.*g"), ROOT/"_quarto.yml"]
+    keep = [*pages(), *(ROOT/"nbs").glob("*.*css"), *(ROOT/"nbs").glob("*.bib"), *(ROOT/"data/mini/results").glob("*.*g"), ROOT/"_quarto.yml"]
     for f in keep:
         (to/f.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(f, to/f.relative_to(ROOT))
