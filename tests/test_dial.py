@@ -21,6 +21,7 @@ def test_numbers_are_the_results():
         for task, shown in e["scores"].items():
             assert shown == pytest.approx(table.loc[(task, e["name"]), ["estimate", "lo", "hi"]].astype(float).tolist(), abs=1e-5)
             checked += 1
+    for e in data()["encoders"]: assert (ROOT/"nbs"/e["page"]).resolve().with_suffix(".ipynb").exists(), f"the mark of {e['name']} leads to no run"
     assert len(data()["sweep"]) >= 11 and data()["lams"] == sorted(data()["lams"]) and checked > 100
 
 class Browser:

@@ -52,14 +52,19 @@ def test_every_page_is_in_the_sidebar():
     assert not [p for p in pages() if p.relative_to(ROOT).as_posix() not in linked | gallery]
 
 def test_cross_references_and_citations_resolve():
-    text = {p: everything(p) for p in pages()}
-    whole = "\n".join(text.values())
-    labels = set(re.findall(r"\{[^}]*#((?:fig|tbl|eq|sec)-[\w-]+)", whole)) | set(re.findall(r"#\|\s*label:\s*((?:fig|tbl)-[\w-]+)", whole))
+    "On the page itself: in a website, Quarto numbers each page's figures by themselves."
     keys = set(re.findall(r"^@\w+\{([^,]+),", (ROOT/SITE["bibliography"]).read_text(), re.M))
-    for p, t in text.items():
+    for p in pages():
+        labels = set(re.findall(r"\{[^}]*#((?:fig|tbl|eq|sec)-[\w-]+)", prose(p))) | set(re.findall(r"#\|\s*label:\s*((?:fig|tbl)-[\w-]+)", everything(p)))
         prose_only = re.sub(r"`[^`]*`", "", prose(p))
         for ref in re.findall(r"(?<![\w.`/])@([A-Za-z][\w-]*[\w])", prose_only):
-            assert ref in labels or ref in keys, f"{p.name}: @{ref} is neither a label nor in the bibliography"
+            assert ref in labels or ref in keys, f"{p.name}: @{ref} is neither a label of this page nor in the bibliography"
+
+def test_labels_and_headings_are_unique_on_a_page():
+    "Both become ids."
+    for p in pages():
+        for found in (re.findall(r"#\|\s*label:\s*([\w-]+)", everything(p)), re.findall(r"^#+ (.*)$", prose(p), re.M)):
+            assert not (twice := {f for f in found if found.count(f) > 1}), f"{p.relative_to(ROOT)}: {twice} is there twice"
 
 def anchors(path):
     "Anchors that headings and explicit ids give a page."
@@ -69,6 +74,8 @@ def anchors(path):
         h = re.sub(r"\{[^}]*\}|[`*$]", "", h).strip().lower()
         found.add(re.sub(r"\s+", "-", re.sub(r"[^\w\s.-]", "", h)))
     return found | set(re.findall(r"\{#([\w-]+)", text))
+
+SITE_PAGES = {p.resolve() for p in pages()}
 
 def links(path): return [(m[1], bool(m[0])) for m in re.findall(r"(!?)\[(?:[^\[\]]|\[[^\]]*\])*\]\(([^)\s]+)\)", re.sub(r"`[^`]*`", "", prose(path)))]
 
@@ -81,6 +88,7 @@ def test_links_and_pictures(path):
         file, _, anchor = unquote(target).partition("#")
         to = (path.parent/file).resolve() if file else path
         assert to.exists(), f"{path.name} links to {target}, which is not there"
+        assert picture or path.name == "README.md" or to in SITE_PAGES, f"{path.name} links to {target}, which is no page of the site"
         if anchor and to.suffix in (".md", ".qmd", ".ipynb"): assert anchor in anchors(to), f"{path.name}: no heading #{anchor} in {to.name}"
 
 @pytest.mark.parametrize("path", [p for p in pages() if p.suffix == ".ipynb"], ids=lambda p: p.relative_to(ROOT).as_posix())
