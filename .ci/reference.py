@@ -2,8 +2,9 @@
 
 Copies from runs/mini to data/mini: the results, the three students, and of every executed notebook the parameters and the
 run itself, with links that work from its new place, so that each number on the site can be followed to the run that made it.
+Then the pages that read the results are executed and cleaned, and README.md is made from one of them.
 """
-import base64, io, json, posixpath, re, shutil, sys
+import base64, io, json, os, posixpath, re, shutil, subprocess, sys, tempfile
 from pathlib import Path
 from PIL import Image
 from distilltv.reproduce import fresh, grid
@@ -55,11 +56,21 @@ def relink(text):
     fix = lambda m: m[0] if re.match(r"[a-z]+:|#|/", m[1]) else f"]({posixpath.normpath(posixpath.join('../../../nbs', m[1]))})"
     return re.sub(r"\]\(([^)\s]+)\)", fix, text)
 
+PAGES = "index honesty gallery dial 03c_path 05_results".split()    # those that show what data/mini/results says
+
+def execute(names, **env):
+    "Run notebooks in place, as their authors do, and clean them."
+    bin, files = Path(sys.executable).parent, [root()/f"nbs/{n}.ipynb" for n in names]
+    for f in files: subprocess.run([bin/"jupyter", "nbconvert", "--to", "notebook", "--execute", "--inplace", f.name], cwd=f.parent, check=True, env={**os.environ, **env})
+    for f in files: subprocess.run([bin/"nbdev_clean", "--fname", f], cwd=root(), check=True)
+
 def main():
     cells = grid("mini")
     by_id = {c.id: c for c in cells}
     if stale := [c.id for c in cells if not fresh(c, by_id)]: sys.exit(f"not up to date, run `distilltv reproduce` first: {', '.join(stale)}")
     to = data_dir()
+    execute(["dial"], DISTILLTV_HOME=str(home()))    # chooses the examples, from predictions that do not ship
+    shutil.copy(home()/"mini/examples.json", to/"results")
     for f in (home()/"mini/results").iterdir():
         if f.is_file() and f.suffix not in (".ipynb", ".svg") and f.name not in ("result.json", "stamp.json"): shutil.copy(f, to/"results")
     for c in cells:
@@ -74,5 +85,7 @@ def main():
         (to/f"runs/{c.stage}-{c.name}.ipynb").write_text(json.dumps(notebook(c), ensure_ascii=False, separators=(",", ":")) + "\n")
         if (c.folder/"result.json").exists(): records[c.id] = json.loads((c.folder/"result.json").read_text())
     write_json(to/"runs/runs.json", records)
+    with tempfile.TemporaryDirectory() as nothing: execute(PAGES, DISTILLTV_HOME=nothing)    # from what ships, as everywhere else
+    subprocess.run([sys.executable, root()/".ci/readme.py"], check=True)
 
 if __name__ == "__main__": main()

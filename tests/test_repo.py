@@ -98,6 +98,13 @@ def test_drawn_figures_have_alternative_text(path):
             code = "".join(c["source"])
             assert "#| hide" in code or re.search(r"#\|\s*fig-alt:", code), f"no fig-alt in the cell that draws:\n{code[:300]}"
 
+def test_shipped_runs_hold_the_run_and_not_the_chapter():
+    for f in (ROOT/"data/mini/runs").glob("*.ipynb"):
+        cells = json.loads(f.read_text())["cells"]
+        text = ["".join(c["source"]) for c in cells]
+        assert text[0].startswith("# Run: ") and any("parameters" in c["metadata"].get("tags", []) for c in cells), f.name
+        assert any(c.get("outputs") for c in cells) and not any(t.startswith("#| export") for t in text), f.name
+
 # --- the site, built
 
 class Page(HTMLParser):
