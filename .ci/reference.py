@@ -34,7 +34,7 @@ def notebook(cell):
         if c["cell_type"] == "markdown": c["source"] = relink("".join(c["source"]))
         if c.get("outputs"): c["outputs"] = [o for o in c["outputs"] if o.get("name") != "stderr"]  # progress bars
         for o in c.get("outputs", []):
-            o.pop("execution_count", None)
+            if "execution_count" in o: o["execution_count"] = None
             if "image/png" in o.get("data", {}): o["data"]["image/png"] = smaller(o["data"]["image/png"])
     record = json.loads((cell.folder/"result.json").read_text()) if (cell.folder/"result.json").exists() else {}
     says = " ".join(f"-p {k} {v}" for k, v in cell.parameters.items() if k != "profile")

@@ -3,7 +3,7 @@ import json, os, re, shutil, subprocess, sys
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
-import pytest, yaml
+import nbformat, pytest, yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 SITE = yaml.safe_load((ROOT/"_quarto.yml").read_text())
@@ -100,6 +100,7 @@ def test_drawn_figures_have_alternative_text(path):
 
 def test_shipped_runs_hold_the_run_and_not_the_chapter():
     for f in (ROOT/"data/mini/runs").glob("*.ipynb"):
+        nbformat.validate(nbformat.from_dict(json.loads(f.read_text())))
         cells = json.loads(f.read_text())["cells"]
         text = ["".join(c["source"]) for c in cells]
         assert text[0].startswith("# Run: ") and any("parameters" in c["metadata"].get("tags", []) for c in cells), f.name
