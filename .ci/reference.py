@@ -39,7 +39,7 @@ def notebook(cell):
     record = json.loads((cell.folder/"result.json").read_text()) if (cell.folder/"result.json").exists() else {}
     says = " ".join(f"-p {k} {v}" for k, v in cell.parameters.items() if k != "profile")
     cost = f"{record['seconds']:.0f} s and {record['peak_memory_mb']:.0f} MB on {record['machine']}, commit {record['commit']}. " if record else ""
-    head = (f"# Run: {cell.stage} {cell.name}\n\n> `papermill nbs/{cell.notebook} out.ipynb {says}`\n\n"
+    head = (f"# Run: {cell.stage} {cell.name}\n\n> `{f'papermill nbs/{cell.notebook} out.ipynb {says}'.strip()}`\n\n"
             f"A run of the reference experiment, as papermill left it: its parameters, and what it did. {cost}"
             f"The code that is used but not shown is explained in the chapter it ran, [nbs/{cell.notebook}](../../../nbs/{cell.notebook}).")
     cells.insert(0, dict(cell_type="markdown", id=nb["cells"][0]["id"], metadata={}, source=head.replace("{home}", "runs")))
