@@ -6,9 +6,9 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 CHROME = next((p for p in map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome")) if p), None)
 
-def page_html():
-    cells = json.loads((ROOT/"nbs/dial.ipynb").read_text())["cells"]
-    return next("".join(o["data"]["text/html"]) for c in cells for o in c.get("outputs", []) if 'id="dial"' in "".join(o.get("data", {}).get("text/html", "")))
+def page_html(page="dial", id="dial"):
+    cells = json.loads((ROOT/f"nbs/{page}.ipynb").read_text())["cells"]
+    return next("".join(o["data"]["text/html"]) for c in cells for o in c.get("outputs", []) if f'id="{id}"' in "".join(o.get("data", {}).get("text/html", "")))
 
 def data(): return json.loads(re.search(r'id="dial-data">(.*?)</script>', page_html(), re.S)[1].replace("<\\/", "</"))
 
@@ -103,3 +103,20 @@ def test_turning_it(tmp_path, size):
         asked = [e["params"]["request"]["url"] for e in b.events if e["method"] == "Network.requestWillBeSent"]
         assert all(u.startswith(("file:", "data:")) for u in asked), asked
     finally: b.close()
+
+@pytest.mark.skipif(not CHROME, reason="no Chromium or Chrome here")
+def test_the_marks_of_the_headline_figure_lead_to_their_runs(tmp_path):
+    pytest.importorskip("websocket")
+    (tmp_path/"gallery.html").write_text(f'<!doctype html><meta charset="utf-8"><title>runs</title><body>{page_html("gallery", "runs-figure")}')
+    b = Browser(tmp_path/"profile", "1200,1000")
+    try:
+        b.call("Page.navigate", url=(tmp_path/"gallery.html").as_uri())
+        until = time.time()+60
+        while not b.js('document.querySelectorAll("#runs-figure a").length') and time.time() < until: time.sleep(.2)
+        hit = json.loads(b.js("""JSON.stringify([...document.querySelectorAll("#runs-figure a")].map(a => {
+            const r = a.querySelector("use").getBoundingClientRect(), at = document.elementFromPoint(r.x + r.width/2, r.y + r.height/2);
+            return [a.getAttribute("href"), !!at && !!at.closest("a")]; }))"""))
+    finally: b.close()
+    scored = {e["name"] for e in data()["encoders"]}
+    assert {Path(href).stem.removeprefix("probe-") for href, on_top in hit if on_top} == scored
+    for href, _ in hit: assert (ROOT/"nbs"/href).resolve().with_suffix(".ipynb").exists(), href
