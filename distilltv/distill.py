@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 from .corpora import SAMPLE_RATE, normalise
 from .encoders import Heads, load_encoder, make_base, receptive, save_encoder, weights_hash
-from .runs import Profile, Run, cached, home, profile as get_profile, use_threads, write_atomic
+from .runs import Profile, Run, cached, data_dir, home, profile as get_profile, use_threads, write_atomic
 from .scale import Crops, merge_quarantines, write_quarantine
 
 # %% ../nbs/02_distill.ipynb #a44c4f4e
@@ -133,7 +133,7 @@ def _rate(teacher): return getattr(teacher, "sample_rate", SAMPLE_RATE)  # `load
 def _hidden(teacher, wav, layers):
     rate = _rate(teacher)
     if rate != SAMPLE_RATE: wav = normalise(torchaudio.functional.resample(wav, SAMPLE_RATE, rate))
-    with torch.no_grad(): h = teacher(wav, output_hidden_states=True).hidden_states
+    with torch.inference_mode(): h = teacher(wav, output_hidden_states=True).hidden_states
     return torch.stack([h[l] for l in layers])
 
 def _shortest(targets):
@@ -179,7 +179,7 @@ class Kept:
         return torch.from_numpy(found.astype(np.float32)).to(wav.device)
     def _make(self, hear):
         self.made += 1
-        x = hear().float().cpu().numpy().astype(self.dtype)
+        with np.errstate(over="ignore"): x = hear().float().cpu().numpy().astype(self.dtype)
         if not np.isfinite(x).all(): raise ValueError(f"hidden states of the teacher do not fit {self.dtype}: use cache=float32")
         return x
     def key(self, teacher, wav, layers) -> str:
@@ -344,11 +344,16 @@ def heard(corpus:str, teacher:str) -> str:
 
 def base_of(p:Profile):
     "θ₀ of a profile: the one saved before, else copied from the teacher that `init` names, and saved."
-    folder = Path(p.speech_teacher).parents[1]/"base" if p.name == "mini" else p.folder/"base"
-    if not (folder/"model.safetensors").exists():
-        source = getattr(p, f"{p.init}_teacher")
-        save_encoder(make_base(load_encoder(source), p.student_layers), folder, torch.float16, role="base", copied_from=f"{p.init} teacher")
-    return load_encoder(folder)
+    source, shape = getattr(p, f"{p.init}_teacher"), dict(layers=p.student_layers, width=p.student_width, heads=p.student_heads)
+    wants = dict(copied_from=f"{p.init} teacher", source="/".join(Path(source).parts[-2:]), **shape)
+    shipped = p.name == "mini" and (p.init, *shape.values()) == ("music", 2, 0, 0)
+    folder = data_dir()/"base" if shipped else p.folder/"base"
+    if not (folder/"model.safetensors").exists(): save_encoder(make_base(load_encoder(source), **shape), folder, torch.float16, role="base", **wants)
+    base = load_encoder(folder)
+    found = dict(layers=base.config.num_hidden_layers, width=0, heads=0) | base.distilltv
+    if other := {k: found[k] for k, v in wants.items() if found.get(k, v) != v}:
+        raise ValueError(f"{folder} holds another θ₀, with {other}, not {({k: wants[k] for k in other})}: keep these students apart, with DISTILLTV_HOME=another folder")
+    return base
 
 # %% ../nbs/02_distill.ipynb #000d0f21
 def distil(p:Profile,     # teachers, objective, budget, learning rate and audio
@@ -361,7 +366,7 @@ def distil(p:Profile,     # teachers, objective, budget, learning rate and audio
     "Distil one student from θ₀ and save it as a plain `HubertModel` that records the hash of its θ₀."
     corpus, steps, state = corpus or p.corpus, steps or p.steps, PartialState()
     folder = Path(out or p.folder/"students"/corpus/(teacher if p.loss == "kd" else f"{teacher}-{p.loss}"))
-    teachers = {n: load_encoder(getattr(p, f"{n}_teacher")) for n in (("speech", "music") if teacher in ("ensemble", "average") else (teacher,))}
+    teachers = {n: load_encoder(getattr(p, f"{n}_teacher"), max(p.layers)) for n in (("speech", "music") if teacher in ("ensemble", "average") else (teacher,))}
     with state.main_process_first(): student = base_of(p)
     for m in (student, *teachers.values()): m.set_attn_implementation(p.attention)
     origin = weights_hash(student)

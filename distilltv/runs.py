@@ -47,6 +47,8 @@ class Profile:
     epoch:int = 0                # steps after which the same crops come again, in another order; 0: never
     cache:str = ""               # keep the teachers' targets of an epoch on disk, as `float32` or `float16`; "": not
     cache_gb:float = 20.         # disk space that they may take
+    student_width:int = 0        # features of the student; 0: as many as the teacher it starts from has (the paper's wide one: 1536, with 6 heads)
+    student_heads:int = 0        # its attention heads; 0: likewise
 
     @property
     def folder(self) -> Path:
