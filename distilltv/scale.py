@@ -6,7 +6,8 @@
 __all__ = ['Stream', 'Crops', 'merge_quarantines', 'write_quarantine']
 
 # %% ../nbs/00a_scale.ipynb #e10699a5
-import csv, hashlib, json
+import csv, hashlib, json, os
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 import numpy as np, torch
@@ -111,14 +112,19 @@ class Crops:
         self.parts = [np.random.default_rng([seed, j]).permutation(self.epoch*self._slots(j)) for j in range(len(corpora))]
         self.quarantine = {path: why for s in self.sources if s not in self.streams for path, why in s.refused.items()}
         self._marks, self._used, self._next = {0: self._mark()}, {}, 0
+        loose = not self.streams and not any("license" in s.rows[0] for s in self.sources)
+        self._map = ThreadPoolExecutor(min(8, os.cpu_count())).map if loose else map  # files are decoded side by side; a stream has an order
     def __call__(self, step): return self.items(step, slice(None))
     def items(self, step, part:slice): # [share, samples], each crop normalised; of several lengths: padded, and the lengths [share]
         "Those items of the batch of that step."
         if self.streams and step != self._next: raise ValueError(f"a stream has no way to step {step} but through step {self._next}: restore its state first")
         same, n, used = self._same(step), len(self.sources), self._used.setdefault(step, [])
         bins = [self._bin(same, j) for j in range(n)]
-        crops = [bins[i % n][1].crop(self.samples//bins[i % n][0], np.random.default_rng([self.seed, same, i, c]), self.quarantine, used, *self._part(same, i))
-                 for i in range(self.batch_size)[part] for c in range(bins[i % n][0])]
+        def cut(item):
+            (i, c), (m, source), names = item, bins[item[0] % n], []
+            return source.crop(self.samples//m, np.random.default_rng([self.seed, same, i, c]), self.quarantine, names, *self._part(same, i)), names
+        crops, names = zip(*self._map(cut, [(i, c) for i in range(self.batch_size)[part] for c in range(bins[i % n][0])]))
+        used += sum(names, [])
         self._next, self._marks[step+1] = step+1, self._mark()
         for kept in (self._marks, self._used):
             if len(kept) > 16: del kept[min(kept)]
@@ -157,7 +163,6 @@ class Crops:
         if len(states) != self.world: raise ValueError(f"the streams were shared by {len(states)} processes, not {self.world}: continue with {len(states)}")
         for s, mark in zip(self.streams, states[rank]["streams"]): s.seek(mark)
         self._marks, self._next = {step: self._mark()}, step
-
 
 # %% ../nbs/00a_scale.ipynb #c4c0e0b1
 def _check_choices(short, epoch, streams):

@@ -505,33 +505,34 @@ def test_batches_of_several_lengths_in_two_processes_and_killed(tmp_path, train,
 # --- at real size
 
 def test_the_command_distils_checkpoints_of_real_size(tmp_path):
-    "θ₀ of HuBERT Base and taught by MERT v0-public, in the hub's own format with random weights, with the hub profile's settings, as a user types it (but for bfloat16, which few CPUs have)."
+    "θ₀ of HuBERT Base, taught by MERT v0-public: random weights in the hub's own format, the hub profile, the command as a user types it (but for bfloat16, which few CPUs have)."
     torch.manual_seed(0)
     mert = dict(model_type="mert_model", architectures=["MERTModel"], sample_rate=16_000, feature_extractor_cqt=False, attention_relax=-1.0,
                 auto_map=dict(AutoConfig="configuration_MERT.MERTConfig", AutoModel="modeling_MERT.MERTModel"))
     old = lambda k: k.replace("parametrizations.weight.original0", "weight_g").replace("parametrizations.weight.original1", "weight_v")
-    model = HubertModel(HubertConfig())
+    model, file = HubertModel(HubertConfig()), tmp_path/"pytorch_model.bin"
+    torch.save({old(k): v for k, v in model.state_dict().items()}, file)
     for name, more in dict(hubert={}, mert=mert).items():
         (tmp_path/name).mkdir()
+        (tmp_path/name/file.name).hardlink_to(file)
         (tmp_path/name/"config.json").write_text(json.dumps(model.config.to_dict() | more))
-        torch.save({old(k): v for k, v in model.state_dict().items()}, tmp_path/name/"pytorch_model.bin")
         (tmp_path/name/"preprocessor_config.json").write_text(json.dumps(dict(feature_extractor_type="Wav2Vec2FeatureExtractor", sampling_rate=16_000, do_normalize=True)))
-        for split in ("train-clean-100", "dev-clean"):
-            (tmp_path/f"{name}-audio"/split).mkdir(parents=True)
-            for i in range(2): sf.write(tmp_path/f"{name}-audio/{split}/{i}.flac", np.random.default_rng(i).normal(0, .1, 30_000), 16_000)
-    (tmp_path/"mert-audio/train-clean-100/9.wav").write_text("Dear Sir or Madam")
-    env = dict(os.environ, OMP_NUM_THREADS="2", ACCELERATE_USE_CPU="true", HF_HUB_OFFLINE="1", DISTILLTV_HOME=str(tmp_path/"runs"),
-               DISTILLTV_SPEECH=str(tmp_path/"hubert-audio"), DISTILLTV_MUSIC=str(tmp_path/"mert-audio"))
-    done = subprocess.run([sys.executable, *"-m distilltv.distill --profile hub --teacher music --steps 2 --set batch=2 seconds=.5 short=alone precision=no validate_every=0".split(),
-                           f"speech_teacher={tmp_path}/hubert", f"music_teacher={tmp_path}/mert"], env=env, capture_output=True, text=True, cwd=tmp_path)
+    for split in ("train-clean-100", "dev-clean"):
+        (tmp_path/"audio"/split).mkdir(parents=True)
+        for i in range(2): sf.write(tmp_path/f"audio/{split}/{i}.flac", np.random.default_rng(i).normal(0, .1, 30_000), 16_000)
+    (tmp_path/"audio/train-clean-100/9.wav").write_text("Dear Sir or Madam")
+    env = dict(os.environ, OMP_NUM_THREADS="2", ACCELERATE_USE_CPU="true", HF_HUB_OFFLINE="1", DISTILLTV_HOME=str(tmp_path/"runs"), DISTILLTV_SPEECH=str(tmp_path/"audio"))
+    command = "-m distilltv.distill --profile hub --teacher music --corpus speech --steps 2 --set batch=2 seconds=.5 short=alone precision=no validate_every=0"
+    done = subprocess.run([sys.executable, *command.split(), f"speech_teacher={tmp_path}/hubert", f"music_teacher={tmp_path}/mert"], env=env, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
-    folder = tmp_path/"runs/hub/students/both/music"
-    record, plain = json.loads((folder/"result.json").read_text()), HubertModel.from_pretrained(folder)
+    folder = tmp_path/"runs/hub/students/speech/music"
+    record, log, plain = json.loads((folder/"result.json").read_text()), pd.read_csv(folder/"log.csv"), HubertModel.from_pretrained(folder)
     assert done.stdout.strip() == str(folder) and sum(p.numel() for p in plain.parameters()) == 23_491_200
-    assert record["metrics"]["quarantined_files"] == 1 and record["metrics"]["audio_seconds"] == 2 and record["parameters"]["short"] == "alone"
-    log = pd.read_csv(folder/"log.csv")
-    assert log.step.tolist() == [0, 1] and {"music_4", "music_12", "gradient"} <= set(log) and log.notna().all(axis=None) and {"valid_speech", "valid_music"} <= set(record["metrics"])
-    assert weights_hash(plain) != record["inputs"]["base"]
+    assert weights_hash(plain) != record["inputs"]["base"] == weights_hash(load_encoder(tmp_path/"runs/hub/base"))
+    assert log.step.tolist() == [0, 1] and {"music_4", "music_8", "music_12", "gradient"} <= set(log) and log.notna().all(axis=None)
+    found, asked = record["metrics"], record["parameters"]
+    assert found["quarantined_files"] == 1 and found["audio_seconds"] == 2 and found["valid_speech"] > 0 and (asked["short"], asked["corpus"]) == ("alone", "speech")
+    assert list(pd.read_csv(folder/"quarantine.csv").path) == [str(tmp_path/"audio/train-clean-100/9.wav")]
 
 def test_a_saved_base_of_another_shape_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("DISTILLTV_HOME", str(tmp_path))
