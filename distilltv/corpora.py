@@ -187,27 +187,29 @@ DRAWS = 100  # of one crop, before a corpus is given up as unusable
 
 class _Pool:
     "Segments to crop from: rows, cumulative lengths, and which rows share a file (for loose files: a folder)."
-    def __init__(self, rows, refused={}):
-        self.rows, self.refused = rows, refused  # refused: path -> reason
+    def __init__(self, rows, refused={}, alone=False):
+        self.rows, self.refused, self.alone = rows, refused, alone  # refused: path -> reason; alone: a crop stays in one segment if it can
         self.ends = np.cumsum([r["end"] - r["start"] for r in rows])
         self.peer = [r["path"] if "license" in r else str(Path(r["path"]).parent) for r in rows]
         self.peers = {}
         for i, p in enumerate(self.peer): self.peers.setdefault(p, []).append(i)
-    def crop(self, n, rng, quarantine=None, used=None):
-        "float32 [n]; a draw that meets an unusable file is noted in `quarantine` (path -> reason) and repeated, or raised without one."
+    def crop(self, n, rng, quarantine=None, used=None, share=None):
+        "float32 [n], from the k-th of K equal parts of all seconds if `share` is (k, K); a draw that meets an unusable file is noted in `quarantine` (path -> reason) and repeated, or raised without one."
         for _ in range(DRAWS):
-            try: return self._draw(n, rng, [] if used is None else used)
+            try: return self._draw(n, rng, [] if used is None else used, share)
             except AudioError as e:
+                share = None
                 if quarantine is None: raise
                 quarantine.setdefault(e.path, e.reason)
                 last = e
         raise AudioError(last.path, f"{last.reason} (and so on: {DRAWS} draws of a crop in a row met unusable files)")
-    def _draw(self, n, rng, used):
+    def _draw(self, n, rng, used, share=None):
         "From a uniformly drawn point to its segment's end, then random segments of that file; `used` takes their ids."
-        at = int(rng.integers(self.ends[-1]))
+        at = int((share[0] + rng.random())/share[1]*self.ends[-1]) if share else int(rng.integers(self.ends[-1]))
         i = int(np.searchsorted(self.ends, at, side="right"))
         row = self.rows[i]
-        first = at - int(self.ends[i]) + row["end"] - row["start"]
+        first = at - int(self.ends[i]) + (length := row["end"] - row["start"])
+        if self.alone: first = first*max(1, length-n+1)//length
         parts, names = [segment_audio(row, first, n)], [row["id"]]
         while (got := sum(map(len, parts))) < n:
             more = self.rows[rng.choice(self.peers[self.peer[i]])]

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np, pandas as pd, torch, torchaudio
 import torch.nn.functional as F
 from sklearn.metrics import accuracy_score, average_precision_score, r2_score, roc_auc_score
-from .runs import Run, data_dir, file_hash, home, profile as get_profile, write_atomic, write_json
+from .runs import Run, cached, data_dir, file_hash, home, profile as get_profile, write_atomic, write_json
 from .corpora import SAMPLE_RATE, AudioError, normalise, segment_audio
 from .encoders import FAMILIES, HOP, WINDOW, hidden_states, load_encoder, random_student, weights_hash
 
@@ -337,29 +337,6 @@ def features_key(encoder, table, root) -> str: # an encoder with a `hash`; rows 
     "Hash of all that determines the features: weights, configuration, preprocessing, bounds, audio."
     return _bounds_hash(table, root, encoder.hash, getattr(encoder, "setup", ""), encoder.hop, PREPROCESSING)
 
-# %% ../nbs/04_probe.ipynb #31dd78b8
-def _cached(f, ok, make, most):
-    # a file that is absent, damaged or of the wrong shape is made again
-    try:
-        x = np.load(f, mmap_mode="r", allow_pickle=False)
-        if ok(x):
-            os.utime(f)
-            return x
-    except (OSError, ValueError, EOFError): pass
-    x = make()
-    with write_atomic(f) as tmp, open(tmp, "wb") as h: np.save(h, x, allow_pickle=False)
-    _trim(f.parent, most)
-    return x
-
-def _trim(folder, most):
-    def seen(f):
-        try: return f.stat().st_mtime, f.stat().st_size, f
-        except FileNotFoundError: return 0, 0, f     # another process has just removed it
-    held = 0
-    for i, (_, size, f) in enumerate(sorted(map(seen, folder.glob("*.npy")), reverse=True)):
-        held += size
-        if held > most and i: f.unlink(missing_ok=True)
-
 # %% ../nbs/04_probe.ipynb #6bd3dc76
 def mix(x, y, snr:float) -> np.ndarray: # two waveforms of one length; level of the first over the second in dB
     "Their sum with `y` scaled to the ratio, made quieter where it would clip."
@@ -385,7 +362,7 @@ def windows(table, root, most:float=4e9) -> tuple: # rows with file, start, end;
         return (np.concatenate(cut)*32768).round().clip(-32768, 32767).astype(np.int16)
     total = int((w.end - w.start).sum())
     key = _bounds_hash(table.assign(lo=0, hi=0), root, "windows")
-    return w, _cached(home()/"cache"/f"{key}.npy", lambda x: x.shape == (total,), decode, most)
+    return w, cached(home()/"cache"/f"{key}.npy", lambda x: x.shape == (total,), decode, most, check=False)
 
 # %% ../nbs/04_probe.ipynb #b7405425
 def pool(frames:torch.Tensor, # hidden states [layers, frames, dim] of one window
@@ -454,7 +431,7 @@ def features(encoder,              # see `check_encoder`; cached if it has a `ha
     root, table = _root(segments, root), segment_table(segments, root)
     if not getattr(encoder, "hash", None): return extract(encoder, table, root)
     f = home()/"cache"/f"{features_key(encoder, table, root)}.npy"
-    return _cached(f, lambda x: x.dtype == np.float32 and x.shape[1:] == (len(table), encoder.dim), lambda: extract(encoder, table, root), most)
+    return cached(f, lambda x: x.dtype == np.float32 and x.shape[1:] == (len(table), encoder.dim), lambda: extract(encoder, table, root), most)
 
 # %% ../nbs/04_probe.ipynb #0ac0dc74
 LOSSES = dict(classify=F.cross_entropy, tags=F.binary_cross_entropy_with_logits, numbers=F.mse_loss)  # by the kind of task

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['Profile', 'profile', 'root', 'home', 'data_dir', 'Number', 'Integer', 'Choice', 'Text', 'check_parameters',
-           'write_atomic', 'atomic_folder', 'write_json', 'file_hash', 'Fingerprint', 'versions', 'commit',
+           'write_atomic', 'atomic_folder', 'write_json', 'file_hash', 'Fingerprint', 'cached', 'versions', 'commit',
            'peak_memory', 'Run', 'use_threads']
 
 # %% ../nbs/00_runs.ipynb #42d82b39
-import ast, ctypes, errno, hashlib, json, os, platform, resource, shutil, subprocess, sys, time
+import ast, ctypes, errno, hashlib, json, os, platform, resource, shutil, subprocess, sys, time, zlib
 from contextlib import contextmanager
 from dataclasses import dataclass, asdict
 from importlib import metadata
@@ -43,6 +43,12 @@ class Profile:
     log_with:str = ""            # `tensorboard` or `trackio` beside the local log; "": neither
     speech_audio:str = "speech"  # the mini corpus, a folder of audio, or `stream:NAME:CONFIG:SPLIT` of the hub
     music_audio:str = "music"    # likewise
+    short:str = "join"           # recordings shorter than a crop: `join` (continued with others of their folder) or `alone` (shorter crops, and more of them)
+    epoch:int = 0                # steps after which the same crops come again, in another order; 0: never
+    cache:str = ""               # keep the teachers' targets of an epoch on disk, as `float32` or `float16`; "": not
+    cache_gb:float = 20.         # disk space that they may take
+    student_width:int = 0        # features of the student; 0: as many as the teacher it starts from has (the paper's wide one: 1536, with 6 heads)
+    student_heads:int = 0        # its attention heads; 0: likewise
 
     @property
     def folder(self) -> Path:
@@ -197,6 +203,44 @@ class Fingerprint:
         self.sha.update(np.ascontiguousarray(t, np.float32))
     @property
     def hash(self) -> str: return self.sha.hexdigest()
+
+# %% ../nbs/00_runs.ipynb #c4c0e0a2
+def cached(file:Path,      # `.npy` file whose name is a hash of all that decides its content
+           ok,             # array -> whether it can be the one
+           make,           # makes the array where the file is absent, damaged or not the one
+           most:float,     # bytes that the folder's arrays may take together
+           check=True      # read it whole and compare its checksum, or trust its shape and map it into memory
+          ) -> np.ndarray: # read-only where it was read
+    "The array from its file, or made and put there."
+    try:
+        x = np.load(file, mmap_mode="r", allow_pickle=False)
+        if ok(x) and (not check or _checksum(x) == _last(file, 4)):
+            os.utime(file)
+            return x
+    except (OSError, ValueError, EOFError): pass
+    x = make()
+    with write_atomic(file) as tmp, open(tmp, "wb") as f:
+        np.save(f, x, allow_pickle=False)
+        f.write(_checksum(x))
+    _trim(file.parent, most)
+    return x
+
+def _checksum(x): return zlib.crc32(np.ascontiguousarray(x)).to_bytes(4, "little")
+
+def _last(file, n):
+    with open(file, "rb") as f:
+        f.seek(-n, 2)
+        return f.read()
+
+def _trim(folder, most):
+    "Remove the arrays of a folder that were used longest ago, until the rest takes at most that many bytes; the newest stays."
+    def seen(f):
+        try: return f.stat().st_mtime, f.stat().st_size, f
+        except FileNotFoundError: return 0, 0, f     # another process has just removed it
+    held = 0
+    for i, (_, size, f) in enumerate(sorted(map(seen, folder.glob("*.npy")), reverse=True)):
+        held += size
+        if held > most and i: f.unlink(missing_ok=True)
 
 # %% ../nbs/00_runs.ipynb #1ce5239a
 _PACKAGES = "torch torchaudio transformers datasets accelerate numpy scikit-learn papermill".split()

@@ -6,14 +6,15 @@
 __all__ = ['Stream', 'Crops', 'merge_quarantines', 'write_quarantine']
 
 # %% ../nbs/00a_scale.ipynb #e10699a5
-import csv
+import csv, hashlib, json, os
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 import numpy as np, torch
 from accelerate import PartialState
 from datasets import Audio, load_dataset
 from datasets.distributed import split_dataset_by_node
-from .corpora import DRAWS, SAMPLE_RATE, AudioError, _pool, load_audio, normalise
+from .corpora import DRAWS, SAMPLE_RATE, AudioError, _Pool, _pool, load_audio, normalise
 from .runs import write_atomic
 
 # %% ../nbs/00a_scale.ipynb #91957291
@@ -91,35 +92,67 @@ def _open_stream(name):
 class Crops:
     "The crops of a run by step, a process's share of them, and the list of what could not be used."
     def __init__(self, corpora:list,    # one or two of `speech`, `music`, a folder, `stream:…`; items alternate between them
-                 batch_size:int,        # of all processes together
+                 batch_size:int,        # crops of that length in a batch, of all processes together
                  seconds:float,         # length of each crop
                  seed:int=0,
                  split:str="train",     # or `valid`; a stream's split is in its name
                  root=None,             # as for `load_corpus`
                  rank:int=None,         # this process, as accelerate has it
-                 world:int=None):       # how many processes
+                 world:int=None,        # how many processes
+                 short:str="join",      # recordings shorter than a crop: `join` them, or leave each `alone`, in shorter crops
+                 epoch:int=0):          # steps after which the same crops come again, in another order; 0: never
         here = PartialState()
         rank, world = here.process_index if rank is None else rank, world or here.num_processes
-        self.batch_size, self.samples, self.seed, self.world = batch_size, int(seconds*SAMPLE_RATE), seed, world
+        self.batch_size, self.samples, self.seed, self.world, self.epoch = batch_size, int(seconds*SAMPLE_RATE), seed, world, epoch
         self.sources = [Stream(c, seed, rank, world) if str(c).startswith("stream:") else _pool(str(c), split, root) for c in corpora]
         self.streams = [s for s in self.sources if isinstance(s, Stream)]
+        _check_choices(short, epoch, self.streams)
+        self.bins = [_by_length(s, self.samples) if short == "alone" else {1: s} for s in self.sources]
+        self.joined, self.several = short == "join", len(corpora) if short == "alone" else 1  # lengths that a batch may have
+        self.parts = [np.random.default_rng([seed, j]).permutation(self.epoch*self._slots(j)) for j in range(len(corpora))]
         self.quarantine = {path: why for s in self.sources if s not in self.streams for path, why in s.refused.items()}
         self._marks, self._used, self._next = {0: self._mark()}, {}, 0
+        loose = not self.streams and not any("license" in s.rows[0] for s in self.sources)
+        self._map = ThreadPoolExecutor(min(8, os.cpu_count())).map if loose else map  # files are decoded side by side; a stream has an order
     def __call__(self, step): return self.items(step, slice(None))
-    def items(self, step, part:slice) -> torch.Tensor: # [share, samples], each crop normalised
+    def items(self, step, part:slice): # [share, samples], each crop normalised; of several lengths: padded, and the lengths [share]
         "Those items of the batch of that step."
         if self.streams and step != self._next: raise ValueError(f"a stream has no way to step {step} but through step {self._next}: restore its state first")
-        rng = lambda i: np.random.default_rng([self.seed, step, i])
-        used = self._used[step] = []
-        crops = [self.sources[i % len(self.sources)].crop(self.samples, rng(i), self.quarantine, used) for i in range(self.batch_size)[part]]
+        same, n, used = self._same(step), len(self.sources), self._used.setdefault(step, [])
+        bins = [self._bin(same, j) for j in range(n)]
+        def cut(item):
+            (i, c), (m, source), names = item, bins[item[0] % n], []
+            return source.crop(self.samples//m, np.random.default_rng([self.seed, same, i, c]), self.quarantine, names, *self._part(same, i)), names
+        crops, names = zip(*self._map(cut, [(i, c) for i in range(self.batch_size)[part] for c in range(bins[i % n][0])]))
+        used += sum(names, [])
         self._next, self._marks[step+1] = step+1, self._mark()
         for kept in (self._marks, self._used):
             if len(kept) > 16: del kept[min(kept)]
-        return normalise(torch.from_numpy(np.stack(crops)))
+        return _batch(crops)
+    def _same(self, step):
+        "The step whose crops are heard at this one: of the first epoch, in an order of this epoch's own."
+        if not self.epoch or step < self.epoch: return step
+        return int(np.random.default_rng([self.seed, step//self.epoch]).permutation(self.epoch)[step % self.epoch])
+    def _bin(self, step, j):
+        "How many crops of source `j` fill a crop's length at that step, and the segments they are cut from."
+        bins = list(self.bins[j].items())
+        if len(bins) == 1: return bins[0]
+        ends = np.cumsum([pool.ends[-1] for _, pool in bins])
+        return bins[np.searchsorted(ends, np.random.default_rng([self.seed, step, self.batch_size+j]).integers(ends[-1]), side="right")]
+    def _slots(self, j): return len(range(j, self.batch_size, len(self.sources)))
+    def _part(self, step, i):
+        "In an epoch, which of as many equal parts of its source as the source has crops a crop begins in."
+        j, k = i % len(self.sources), i // len(self.sources)
+        return [(int(self.parts[j][step*self._slots(j) + k]), len(self.parts[j]))] if self.epoch and self.joined else []
     def _mark(self): return [s.mark() for s in self.streams]
     def files(self, step) -> list:
         "What this process cut its share of a recent step from."
         return list(dict.fromkeys(self._used.get(step, [])))
+    @property
+    def hash(self) -> str:
+        "What is drawn from: names and bounds of the segments, or the name of a stream."
+        ids = [s.name if s in self.streams else [(r["id"], r["start"], r["end"]) for r in s.rows] for s in self.sources]
+        return hashlib.sha256(json.dumps(ids).encode()).hexdigest()
     def state(self, step) -> dict:
         "What a process must know to go on at that step: the positions of its streams, and its quarantine."
         return dict(streams=self._marks.get(step, []), quarantine=dict(self.quarantine))
@@ -130,6 +163,26 @@ class Crops:
         if len(states) != self.world: raise ValueError(f"the streams were shared by {len(states)} processes, not {self.world}: continue with {len(states)}")
         for s, mark in zip(self.streams, states[rank]["streams"]): s.seek(mark)
         self._marks, self._next = {step: self._mark()}, step
+
+# %% ../nbs/00a_scale.ipynb #c4c0e0b1
+def _check_choices(short, epoch, streams):
+    "A `ValueError` for what is unknown, or what a stream cannot do."
+    if short not in ("join", "alone"): raise ValueError(f"short = {short!r} is unknown; use join or alone")
+    if streams and (short != "join" or epoch):
+        raise ValueError(f"{streams[0].name} is heard in the order it comes: a stream takes short=join and epoch=0; for others, save it as a folder of files")
+
+def _by_length(pool, samples):
+    "Segments by the number of their crops that fill so many samples, with crops of a second at least: {1: those that are long enough, 2: those of a half, …}."
+    need = [min(max(1, samples//SAMPLE_RATE), -(-samples//(r["end"]-r["start"]))) for r in pool.rows]
+    return {m: _Pool([r for r, k in zip(pool.rows, need) if k == m], alone=True) for m in sorted(set(need))}
+
+def _batch(crops):
+    "Crops, each normalised, as rows; where lengths differ, what fills up the shorter ones is not a number, so that it cannot be heard unnoticed."
+    lengths = [len(x) for x in crops]
+    if len(set(lengths)) == 1: return normalise(torch.from_numpy(np.stack(crops)))
+    wav = torch.full((len(crops), max(lengths)), torch.nan)
+    for row, x in zip(wav, crops): row[:len(x)] = normalise(torch.from_numpy(x))
+    return wav, torch.tensor(lengths)
 
 # %% ../nbs/00a_scale.ipynb #911d350d
 def merge_quarantines(states:list # of all processes, from `Crops.state`

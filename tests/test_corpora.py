@@ -363,6 +363,76 @@ def test_shares_of_a_folder_are_the_batch(tmp_path):
     crops = Crops([folder_of(tmp_path)], 6, 1.)
     assert torch.equal(torch.cat([crops.items(2, slice(0, 3)), crops.items(2, slice(3, 6))]), crops(2))
 
+@pytest.fixture()
+def lengths(tmp_path):
+    "Recordings of .5, 1.2, 2.5, 3 and 9 s; each is a ramp in a band of its own, so a crop tells where it is from."
+    (tmp_path/"train").mkdir()
+    for i, s in enumerate((.5, 1.2, 2.5, 3., 9.)): sf.write(tmp_path/f"train/{i}.wav", .1*i + .1 + np.linspace(0, .09, int(s*SAMPLE_RATE)), SAMPLE_RATE, subtype="FLOAT")
+    corpora._pool.cache_clear()
+    return tmp_path
+
+def heard_alone(crops, step, monkeypatch):
+    "What a batch was cut from, before it is normalised."
+    with monkeypatch.context() as m:
+        m.setattr("distilltv.scale.normalise", lambda x: x)
+        return crops(step)
+
+def test_short_recordings_alone_are_heard_in_shorter_crops_and_more_of_them(lengths, monkeypatch):
+    crops, seen = Crops([lengths], 3, 3., short="alone"), {}
+    for k in range(60):
+        x = heard_alone(crops, k, monkeypatch)
+        m = 48_000//x.shape[1]
+        assert x.shape == (3*m, 48_000//m), "not the same number of seconds in each batch"
+        of = (x*10).floor().long() - 1
+        for row, ids in zip(x, of):
+            if m < 3 or 0 not in ids: assert (ids == ids[0]).all() and (row.diff() > 0).all(), "a crop of more than one recording"
+        seen.setdefault(m, set()).update(of.flatten().tolist())
+    assert seen == {1: {3, 4}, 2: {2}, 3: {0, 1}}, "shorter than a second: continued, as ever"
+    spread = [x for k in range(60) if (x := heard_alone(crops, k, monkeypatch)).shape[1] == 24_000]
+    first = np.concatenate([x[:, 0] for x in spread])
+    assert first.min() < .302 and .330 < first.max() < .337, "crops begin anywhere that they fit"    # the last 1.5 of 2.5 s
+
+def test_batches_by_seconds_follow_seed_and_step_and_are_shared(lengths):
+    crops = lambda **more: Crops([lengths, "speech"], 4, 3., seed=2, short="alone", **more)
+    whole, several = crops(), 0
+    assert whole.several == 2
+    for k in range(12):
+        batch, parts = whole(k), [crops(rank=r, world=2).items(k, slice(2*r, 2*r+2)) for r in range(2)]
+        if not isinstance(batch, tuple):
+            assert torch.equal(torch.cat(parts), batch)
+            continue
+        (wav, n), several = batch, several+1
+        assert n.sum() == 4*48_000 and len(n.unique()) == 2
+        for row, length in zip(wav, n): assert row[length:].isnan().all() and row[:length].isfinite().all() and abs(row[:length].std() - 1) < .01
+        assert torch.equal(torch.cat([p[1] for p in parts]), n) and torch.equal(torch.cat([p[0] for p in parts]).nan_to_num(99), wav.nan_to_num(99))
+    assert several
+
+@pytest.mark.parametrize("short", ["join", "alone"])
+def test_an_epoch_comes_again_in_another_order(lengths, short):
+    crops = Crops([lengths], 2, 1., seed=1, short=short, epoch=8)
+    turns = [[crops(8*t + k).numpy().tobytes() for k in range(8)] for t in range(3)]
+    assert len(set(turns[0])) == 8 and sorted(turns[0]) == sorted(turns[1]) == sorted(turns[2]) and len({tuple(t) for t in turns}) == 3
+    again = Crops([lengths], 2, 1., seed=1, short=short, epoch=8)
+    assert again(19).numpy().tobytes() == turns[2][3], "a crop depends on the steps before it"
+    if short == "join": assert Crops([lengths], 2, 1., seed=1)(0).shape == crops(0).shape
+
+def test_an_epoch_begins_a_crop_in_every_part_of_each_corpus(tmp_path):
+    folder = folder_of(tmp_path, 5, 4.)
+    crops = Crops([folder, "speech"], 4, 1., epoch=10)
+    pool, starts = crops.sources[0], []
+    pool._draw = lambda n, rng, used, share=None: starts.append(share) or np.ones(n, np.float32)
+    for k in range(10): crops(k)
+    del pool._draw
+    assert sorted(starts) == [(i, 20) for i in range(20)] and starts != sorted(starts)
+    used = []
+    for i in range(20): pool.crop(16_000, np.random.default_rng(0), used=used, share=(i, 20))
+    assert set(used) == set("01234") and used[0] == "0"
+
+def test_what_a_stream_cannot_do_is_a_sentence(parquet):
+    for choice in (dict(short="alone"), dict(epoch=5)):
+        with pytest.raises(ValueError, match="in the order it comes: a stream takes short=join and epoch=0"): Crops([parquet], 2, 1., **choice)
+    with pytest.raises(ValueError, match="short = 'pad' is unknown; use join or alone"): Crops(["speech"], 2, 1., short="pad")
+
 def test_a_stream_that_cannot_be_opened_is_named(tmp_path):
     with pytest.raises(ValueError, match="cannot be opened as stream:NAME:CONFIG:SPLIT"): Stream(f"stream:{tmp_path}/nothing")
     Dataset.from_dict(dict(text=["a"])).to_parquet(tmp_path/"train.parquet")

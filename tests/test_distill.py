@@ -3,11 +3,13 @@ import errno, io, json, os, signal, socket, subprocess, sys
 from dataclasses import replace
 import numpy as np, pandas as pd, pytest, soundfile as sf, torch
 from datasets import Audio, Dataset
+from torch.nn import functional as F
 from transformers import HubertConfig, HubertModel
 from distilltv import distill, runs
-from distilltv.distill import Distiller, cl_loss, distil, fit, frame_clock, heard, kd_loss, lr_at, match_frames
-from distilltv.encoders import load_encoder, make_base, weights_hash
+from distilltv.distill import Distiller, Kept, cl_loss, distil, fit, frame_clock, heard, kd_loss, lr_at, match_frames
+from distilltv.encoders import load_encoder, make_base, save_encoder, weights_hash
 from distilltv.runs import profile
+from distilltv.scale import Crops
 
 TINY = dict(hidden_size=48, num_hidden_layers=12, num_attention_heads=4, intermediate_size=96, conv_dim=[16]*7,
             num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=4)
@@ -54,11 +56,40 @@ def test_correlation_loss_pools_time_first_and_needs_two_crops():
     assert not torch.allclose(cl_loss(p, h, pool=3), cl_loss(p, h))
     with pytest.raises(ValueError, match="a batch of 1 is too small"): cl_loss(p[:, :1], h[:, :1])
 
-def test_loss_of_a_batch_is_the_mean_over_its_items():
-    d = distiller().eval()
-    wav = torch.randn(3, 4000)
-    alone = torch.stack([d(w[None])["loss"] for w in wav]).mean()
-    torch.testing.assert_close(d(wav)["loss"], alone, rtol=1e-5, atol=1e-5)
+def padded(lengths, fill=float("nan")):
+    "Items of those lengths, and the batch that they make."
+    items = [torch.randn(n, generator=torch.Generator().manual_seed(i)) for i, n in enumerate(lengths)]
+    wav = torch.full((len(items), max(lengths)), fill)
+    for row, x in zip(wav, items): row[:len(x)] = x
+    return items, wav, torch.tensor(lengths)
+
+@pytest.mark.parametrize("lengths", [(4000, 4000, 4000), (4000, 2500, 4000, 3333, 2500)])
+@pytest.mark.parametrize("names, average", [(("speech",), False), (("speech", "music"), False), (("speech", "music"), True)])
+def test_loss_of_a_padded_batch_is_the_mean_over_its_items(lengths, names, average):
+    d = distiller(names, average=average).eval()
+    items, wav, n = padded(lengths)
+    got, alone = d(wav, n), [d(x[None]) for x in items]
+    for k in got: torch.testing.assert_close(got[k], torch.stack([a[k] for a in alone]).mean(), rtol=1e-5, atol=1e-5)
+
+@pytest.mark.parametrize("loss", ["kd", "cl"])
+def test_nothing_of_the_padding_is_heard(loss):
+    "Not in the loss and not in a gradient, whatever it is filled with."
+    got = []
+    for fill in (float("nan"), 0., 1e6):
+        d = distiller(loss=loss, **STILL)
+        d(*padded((4000, 2500, 4000, 2500), fill)[1:])["loss"].backward()
+        got.append(torch.cat([p.grad.flatten() for p in d.parameters()]))
+    assert got[0].isfinite().all() and got[0].abs().sum() > 0 and torch.equal(got[0], got[1]) and torch.equal(got[0], got[2])
+
+def test_the_correlation_loss_pools_lengths_to_the_shortest():
+    "Its items are pooled alone to the frames of the shortest, and then compared."
+    d = distiller(loss="cl").eval()
+    items, wav, n = padded((4000, 2500, 4000, 3333))
+    pairs = [d.predict(x[None])["speech"] for x in items]
+    frames = min(p.shape[2] for p, _ in pairs)
+    p, h = (np.concatenate([F.adaptive_avg_pool1d(x[i].detach().flatten(0, 1).mT, frames).mT.unflatten(0, (3, 1)) for x in pairs], 1) for i in (0, 1))
+    assert frames == 7 and len({x[0].shape[2] for x in pairs}) == 3
+    torch.testing.assert_close(d(wav, n)["loss"].item(), correlation_loss(p.astype(np.float64), h.astype(np.float64), w=1.).mean(), rtol=1e-4, atol=0)
 
 def test_ensemble_loss_is_the_sum_over_teachers():
     d = distiller(("speech", "music")).eval()
@@ -203,6 +234,94 @@ def test_batches_prepared_ahead_and_a_compiled_model_train_the_same(tmp_path):
     torch.testing.assert_close(plain.state_dict(), compiled.state_dict())
     assert list(distill._ahead(str, range(2, 7), 3)) == list("23456")
 
+# --- targets that are kept
+
+def kept_run(folder, kept, turns=3, **config):
+    "Two batches, heard in each of some epochs."
+    d = distiller(**config)
+    d.kept = kept
+    fit(d, lambda k: batch_at(k % 2), folder, P, steps=2*turns)
+    return d
+
+def test_kept_targets_train_the_same_student_and_are_read_from_the_second_epoch_on(tmp_path):
+    kept = Kept("float32", 1e9, tmp_path/"targets")
+    plain, cached = kept_run(tmp_path/"a", None), kept_run(tmp_path/"b", kept)
+    assert weights_hash(plain) == weights_hash(cached) and (kept.made, kept.read) == (2, 4)
+    later = Kept("float32", 1e9, tmp_path/"targets")
+    assert weights_hash(kept_run(tmp_path/"c", later)) == weights_hash(plain) and (later.made, later.read) == (0, 6)
+
+def test_half_precision_gives_one_student_whether_targets_were_there_or_not(tmp_path):
+    full, half = Kept("float32", 1e9, tmp_path/"targets"), Kept("float16", 1e9, tmp_path/"targets")
+    one = kept_run(tmp_path/"a", full)
+    two, three = kept_run(tmp_path/"b", half), kept_run(tmp_path/"c", half)
+    assert weights_hash(two) == weights_hash(three) != weights_hash(one) and (half.made, half.read) == (2, 10)
+    sizes = sorted(f.stat().st_size for f in (tmp_path/"targets").glob("*.npy"))
+    assert len(sizes) == 4 and sizes[0]*1.9 < sizes[-1]
+
+def test_kept_targets_stay_within_their_bound_and_the_longest_unused_go_first(tmp_path):
+    d, folder = distiller(), tmp_path/"targets"
+    d.kept = Kept("float32", 1e9, folder)
+    teacher = d._teachers["speech"]
+    d.targets(teacher, batch_at(0))
+    size = next(folder.glob("*.npy")).stat().st_size
+    d.kept.most = 3.5*size
+    file = lambda k: folder/f"{d.kept.key(teacher, batch_at(k), d.layers)}.npy"
+    for i, k in enumerate((1, 2, 0, 3, 0, 4)):          # 0 is used again and again
+        d.targets(teacher, batch_at(k))
+        os.utime(file(k), (i, i))
+        held = sum(f.stat().st_size for f in folder.glob("*.npy"))
+        assert held <= 3.5*size
+    assert [file(k).exists() for k in range(5)] == [True, False, False, True, True]
+
+@pytest.mark.parametrize("damage", [lambda b: b[:len(b)//2], lambda b: b"", lambda b: b"<html>", lambda b: b[:-900] + bytes([b[-900] ^ 1]) + b[-899:]],
+                         ids=["cut", "empty", "another", "one bit"])
+def test_damaged_targets_are_computed_again(tmp_path, damage):
+    d = distiller()
+    d.kept = Kept("float32", 1e9, tmp_path/"targets")
+    teacher = d._teachers["speech"]
+    first = d.targets(teacher, batch_at(0))
+    file = next((tmp_path/"targets").glob("*.npy"))
+    file.write_bytes(damage(whole := file.read_bytes()))
+    assert torch.equal(d.targets(teacher, batch_at(0)), first) and d.kept.made == 2 and file.read_bytes() == whole
+    assert torch.equal(d.targets(teacher, batch_at(0)), first) and d.kept.made == 2
+
+def test_kept_targets_are_keyed_by_all_that_decides_them(tmp_path):
+    "Weights, configuration, attention, sampling rate, layers, numbers, samples."
+    kept, layers = Kept("float32", 1e9, tmp_path), (4, 8, 12)
+    def teacher(rate=16_000, seed=0, **config):
+        torch.manual_seed(seed)
+        t = HubertModel(HubertConfig(**TINY | config)).eval()
+        t.sample_rate = rate
+        return t
+    relu = teacher(hidden_act="relu")
+    relu.load_state_dict(teacher().state_dict())        # the same weights in another configuration
+    eager = teacher()
+    eager.set_attn_implementation("eager")
+    keys = [kept.key(t, batch_at(0), layers) for t in (teacher(), relu, eager, teacher(24_000), teacher(seed=1))]
+    keys += [kept.key(teacher(), batch_at(1), layers), kept.key(teacher(), batch_at(0), (4, 8)), Kept("float16", 1, tmp_path).key(teacher(), batch_at(0), layers)]
+    with torch.autocast("cpu", torch.bfloat16): keys.append(kept.key(teacher(), batch_at(0), layers))
+    assert len(set(keys)) == 9 and kept.key(teacher(), batch_at(0), layers) == keys[0]
+
+def test_what_cannot_be_kept_is_a_sentence(tmp_path):
+    with pytest.raises(ValueError, match="cache = 'half' is unknown; use float32 or float16"): Kept("half", 1)
+    with pytest.raises(ValueError, match="cache=float32 keeps what is heard again, and with epoch=0 nothing is"): distil(replace(P, cache="float32"), "speech", out=tmp_path)
+    with pytest.raises(ValueError, match="do not fit float16: use cache=float32"):
+        Kept("float16", 1e9, tmp_path)(distiller()._teachers["speech"], batch_at(0), (4,), lambda: torch.full((1, 2, 3, 4), 1e6))
+    assert not list(tmp_path.glob("*.npy"))
+    d = distiller()
+    d.kept = Kept("float32", 1e9, tmp_path/"targets")
+    assert fit(d, Named({2}), tmp_path/"run", P, steps=4, patience=2).attrs["skipped"] == [2] and d.kept.made == 3
+
+def test_half_precision_trains_about_the_same(tmp_path):
+    from accelerate.state import AcceleratorState
+    logs = []
+    for precision in ("no", "bf16"):
+        AcceleratorState._reset_state()
+        logs.append(fit(distiller(**STILL), batch_at, tmp_path/precision, replace(P, precision=precision), steps=3, log_every=1))
+    AcceleratorState._reset_state()
+    np.testing.assert_allclose(logs[1].loss, logs[0].loss, rtol=.02)
+    assert (logs[1].loss != logs[0].loss).any()
+
 def test_a_tracker_that_is_not_installed_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(distill.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pip install trackio"): fit(distiller(), batch_at, tmp_path, replace(P, log_with="trackio"), steps=1)
@@ -227,6 +346,31 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
 def test_a_checkpoint_of_another_architecture_is_named(tmp_path):
     fit(distiller(), batch_at, tmp_path, P, steps=2)
     with pytest.raises(ValueError, match=r"checkpoint\.pt holds another architecture"): fit(distiller(hidden_size=96), batch_at, tmp_path, P, steps=2)
+
+def test_a_checkpoint_keeps_the_loss_scaler(tmp_path):
+    "Of half precision; on a machine without GPU the scaler is one of the CPU."
+    from types import SimpleNamespace
+    def session(scale):
+        d = distiller()
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        return SimpleNamespace(scaler=scaler, is_main_process=True, device=torch.device("cpu"), process_index=0), d, torch.optim.AdamW(d.parameters())
+    (one, d, optimiser), (two, e, other) = session(2.**9), session(2.**16)
+    one.scaler.scale(d(batch_at(0))["loss"]).backward()
+    next(d.parameters()).grad.fill_(torch.inf)
+    one.scaler.step(optimiser), one.scaler.update()
+    distill._save(tmp_path, True, False, one, batch_at, d, optimiser, dict(settings=dict(steps=2), step=1, log=[], skipped=[0]))
+    assert distill._resume(tmp_path/"checkpoint.pt", dict(steps=2), e, other, two, batch_at) == (1, [], [0])
+    assert two.scaler.state_dict() == one.scaler.state_dict() and two.scaler.get_scale() == 2.**8
+
+def test_a_checkpoint_of_another_corpus_is_refused(tmp_path):
+    "Also if it lies in the same place; one that has moved is the same."
+    def corpus(folder, n):
+        (tmp_path/folder).mkdir()
+        for i in range(n): sf.write(tmp_path/folder/f"{i}.wav", noise(i), 16_000)
+        return Crops([tmp_path/folder], 2, .25).hash
+    assert corpus("a", 2) == corpus("b", 2) != corpus("c", 3)
+    fit(distiller(), batch_at, tmp_path, P, steps=2, inputs=dict(audio=corpus("d", 2)))
+    with pytest.raises(ValueError, match="belongs to a run with"): fit(distiller(), batch_at, tmp_path, P, steps=2, inputs=dict(audio=corpus("e", 1)))
 
 def test_scale_profiles_want_audio_of_yours():
     with pytest.raises(ValueError, match="profile hub has no music corpus: set DISTILLTV_MUSIC"): distill.crops_of(replace(P, name="hub", music_audio=""), "both")
@@ -261,10 +405,11 @@ class Deadly(Crops):
 def train(rank, world, port, job):
     if world > 1: os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     for seed in (random.seed, np.random.seed, torch.manual_seed): seed(os.getpid())    # as in a new process: nothing may depend on it
-    p = replace(P, batch=4)
-    crops = Deadly([job["audio"]], p.batch, p.seconds)
+    p = replace(P, batch=4, seconds=job["seconds"])
+    crops = Deadly(job["audio"], p.batch, p.seconds, short=job["short"], epoch=job["epoch"])
     if rank == 0: crops.kill_at = job["kill_at"]
     d = distiller(loss=job["loss"], **STILL if job["still"] else {{}})
+    if job["epoch"]: d.kept = Kept("float32", 3e5, job["folder"] + "/targets")
     log = fit(d, crops, job["folder"], p, steps=7, save_every=2, log_every=1)
     torch.save(d.state_dict(), f"{{job['folder']}}/weights-{{rank}}.pt")
 
@@ -291,8 +436,9 @@ def train(tmp_path_factory):
     env = dict(os.environ, OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true", HF_HUB_OFFLINE="1")
     server = subprocess.Popen([sys.executable, "-c", SERVER.format(tests=os.path.dirname(__file__))], env=env, stdin=subprocess.PIPE,
                               stdout=subprocess.PIPE, stderr=open(tmp_path_factory.mktemp("server")/"stderr", "w+"), text=True)
-    def train(folder, audio, world, kill_at=-1, loss="kd", still=False):
-        server.stdin.write(json.dumps(dict(folder=str(folder), audio=str(audio), world=world, kill_at=int(kill_at), loss=loss, still=still))+"\n")
+    def train(folder, *audio, world, kill_at=-1, **job):
+        job = dict(loss="kd", still=False, seconds=.25, short="join", epoch=0) | job
+        server.stdin.write(json.dumps(job | dict(folder=str(folder), audio=[str(a) for a in audio], world=world, kill_at=int(kill_at)))+"\n")
         server.stdin.flush()
         code = int(server.stdout.readline())
         return code, [torch.load(folder/f"weights-{r}.pt", weights_only=True) for r in range(world)] if code == 0 else None
@@ -317,8 +463,8 @@ def stream(tmp_path_factory):
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_killed_with_sigkill_it_ends_with_the_same_weights(tmp_path, train, stream, world):
-    assert train(tmp_path/"killed", stream, world, kill_at=np.random.default_rng().integers(2, 7))[0] == -signal.SIGKILL
-    (_, killed), (_, whole) = (train(tmp_path/d, stream, world) for d in ("killed", "whole"))
+    assert train(tmp_path/"killed", stream, world=world, kill_at=np.random.default_rng().integers(2, 7))[0] == -signal.SIGKILL
+    (_, killed), (_, whole) = (train(tmp_path/d, stream, world=world) for d in ("killed", "whole"))
     assert len({weights_hash(w) for w in killed + whole}) == 1
     listed = [(tmp_path/d/"quarantine.csv").read_text() for d in ("killed", "whole")]
     assert listed[0] == listed[1] and "3.wav" in listed[0]
@@ -328,8 +474,73 @@ def test_two_processes_train_what_one_trains(tmp_path, train, loss):
     "At the same global batch; each of the two hears half of it."
     (tmp_path/"audio").mkdir()
     for i in range(8): sf.write(tmp_path/f"audio/{i}.wav", noise(i), 16_000)
-    (_, one), (_, two) = (train(tmp_path/str(n), tmp_path/"audio", n, loss=loss, still=True) for n in (1, 2))
+    (_, one), (_, two) = (train(tmp_path/str(n), tmp_path/"audio", world=n, loss=loss, still=True) for n in (1, 2))
+    assert_close_runs(one, two, loss)
+
+def assert_close_runs(one, two, loss="kd"):
     flat = lambda s: torch.cat([v.flatten() for v in s.values()])
     start = flat(distiller(loss=loss, **STILL).state_dict())
     moved, apart = (flat(one[0])-start).norm(), (flat(one[0])-flat(two[0])).norm()
     assert weights_hash(two[0]) == weights_hash(two[1]) and apart < 1e-3*moved, (float(apart), float(moved))
+
+@pytest.fixture(scope="module")
+def two_corpora(tmp_path_factory):
+    "Recordings of 1.1 s and 2.3 s, and of 5 s: in crops of two seconds, halves and wholes of the first and wholes of the second."
+    folder = tmp_path_factory.mktemp("two")
+    for name, lengths in dict(short=(1.1, 2.3, 1.1, 2.3), long=(5., 5.)).items():
+        (folder/name).mkdir()
+        for i, s in enumerate(lengths): sf.write(folder/f"{name}/{i}.wav", np.random.default_rng(i).normal(0, .1, int(16_000*s)), 16_000)
+    return folder/"short", folder/"long"
+
+ALONE = dict(short="alone", seconds=2., epoch=3)
+
+def test_batches_of_several_lengths_in_two_processes_and_killed(tmp_path, train, two_corpora):
+    "Two epochs with targets that are kept, in a space too small for all of them."
+    jobs = dict(world=2, still=True, **ALONE)
+    assert train(tmp_path/"killed", *two_corpora, kill_at=np.random.default_rng().integers(2, 7), **jobs)[0] == -signal.SIGKILL
+    (_, killed), (_, whole) = (train(tmp_path/d, *two_corpora, **jobs) for d in ("killed", "whole"))
+    assert len({weights_hash(w) for w in killed + whole}) == 1
+    assert_close_runs(train(tmp_path/"one", *two_corpora, **jobs | dict(world=1))[1], whole)
+
+# --- at real size
+
+def test_the_command_distils_checkpoints_of_real_size(tmp_path):
+    "θ₀ of HuBERT Base, taught by MERT v0-public: random weights in the hub's own format, the hub profile, the command as a user types it (but for bfloat16, which few CPUs have)."
+    torch.manual_seed(0)
+    mert = dict(model_type="mert_model", architectures=["MERTModel"], sample_rate=16_000, feature_extractor_cqt=False, attention_relax=-1.0,
+                auto_map=dict(AutoConfig="configuration_MERT.MERTConfig", AutoModel="modeling_MERT.MERTModel"))
+    old = lambda k: k.replace("parametrizations.weight.original0", "weight_g").replace("parametrizations.weight.original1", "weight_v")
+    model, file = HubertModel(HubertConfig()), tmp_path/"pytorch_model.bin"
+    torch.save({old(k): v for k, v in model.state_dict().items()}, file)
+    for name, more in dict(hubert={}, mert=mert).items():
+        (tmp_path/name).mkdir()
+        (tmp_path/name/file.name).hardlink_to(file)
+        (tmp_path/name/"config.json").write_text(json.dumps(model.config.to_dict() | more))
+        (tmp_path/name/"preprocessor_config.json").write_text(json.dumps(dict(feature_extractor_type="Wav2Vec2FeatureExtractor", sampling_rate=16_000, do_normalize=True)))
+    for split in ("train-clean-100", "dev-clean"):
+        (tmp_path/"audio"/split).mkdir(parents=True)
+        for i in range(2): sf.write(tmp_path/f"audio/{split}/{i}.flac", np.random.default_rng(i).normal(0, .1, 30_000), 16_000)
+    (tmp_path/"audio/train-clean-100/9.wav").write_text("Dear Sir or Madam")
+    env = dict(os.environ, OMP_NUM_THREADS="2", ACCELERATE_USE_CPU="true", HF_HUB_OFFLINE="1", DISTILLTV_HOME=str(tmp_path/"runs"), DISTILLTV_SPEECH=str(tmp_path/"audio"))
+    command = "-m distilltv.distill --profile hub --teacher music --corpus speech --steps 2 --set batch=2 seconds=.5 short=alone precision=no validate_every=0"
+    done = subprocess.run([sys.executable, *command.split(), f"speech_teacher={tmp_path}/hubert", f"music_teacher={tmp_path}/mert"], env=env, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    folder = tmp_path/"runs/hub/students/speech/music"
+    record, log, plain = json.loads((folder/"result.json").read_text()), pd.read_csv(folder/"log.csv"), HubertModel.from_pretrained(folder)
+    assert done.stdout.strip() == str(folder) and sum(p.numel() for p in plain.parameters()) == 23_491_200
+    assert weights_hash(plain) != record["inputs"]["base"] == weights_hash(load_encoder(tmp_path/"runs/hub/base"))
+    assert log.step.tolist() == [0, 1] and {"music_4", "music_8", "music_12", "gradient"} <= set(log) and log.notna().all(axis=None)
+    found, asked = record["metrics"], record["parameters"]
+    assert found["quarantined_files"] == 1 and found["audio_seconds"] == 2 and found["valid_speech"] > 0 and (asked["short"], asked["corpus"]) == ("alone", "speech")
+    assert list(pd.read_csv(folder/"quarantine.csv").path) == [str(tmp_path/"audio/train-clean-100/9.wav")]
+
+def test_a_saved_base_of_another_shape_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("DISTILLTV_HOME", str(tmp_path))
+    save_encoder(HubertModel(HubertConfig(**TINY)), tmp_path/"teacher")
+    p = replace(P, name="hub", init="speech", speech_teacher=str(tmp_path/"teacher"))
+    assert distill.base_of(p).config.hidden_size == 48
+    for change, says in ((dict(student_layers=3), "'layers': 2.*not.*'layers': 3"), (dict(student_width=96), "'width': 0.*not.*'width': 96"), (dict(init="music"), "'copied_from': 'speech teacher'")):
+        with pytest.raises(ValueError, match=f"hub/base holds another θ₀, with .*{says}"): distill.base_of(replace(p, **change))
+    monkeypatch.setenv("DISTILLTV_HOME", str(tmp_path/"wide"))
+    wide = distill.base_of(replace(p, student_width=96, student_heads=2)).config
+    assert (wide.hidden_size, wide.num_attention_heads) == (96, 2)

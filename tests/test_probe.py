@@ -4,7 +4,7 @@ import numpy as np, pandas as pd, pytest, soundfile as sf, torch
 from hypothesis import given, settings, strategies as st
 from transformers import HubertConfig, HubertModel
 from distilltv import probe as P
-from distilltv.runs import data_dir
+from distilltv.runs import _trim, data_dir
 
 torch.set_num_threads(1)
 SHAPE = dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, conv_dim=(8,)*7, num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=2, feat_proj_layer_norm=False, layerdrop=0.)
@@ -122,7 +122,7 @@ def test_mert_folders_open_without_their_code(tmp_path):
 def test_cache_is_bounded(runs, corpus):
     for s in range(3): P.features(P.Transformer(hubert(s)), "notes", corpus, most=2e6)
     size = lambda: sum(f.stat().st_size for f in (runs/"cache").glob("*.npy"))
-    P._trim(runs/"cache", 1)
+    _trim(runs/"cache", 1)
     assert len(list((runs/"cache").glob("*.npy"))) == 1 and size() < 2e6
 
 def test_a_solvable_task_is_solved_and_predictions_are_kept(runs, corpus, tmp_path):
