@@ -153,8 +153,8 @@ class Combination:
         total = np.zeros(next(iter(self.terms)).layout[name][1])
         flat = total.reshape(-1)
         for c, k in w.items():
-            t = np.ravel(c[name])
-            for b in blocks(t.size): flat[b] += float(k)*t[b].astype(np.float64) # block by block, it stays in the cache
+            t, k = np.ravel(c[name]), float(k)
+            for b in blocks(t.size): flat[b] += k*t[b].astype(np.float64) # block by block, it stays in the cache
         return total
 
     def _plus(self, other, sign, kind):
