@@ -105,4 +105,4 @@ def slider(show,         # function of λ that prints or draws
     if not any(v in os.environ for v in _FRONT_ENDS): return show(lam)
     try: from ipywidgets import FloatSlider, interact
     except ImportError: return show(lam)
-    interact(lambda lam: show(lam), lam=FloatSlider(value=lam, min=low, max=high, step=step, continuous_update=False))
+    interact(lambda lam: show(lam), lam=FloatSlider(value=lam, min=min(low, lam), max=max(high, lam), step=step, continuous_update=False))
