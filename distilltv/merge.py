@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Checkpoint', 'check_same', 'part', 'parts', 'ByName', 'spread', 'Combination', 'TaskVector', 'Student',
            'load_student', 'Ruled', 'options_of', 'merge', 'kernel_gap', 'geometry', 'write_weights', 'recipe',
-           'provenance', 'model_card', 'save_all', 'save_pretrained', 'student_pair', 'plot_geometry']
+           'provenance', 'model_card', 'save_all', 'save_pretrained', 'add_scores', 'student_pair', 'plot_geometry']
 
 # %% ../nbs/03_merge.ipynb #bbd55bf9
 import inspect, json, os, re
@@ -17,10 +17,11 @@ import numpy as np
 from safetensors import safe_open
 import yaml
 from .rules import FAMILY, RULES, apply_rule, blocks
-from .runs import Fingerprint, atomic_folder, commit, data_dir, home, versions, write_json
+from .runs import Fingerprint, atomic_folder, commit, data_dir, home, versions, write_atomic, write_json
 
 # %% ../nbs/03_merge.ipynb #2984fbb9
 _DTYPES = dict(F64="<f8", F32="<f4", F16="<f2", BF16="<u2") # numpy has no bfloat16: its bits are read as integers
+_STATISTIC = re.compile(r"\.(running_mean|running_var|num_batches_tracked)$")
 _NEW_NAMES = {".weight_g": ".parametrizations.weight.original0", ".weight_v": ".parametrizations.weight.original1"}
 
 def _layout(file):
@@ -37,6 +38,8 @@ def _layout(file):
     for name, t in header.items():
         new = re.sub(r"\.weight_[gv]$", lambda m: _NEW_NAMES[m[0]], name)
         if new in found: raise ValueError(f"{file} holds {new} twice, under its old and its new name; keep one")
+        if _STATISTIC.search(name): raise ValueError(f"{file}: {name} is a running statistic (batch normalisation): the mean of two is not that of "
+                                                     "the merged model; fold the normalisation into the weights first")
         if t["dtype"] not in _DTYPES: raise ValueError(f"{file}: {name} is {t['dtype']}; only float tensors can be merged")
         found[new] = t["dtype"], tuple(t["shape"]), 8 + size + t["data_offsets"][0]
     return dict(sorted(found.items()))
@@ -153,8 +156,8 @@ class Combination:
         total = np.zeros(next(iter(self.terms)).layout[name][1])
         flat = total.reshape(-1)
         for c, k in w.items():
-            t = np.ravel(c[name])
-            for b in blocks(t.size): flat[b] += float(k)*t[b].astype(np.float64) # block by block, it stays in the cache
+            t, k = np.ravel(c[name]), float(k)
+            for b in blocks(t.size): flat[b] += k*t[b].astype(np.float64) # block by block, it stays in the cache
         return total
 
     def _plus(self, other, sign, kind):
@@ -382,7 +385,7 @@ def provenance(recipe:dict, # from `recipe`
     licence = {c.hash: c.record.get("licence", "not recorded") for c in leaves}
     inputs = [dict(path=p, hash=h, weight=weight.get(p, "base"), licence=licence[h]) for p, h in recipe["hashes"].items()]
     return dict(kind="merged", rule=recipe["merge_method"], base_hash=student.origin, inputs=inputs,
-                extrapolation=any(not 0 <= w <= 1 for ws in weight.values() for w in _numbers_of(ws)),
+                extrapolation=any(not 0 <= w <= 1 for ws in (*weight.values(), recipe["parameters"].get("lambda", 1.)) for w in _numbers_of(ws)),
                 versions=versions(), commit=commit())
 
 # %% ../nbs/03_merge.ipynb #163b2d4d
@@ -391,7 +394,9 @@ def model_card(record:dict # what `distilltv.json` holds
     "The folder's README: what was merged from what, and how to open it."
     rows = "\n".join(f"| {Path(i['path']).name} | {_numbers_of(i['weight']) if isinstance(i['weight'], list) else i['weight']} | `{i['hash'][:16]}` | {i['licence']} |" for i in record["inputs"])
     facts = ", ".join(f"{k} = {record[k]}" for k in ("method", "lam", "corpus", "profile") if k in record)
-    note = "\nA weight lies outside [0, 1]: this is an **extrapolation** beyond the students.\n" if record["extrapolation"] else ""
+    note = "\nA weight or the scale lies outside [0, 1]: this is an **extrapolation** beyond the students.\n" if record["extrapolation"] else ""
+    scores = "\n".join(["\n| task | score |\n|---|---|", *(f"| {t} | {s} |" for t, s in record["scores"].items()), ""]) if record.get("scores") else ""
+    made, at = record["versions"], record["commit"]
     return f"""---
 library_name: transformers
 tags: [audio, speech, music, hubert, model-merging, task-arithmetic]
@@ -403,9 +408,9 @@ One `HubertModel` made by adding task vectors to the start that the students sha
 | input | weight | hash | licence |
 |---|---|---|---|
 {rows}
-
+{scores}
 The shared start θ₀ has the hash `{record["base_hash"][:16]}`, the result `{record["weights_hash"][:16]}`.
-Made with distilltv {record["versions"]["distilltv"]} at commit {record["commit"]}.
+Made with distilltv {made["distilltv"]} at commit {at}, Python {made["python"]}, numpy {made["numpy"]}.
 
 ```python
 from transformers import HubertModel
@@ -421,6 +426,12 @@ def _preprocessor(checkpoints):
     for c, p in found.items():
         if p != first[1]: raise ValueError(f"preprocessor_config.json differs between {first[0]} and {c}; encoders that want other audio cannot be merged")
     return first and first[1]
+
+def _papers(folder, record, steps):
+    # what lies beside the weights: record, recipe and card
+    write_json(folder/"distilltv.json", record)
+    for name, text in {"recipe.yaml": yaml.safe_dump(steps, sort_keys=False), "README.md": model_card(record)}.items():
+        with write_atomic(folder/name) as tmp: tmp.write_text(text)
 
 def save_all(students:dict,       # `{folder to write: student}`, of one architecture
              dtype:str="float32", # stored type: float32, float64, float16 or bfloat16
@@ -440,9 +451,7 @@ def save_all(students:dict,       # `{folder to write: student}`, of one archite
             records[f] = provenance(steps, s) | more | dict(weights_hash=hashes[tmp[f]/"model.safetensors"], dtype=dtype)
             write_json(tmp[f]/"config.json", s.config | dict(dtype=dtype))
             if prep: write_json(tmp[f]/"preprocessor_config.json", prep)
-            write_json(tmp[f]/"distilltv.json", records[f])
-            (tmp[f]/"recipe.yaml").write_text(yaml.safe_dump(steps, sort_keys=False))
-            (tmp[f]/"README.md").write_text(model_card(records[f]))
+            _papers(tmp[f], records[f], steps)
     return records
 
 def save_pretrained(student, folder, dtype="float32", # any `Student`; the folder to write; stored type
@@ -452,6 +461,20 @@ def save_pretrained(student, folder, dtype="float32", # any `Student`; the folde
     return save_all({folder: student}, dtype, {folder: facts})[folder]
 
 Student.save_pretrained = save_pretrained
+
+# %% ../nbs/03_merge.ipynb #91b7d2f5
+def add_scores(folder,     # a merged folder
+               scores:dict # `{task: score}`
+              ) -> dict:
+    "Note scores in the record, the card and the recipe of a merged folder; returns the record."
+    folder = Path(folder)
+    record, steps = json.loads((folder/"distilltv.json").read_text()), yaml.safe_load((folder/"recipe.yaml").read_text())
+    steps["facts"] |= dict(scores=record.get("scores", {}) | {t: float(s) for t, s in scores.items()})
+    last = {k: record.pop(k) for k in ("weights_hash", "dtype")} # in the order of `save_all`
+    record = {k: v for k, v in record.items() if k not in steps["facts"]} | steps["facts"] | last
+    _papers(folder, record, steps)
+    return record
+
 
 # %% ../nbs/03_merge.ipynb #1b3742be
 def student_pair(profile:str="mini", # which track of runs

@@ -17,6 +17,7 @@ from .rules import FAMILY, RULES
 _KEYS = {"merge_method", "base_model", "models", "parameters", "dtype", "out_dtype", "hashes", "facts"}
 _SHARED = {"seed", "lambda", "normalize", "rescale", "int8_mask", "t", "weight"}
 _NORMALIZES = {"linear", "ties", "della"} # mergekit divides by the sum of weights in these
+_RESCALES = {"dare_linear", "dare_ties", "della_linear", "della"} # and makes up for what was dropped in these
 
 def _read(file):
     try: r = yaml.safe_load(Path(file).read_text())
@@ -74,6 +75,9 @@ def recipe_student(file,       # a recipe; its paths are relative to its folder
     weights = {m: _meaning(given[m].get("weight", 1.), layers) for m in students}
     if shared.get("normalize", method in _NORMALIZES) != (method in _NORMALIZES) and method not in ("linear", "task_arithmetic"):
         raise ValueError(f"{file}: {method} with normalize: {shared['normalize']} is not offered; leave normalize out")
+
+    if shared.get("rescale", method in _RESCALES) != (method in _RESCALES):
+        raise ValueError(f"{file}: {method} with rescale: {shared['rescale']} is not offered; leave rescale out")
 
     if method == "slerp" and "t" in shared:
         if len(students) != 2 or base is None: raise ValueError(f"{file}: slerp takes two models, one of them the base_model")

@@ -6,7 +6,7 @@
 __all__ = ['LAMBDAS', 'Cell', 'grid', 'digest', 'key', 'fresh', 'CellError', 'run_cell', 'Progress', 'reproduce', 'main']
 
 # %% ../nbs/06_reproduce.ipynb #2c83affc
-import argparse, ast, fcntl, hashlib, json, os, re, shutil, signal, sys, threading, time
+import argparse, ast, ctypes, fcntl, hashlib, json, os, re, shutil, signal, sys, threading, time
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -301,14 +301,22 @@ def _print_results(out):
     print(pd.read_csv(out/"table.csv").fillna("").to_string(index=False), "", *json.loads((out/"findings.json").read_text()), "", sep="\n")
     print(f"figure: {_short(out/'tradeoff.png')}")
 
+def _stop(*_):
+    # kernels watch their parent and end with it; what they had checkpointed stays
+    print("\n\nstopped; the same command continues from here", file=sys.stderr, flush=True)
+    os._exit(130)
+
+# %% ../nbs/06_reproduce.ipynb #9c41d7be
+def _keep_memory():
+    try: mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError): return
+    for switch, value in ((-1, 2**31-1), (-3, 2**30)): mallopt(switch, value) # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of <malloc.h>
+
 def _merge(args, parser):
     from distilltv.recipes import merge_recipe
+    _keep_memory()
     try: merge_recipe(args.recipe, args.out, trust=args.trust)
     except (ValueError, OSError) as e: parser.error(str(e))
     print(f"written: {args.out}")
     return 0
 
-def _stop(*_):
-    # kernels watch their parent and end with it; what they had checkpointed stays
-    print("\n\nstopped; the same command continues from here", file=sys.stderr, flush=True)
-    os._exit(130)

@@ -31,16 +31,16 @@ def trim(t,                 # one tensor of a task vector
          **_):
     "Keep the largest entries (TIES, arXiv 2306.01708)."
     if (n := _count(t, density)) >= t.size: return t
-    flat = np.ravel(t)
-    out = np.abs(flat)
-    out.partition(t.size-n)    # many times quicker than sorting
-    cut, extra = out[t.size-n], -n
-    for b in blocks(t.size):   # over the magnitudes, which have done their work
-        keep = np.abs(flat[b]) >= cut
-        extra += np.count_nonzero(keep)
-        out[b] = np.where(keep, flat[b], 0)
-    if extra: out[np.flatnonzero(np.abs(flat) == cut)[:extra]] = 0
-    return out.reshape(t.shape)
+    flat, size, out = np.ravel(t), np.empty(t.size, np.float32), np.empty(t.shape, t.dtype)
+    with np.errstate(over="ignore"):
+        for b in blocks(t.size): size[b] = np.abs(flat[b])
+    top = np.partition(size, t.size-n)[t.size-n:]    # many times quicker than sorting, and twice as quick as in float64
+    for b in blocks(t.size): np.multiply(flat[b], size[b] >= top[0], out=out.reshape(-1)[b])
+    equal = np.flatnonzero(size == top[0])           # rounded to float32: who of them stays is seen in full precision
+    worst = equal[np.argsort(np.abs(flat[equal]), kind="stable")]
+    out.reshape(-1)[worst[:len(equal) - np.count_nonzero(top == top[0])]] = 0
+    return out
+
 
 # %% ../nbs/03a_rules.ipynb #9931634b
 def breadcrumbs(t, density:float=.9, # share of entries to keep
@@ -78,17 +78,23 @@ def add(vectors, # arrays of one shape
     return sum(w*t for w, t in zip(weights, vectors))
 
 # %% ../nbs/03a_rules.ipynb #c2f1f449
-def vote(vectors, weights):
-    "The weighted sum of the entries whose sign wins (TIES, arXiv 2306.01708, section 3.2)."
+def _speakers(vectors, weights):
+    # the sign of the weighted sum, and how much each vector says in its favour; what says the contrary counts as zero
     weighted = [w*t for w, t in zip(weights, vectors)]
     sign = np.sign(sum(weighted))
-    return sum(np.where(np.sign(t) == sign, t, 0) for t in weighted)
+    return sign, [np.maximum(sign*t, 0) for t in weighted]
+
+def vote(vectors, weights):
+    "The weighted sum of the entries whose sign wins (TIES, arXiv 2306.01708, section 3.2)."
+    sign, said = _speakers(vectors, weights)
+    return sign*sum(said)
 
 def elect(vectors, weights):
     "The weighted mean of the entries whose sign wins (TIES, arXiv 2306.01708, sections 3.2 and 3.3)."
-    sign = np.sign(add(vectors, weights))
-    total = sum(abs(w)*(np.sign(w*t) == sign) for w, t in zip(weights, vectors))
-    return vote(vectors, weights) / np.where(total > 0, total, 1)
+    sign, said = _speakers(vectors, weights)
+    total = sum(abs(w)*(t > 0) for w, t in zip(weights, said))
+    return sign*sum(said)/(total + (total == 0))
+
 
 # %% ../nbs/03a_rules.ipynb #b382d2e4
 def _all(t, **_): return t

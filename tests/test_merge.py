@@ -5,7 +5,8 @@ import numpy as np, pytest, torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import HubertConfig, HubertModel
-from distilltv.merge import ByName, Checkpoint, Student, TaskVector, geometry, load_student, merge, part, parts, student_pair
+from distilltv.merge import ByName, Checkpoint, Student, TaskVector, add_scores, geometry, load_student, merge, part, parts, student_pair
+from distilltv.recipes import merge_recipe
 from distilltv.rules import RULES, apply_rule
 from distilltv import encoders
 from distilltv.runs import atomic_folder
@@ -216,6 +217,25 @@ def test_record_says_what_was_done(trio, tmp_path):
     assert "extrapolation" in card and all(i["hash"][:16] in card for i in r["inputs"])
     assert not (base + .5*s + .5*m).save_pretrained(tmp_path/"v")["extrapolation"]
 
+def test_a_scale_beyond_one_is_an_extrapolation_too(trio, tmp_path):
+    base, s, m = algebra(trio)
+    for scale, beyond in ((1., False), (1.5, True)):
+        assert merge(base, dict(speech=s, music=m), dict(speech=.5, music=.5), "ties", scale=scale).save_pretrained(tmp_path/"u")["extrapolation"] == beyond
+
+def test_card_names_licences_and_scores(mine, tmp_path):
+    (mine/"speech/distilltv.json").write_text(json.dumps(json.loads((mine/"speech/distilltv.json").read_text()) | dict(licence="CC-BY-4.0")))
+    base, s, m = algebra(mine)
+    first = (base + .3*s + .7*m).save_pretrained(tmp_path/"u", lam=.3)
+    assert {Path(i["path"]).name: i["licence"] for i in first["inputs"]} == dict(base="not recorded", speech="CC-BY-4.0", music="not recorded")
+    assert "score" not in (tmp_path/"u/README.md").read_text()
+    record = add_scores(tmp_path/"u", dict(phones=np.float64(.5)))
+    record = add_scores(tmp_path/"u", dict(pitch=.75))
+    assert record == json.loads((tmp_path/"u/distilltv.json").read_text()) and record["scores"] == dict(phones=.5, pitch=.75)
+    card = (tmp_path/"u/README.md").read_text()
+    assert all(line in card for line in ("| phones | 0.5 |", "| pitch | 0.75 |", "CC-BY-4.0", f"numpy {np.__version__}"))
+    merge_recipe(tmp_path/"u/recipe.yaml", tmp_path/"v")
+    for f in (tmp_path/"u").iterdir(): assert f.read_bytes() == (tmp_path/"v"/f.name).read_bytes(), f.name
+
 def test_a_merge_can_replace_its_own_input(mine):
     base, s, m = algebra(mine)
     u = base + .5*s + .5*m
@@ -228,6 +248,23 @@ def test_unwritable_dtypes(trio, tmp_path):
     with pytest.raises(ValueError, match="int8.*float32, float64, float16, bfloat16"): (base + s).save_pretrained(tmp_path/"x", dtype="int8")
     with pytest.raises(ValueError, match="does not fit float16"): (base + 1e7*s).save_pretrained(tmp_path/"x", dtype="float16")
     assert not list(tmp_path.iterdir())
+
+def test_memory_does_not_grow_with_inputs_beyond_one_tensor_each(tmp_path):
+    import tracemalloc
+    one, rng, peaks = 2**18, np.random.default_rng(0), {}
+    for i in range(7): # a base and six students of twelve tensors of a megabyte
+        (tmp_path/f"{i}").mkdir()
+        save_file({f"{n:02}": torch.from_numpy(rng.normal(size=one).astype("float32")) for n in range(12)}, tmp_path/f"{i}/model.safetensors")
+    origin = load_student(tmp_path/"0").hash
+    for k in (2, 6):
+        base, *students = (load_student(tmp_path/f"{i}", origin) for i in range(k+1))
+        u = base + sum((s-base)/(k+1) for s in students)
+        tracemalloc.start()
+        u.save_pretrained(tmp_path/"out")
+        peaks[k] = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert peaks[2] < (3+5)*4*one                     # the inputs' tensors, the float64 sum and its rounded copy
+    assert peaks[6] - peaks[2] < 4*(1.25*4*one)       # four inputs more, one tensor each
 
 # --- refusals
 
@@ -267,8 +304,13 @@ def test_other_tensors_are_refused(mine, change, says):
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool, torch.int32])
 def test_integers_are_refused(mine, dtype):
-    edit(mine/"music", lambda t: t.update({"encoder.layer_norm.num_batches_tracked": torch.zeros((), dtype=dtype)}))
-    with pytest.raises(ValueError, match="music.*num_batches_tracked is .*only float"): algebra(mine)
+    edit(mine/"music", lambda t: t.update({"encoder.layer_norm.steps": torch.zeros((), dtype=dtype)}))
+    with pytest.raises(ValueError, match="music.*encoder.layer_norm.steps is .*only float"): algebra(mine)
+
+@pytest.mark.parametrize("name, dtype", [("running_mean", torch.float32), ("running_var", torch.float32), ("num_batches_tracked", torch.int64)])
+def test_running_statistics_are_refused(mine, name, dtype):
+    edit(mine/"music", lambda t: t.update({f"encoder.pos_conv_embed.batch_norm.{name}": torch.zeros((), dtype=dtype)}))
+    with pytest.raises(ValueError, match=f"music.*batch_norm.{name} is a running statistic"): algebra(mine)
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_nan_is_refused_even_at_weight_zero(mine, tmp_path, value):
@@ -367,6 +409,18 @@ def test_killed_while_writing_leaves_the_old_folder_whole(trio, tmp_path, after)
     assert load_student(tmp_path/"u").hash in (old, new)
     (base + .25*s + .75*m).save_pretrained(tmp_path/"u") # what the killed run left is in nobody's way
     assert load_student(tmp_path/"u").hash == load_student(tmp_path/"u").hash and (tmp_path/"u/README.md").exists()
+
+@pytest.mark.parametrize("after", [0, .2])
+def test_killed_while_writing_where_nothing_was_leaves_nothing_or_all(trio, tmp_path, after):
+    p = subprocess.Popen([sys.executable, "-c", KILL, str(trio), str(tmp_path/"u")], stdout=subprocess.PIPE, cwd=ROOT)
+    p.stdout.readline()
+    time.sleep(after)
+    p.send_signal(signal.SIGKILL)
+    p.wait()
+    base, s, m = algebra(trio)
+    assert not (tmp_path/"u").exists() or load_student(tmp_path/"u").hash == (base + .25*s + .75*m).hash
+    (base + .25*s + .75*m).save_pretrained(tmp_path/"u")
+    assert (tmp_path/"u/README.md").exists()
 
 BETWEEN = """
 import ctypes, os, sys

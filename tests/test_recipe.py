@@ -3,7 +3,7 @@ import json, os, shutil, sys
 from pathlib import Path
 import numpy as np, pytest, torch, yaml
 from hypothesis import HealthCheck, given, settings, strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import HubertConfig, HubertModel
 from distilltv import merge as merging
 from distilltv.align import activations, align, in_place, merge_with_data, permuted
@@ -11,7 +11,7 @@ from distilltv.encoders import save_encoder, weights_hash
 from distilltv.merge import ByName, TaskVector, load_student, merge
 from distilltv.path import Dial, choose_by_part, choose_lam, pareto, slider, sweep
 from distilltv.recipes import merge_recipe, push_to_hub, recipe_student
-from distilltv.rules import RULES, add, apply_rule, blocks, breadcrumbs, dare, elect, magprune, model_stock, regmean, slerp, trim, vote
+from distilltv.rules import RULES, add, apply_rule, blocks, breadcrumbs, dare, elect, fisher, magprune, model_stock, regmean, slerp, trim, vote
 from distilltv.runs import file_hash
 
 def tiny(seed, **kw):
@@ -228,6 +228,72 @@ def test_shared_rules_agree_with_peft():
     near(add(pruned, w), want["dare_linear"])
     near(elect(pruned, [1, 1, 1]), want["dare_ties"])                 # peft takes the mean of the winners here, mergekit and our dare_ties the sum
 
+# What mergekit 0.1.5 with torch 2.14.1 makes of three files of random numbers by these recipes. These lines made it, run as
+# `mk/bin/python made.py FOLDER recipes.yaml` where mergekit is installed:
+MERGEKIT_MADE_BY = """
+import subprocess, sys, numpy as np, torch, yaml
+from pathlib import Path
+from safetensors.numpy import load_file, save_file
+from mergekit.sparsify import bernoulli, della_magprune
+rng, top = np.random.default_rng(11), Path(sys.argv[1])
+for m in ("base", "a", "c"): save_file({n: rng.normal(size=s).round(2).astype("float32") for n, s in dict(b=(5,), w=(3, 4)).items()}, top/f"{m}.safetensors")
+for name, r in yaml.safe_load(Path(sys.argv[2]).read_text()).items():
+    for m in [r, *r["models"]]:
+        for k in {"base_model", "model"} & set(m): m[k] = f"{top/m[k]}.safetensors"
+    (top/"r.yaml").write_text(yaml.safe_dump(r | dict(merge_method=name, dtype="float32")))
+    subprocess.run([str(Path(sys.executable).with_name("mergekit-pytorch")), top/"r.yaml", top/name], check=True, capture_output=True)
+    t = load_file(next((top/name).glob("*.safetensors")))
+    print(f"    {name}={[round(float(x), 5) for x in [*t['b'], *t['w'].ravel()]]},")
+t = torch.from_numpy(np.random.default_rng(7).normal(size=(3, 4)).round(3).astype("float32"))
+for name, f in dict(dropped=lambda: bernoulli(t, .6), magpruned=lambda: della_magprune(t, .6, .3)).items():
+    rng = np.random.default_rng(0)
+    torch.bernoulli = lambda p: torch.from_numpy((rng.random(p.shape) < p.numpy()).astype("float32"))
+    print(f"    {name}={[round(x, 5) for x in f().flatten().tolist()]},")
+"""
+MERGEKIT_RECIPES = """
+linear: {models: [{model: a, parameters: {weight: 3}}, {model: c, parameters: {weight: 1}}]}
+task_arithmetic: {base_model: base, models: [{model: a, parameters: {weight: 0.7}}, {model: c, parameters: {weight: -0.4}}], parameters: {lambda: 1.5}}
+ties: {base_model: base, models: [{model: a, parameters: {weight: 0.4}}, {model: c, parameters: {weight: 0.6}}], parameters: {density: 0.5}}
+breadcrumbs: {base_model: base, models: [{model: a, parameters: {weight: 0.4}}, {model: c, parameters: {weight: 0.6}}], parameters: {density: 0.5, gamma: 0.2}}
+breadcrumbs_ties: {base_model: base, models: [{model: a, parameters: {weight: 0.4}}, {model: c, parameters: {weight: 0.6}}], parameters: {density: 0.5, gamma: 0.2}}
+dare_linear: {base_model: base, models: [{model: a, parameters: {weight: 0.4}}, {model: c, parameters: {weight: 0.6}}], parameters: {density: 1.0}}
+dare_ties: {base_model: base, models: [{model: a, parameters: {weight: 0.4}}, {model: c, parameters: {weight: 0.6}}], parameters: {density: 1.0}}
+della: {base_model: base, models: [{model: a, parameters: {weight: 0.4}}, {model: c, parameters: {weight: 0.6}}], parameters: {density: 1.0, epsilon: 0.0}}
+slerp: {base_model: a, models: [{model: a}, {model: c}], parameters: {t: 0.3}}
+model_stock: {base_model: base, models: [{model: a}, {model: c}]}
+"""
+MERGEKIT = dict(
+    linear=[0.03, -0.1875, 0.6525, -0.3925, -1.185, 0.09, -0.415, -1.3775, -0.3325, -0.6725, -1.0575, -1.3275, -0.4025, 0.7075, -0.04, -0.74, 0.6325],
+    task_arithmetic=[-0.6255, 0.7705, 1.0715, -1.818, -1.6245, 0.604, -0.6, -2.199, -1.098, -0.743, 0.01, -1.1155, 1.454, 0.79, -0.7685, -0.08, 0.016],
+    ties=[0.03, -0.24, 1.22, 1.04, -1.51, -0.53, -0.67, -1.92, -0.81, -0.956, -0.872, -1.1, -1.73, -0.14, 0.53, -0.74, 0.82],
+    breadcrumbs=[0.444, 1.36, 1.008, 0.42, -0.784, -0.53, 0.074, -0.06, 0.336, -0.956, 1.57, -1.1, 0.68, 0.276, 0.166, -0.74, 1.162],
+    breadcrumbs_ties=[0.444, 1.36, 1.008, 0.42, -0.784, -0.53, 0.074, -0.06, 0.126, -0.956, 1.57, -1.1, 0.68, 0.276, 0.166, -0.74, 1.162],
+    dare_linear=[0.352, -0.24, 0.6, 0.276, -0.73, -0.33, -0.058, -0.618, 0.336, -0.956, -0.872, -1.1, -1.022, 0.438, 0.226, -0.74, 0.986],
+    dare_ties=[0.444, -0.24, 0.6, 0.42, -0.784, -0.162, -0.058, -0.804, 0.126, -0.956, -0.872, -1.1, -1.022, 0.438, 0.226, -0.74, 1.162],
+    della=[0.72, -0.24, 0.6, 1.04, -1.51, 0.39, -0.058, -1.92, -0.81, -0.956, -0.872, -1.1, -1.022, 0.438, 0.226, -0.74, 1.39],
+    slerp=[0.16528, -0.28622, 0.90644, -0.30258, -1.50914, -0.00691, -0.4204, -1.51724, -0.22733, -0.92804, -1.2786, -1.60659, -0.68423, 0.8138, 0.02578, -0.93188, 0.89771],
+    model_stock=[0.16208, 0.44978, 0.87257, -0.16831, -0.62159, -0.30382, 0.05402, -0.60778, 0.32238, -1.16085, -0.19351, -0.85276, -0.39789, 0.32296, -0.00539, -0.38818, 0.86594],
+    dropped=[0.0, 0.299, -0.274, -0.891, -0.0, -0.0, 0.0, 0.0, -0.492, -0.0, 0.0, 0.357],
+    magpruned=[0.0, 0.299, -0.274, -0.891, -0.0, -0.0, 0.0, 1.34, -0.492, -0.0, 0.0, 0.357],
+)
+
+@pytest.mark.parametrize("rule", list(yaml.safe_load(MERGEKIT_RECIPES)))
+def test_recipes_agree_with_mergekit(tmp_path, rule):
+    rng = np.random.default_rng(11)
+    for m in ("base", "a", "c"):
+        (tmp_path/m).mkdir()
+        save_file({n: torch.from_numpy(rng.normal(size=s).round(2).astype("float32")) for n, s in dict(b=(5,), w=(3, 4)).items()}, tmp_path/m/"model.safetensors")
+        (tmp_path/m/"config.json").write_text("{}")
+    merge_recipe(note(tmp_path, merge_method=rule, **yaml.safe_load(MERGEKIT_RECIPES)[rule]), tmp_path/"out", trust=True)
+    t = load_file(tmp_path/"out/model.safetensors")
+    np.testing.assert_allclose(np.concatenate([t["b"].numpy(), t["w"].numpy().ravel()]), MERGEKIT[rule], atol=2e-5)
+
+def test_random_rules_keep_what_mergekit_keeps():
+    "The same draws keep the same entries; mergekit then rescales to the L1 norm of before, we by the chance, as the papers do."
+    t = np.random.default_rng(7).normal(size=(3, 4)).round(3)
+    for ours, theirs in ((dare(t, .6, np.random.default_rng(0)), "dropped"), (magprune(t, .6, .3, np.random.default_rng(0)), "magpruned")):
+        np.testing.assert_allclose(np.where(ours != 0, t, 0).ravel(), MERGEKIT[theirs], atol=2e-5)
+
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.integers(-3, 3), min_size=1, max_size=40), st.floats(.01, 1))
 def test_trim_breaks_ties_by_position(entries, density):
@@ -235,6 +301,13 @@ def test_trim_breaks_ties_by_position(entries, density):
     ranks = np.empty(len(t), int)
     ranks[sorted(range(len(t)), key=lambda i: (abs(t[i]), i))] = np.arange(len(t))
     np.testing.assert_array_equal(trim(t, density), np.where(ranks >= len(t)-n, t, 0))
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.sampled_from([0., 1., -1., 1+2**-40, -1-2**-41, 1e-60, -2e-60, 1e60, -2e60]), min_size=1, max_size=40), st.floats(.01, 1))
+def test_trim_sees_what_float32_does_not(entries, density):
+    t, n = np.array(entries), max(1, int(density*len(entries)))
+    order = sorted(range(len(t)), key=lambda i: (abs(t[i]), i))
+    np.testing.assert_array_equal(trim(t, density), [0 if i in order[:len(t)-n] else x for i, x in enumerate(t)])
 
 def test_blocks_leave_no_seam():
     size = next(blocks(10**9)).stop
@@ -270,6 +343,20 @@ def test_breadcrumbs_drops_both_ends():
     t = np.arange(1., 101)
     k = breadcrumbs(t, .5, .1)
     assert list(k[k != 0]) == list(range(41, 91))
+
+def test_fisher_and_regmean_minimise_what_they_promise():
+    rng = np.random.default_rng(0)
+    t, f, w = rng.normal(size=(3, 4, 5)), rng.random((3, 4, 5)), [.5, .3, .2]
+    np.testing.assert_allclose(fisher(list(t), list(f), w), sum(k*i*x for k, i, x in zip(w, f, t))/sum(k*i for k, i in zip(w, f)))
+    f[:, 0, 0] = 0
+    assert fisher(list(t), list(f), w)[0, 0] == pytest.approx(sum(k*x[0, 0] for k, x in zip(w, t)))
+    xs = rng.normal(size=(3, 40, 5))
+    got = regmean(list(t), [x.T@x for x in xs], w, alpha=1.)
+    root = [k**.5*x for k, x in zip(w, xs)]
+    want = np.linalg.lstsq(np.vstack(root), np.vstack([x@m.T for x, m in zip(root, t)]), rcond=None)[0].T
+    np.testing.assert_allclose(got, want, atol=1e-6)
+    shrunk = [.9*x.T@x + .1*np.diag(np.diag(x.T@x)) for x in xs]
+    np.testing.assert_allclose(regmean(list(t), [x.T@x for x in xs], w), sum(k*m@g for k, m, g in zip(w, t, shrunk))@np.linalg.inv(sum(k*g for k, g in zip(w, shrunk))), atol=1e-6)
 
 def test_regmean_with_a_dead_input():
     x = np.random.default_rng(0).normal(size=(50, 4)); x[:, 2] = 0
@@ -320,19 +407,24 @@ def test_fuzzed_headers_are_refused_or_harmless(trio, tmp_path_factory, data):
 
 # --- the slider
 
-def test_slider_without_and_with_a_browser(monkeypatch):
+FRONT_ENDS = "JPY_SESSION_NAME", "VSCODE_PID", "COLAB_RELEASE_TAG"
+
+def test_slider_without_a_browser(monkeypatch):
     shown = []
-    for v in ("JPY_SESSION_NAME", "VSCODE_PID", "COLAB_RELEASE_TAG"): monkeypatch.delenv(v, raising=False)
+    for v in FRONT_ENDS: monkeypatch.delenv(v, raising=False)
     slider(shown.append, lam=.4)
-    assert shown == [.4]
     monkeypatch.setenv("JPY_SESSION_NAME", "x.ipynb")
-    class Fake:
-        FloatSlider = staticmethod(lambda **kw: kw)
-        @staticmethod
-        def interact(f, lam): [f(x) for x in (lam["min"], lam["value"], lam["max"])]
-    monkeypatch.setitem(sys.modules, "ipywidgets", Fake)
-    slider(shown.append, lam=.3)
-    assert shown[1:] == [0, .3, 1]
-    monkeypatch.setitem(sys.modules, "ipywidgets", None)
+    monkeypatch.setitem(sys.modules, "ipywidgets", None) # not installed
     slider(shown.append, lam=.2)
-    assert shown[-1] == .2
+    assert shown == [.4, .2]
+
+@pytest.mark.parametrize("lam, low, high", [(.3, 0, 1), (1.2, 0, 1.2), (-.1, -.1, 1)])
+def test_slider_with_a_browser(monkeypatch, lam, low, high):
+    import ipywidgets
+    shown, made, real = [], [], ipywidgets.interact
+    monkeypatch.setenv("JPY_SESSION_NAME", "x.ipynb")
+    monkeypatch.setattr(ipywidgets, "interact", lambda f, **kw: made.append(real(f, **kw).widget.children[0]))
+    slider(shown.append, lam=lam)
+    assert shown == [lam] and (made[0].min, made[0].max) == (low, high) # it begins where the notebook is, beyond the ends too
+    made[0].value = .8                                                  # as turning it does
+    assert shown == [lam, .8]
