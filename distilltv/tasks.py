@@ -6,20 +6,21 @@
 __all__ = ['SOURCES', 'COMMANDS', 'TECHNIQUES', 'LOADERS', 'PUBLISHED', 'REFERENCE', 'LETTERS', 'datasets_dir', 'Source',
            'MissingData', 'available', 'speech_commands', 'fluent_commands', 'voxceleb1', 'iemocap', 'librispeech',
            'vocalset_singers', 'vocalset_techniques', 'nsynth', 'gtzan', 'esc50', 'key_name', 'giantsteps',
-           'magnatagatune', 'emomusic', 'duplicates', 'letters', 'heard_text', 'word_errors', 'Letters', 'fit_letters',
-           'score_letters', 'XaresEncoder', 'S3prlUpstream']
+           'magnatagatune', 'emomusic', 'letters', 'heard_text', 'word_errors', 'letter_errors', 'Letters',
+           'fit_letters', 'score_letters', 'fit_spelling', 'score_spelling', 'XaresEncoder', 'S3prlUpstream']
 
 # %% ../nbs/04a_tasks.ipynb #3647cc1d
 import csv, hashlib, json, os, re
 from dataclasses import dataclass
 from pathlib import Path
-import numpy as np, pandas as pd, soundfile as sf, torch, torchaudio
+import jiwer, numpy as np, pandas as pd, soundfile as sf, torch
 import torch.nn.functional as F
 from torch import nn
 from .corpora import SAMPLE_RATE, AudioError, normalise
 from .encoders import WINDOW
-from .probe import Task, _layers, _read_file, _root, _status, audio_hashes, check_encoder, hear, segment_table, whole_frames
-from .runs import home
+from .probe import (BatchedAdam, Task, _batches, _layers, _read_file, _root, _status, check_encoder, duplicates, find_task, frame_features,
+                             hear, logits, segment_table, task_table, whole_frames)
+from .runs import home, write_atomic
 
 # %% ../nbs/04a_tasks.ipynb #ac06f75a
 def datasets_dir() -> Path:
@@ -180,7 +181,7 @@ def nsynth(root):
     at, rows = _folder("nsynth", root, *(f"nsynth-{s}/examples.json" for s in ("train", "valid", "test"))), []
     for split in ("train", "valid", "test"):
         for name, r in json.loads((at/f"nsynth-{split}/examples.json").read_text()).items():
-            rows.append(dict(path=at/f"nsynth-{split}/audio/{name}.wav", split=split, family=r["instrument_family_str"], pitch=str(r["pitch"]), note=name, source=r["instrument_source_str"]))
+            rows.append(dict(path=at/f"nsynth-{split}/audio/{name}.wav", split=split, family=r["instrument_family_str"], pitch=str(r["pitch"]), note=name, source=r["instrument_source_str"], instrument=name.rsplit("-", 2)[0], velocity=name.rsplit("-", 1)[1]))
     return _clips(rows, root)
 
 def gtzan(root):
@@ -198,7 +199,7 @@ def esc50(root):
     "Five-second sounds of fifty kinds, with the official `fold`."
     at = _folder("ESC-50-master", root, "meta/esc50.csv")
     m = pd.read_csv(at/"meta/esc50.csv", dtype=str)
-    return _clips([dict(path=at/"audio"/r.filename, split="train", fold=int(r.fold)-1, label=r.category, recording=r.src_file) for r in m.itertuples()], root)
+    return _clips([dict(path=at/"audio"/r.filename, split="train", fold=int(r.fold)-1, label=r.category, recording=r.src_file, take=r.take) for r in m.itertuples()], root)
 
 # %% ../nbs/04a_tasks.ipynb #3061035e
 _CLASS = dict(zip("C D E F G A B".split(), (0, 2, 4, 5, 7, 9, 11)))
@@ -243,17 +244,17 @@ def emomusic(root):
 LOADERS = {f.__name__: f for f in (speech_commands, fluent_commands, voxceleb1, iemocap, librispeech, vocalset_singers, vocalset_techniques, nsynth, gtzan, esc50, giantsteps, magnatagatune, emomusic)}
 
 PUBLISHED = {t.name: t for t in (
-    Task("asr", "speech", "librispeech", "label", "speaker", kind="ctc", metric="wer"),
-    Task("ks", "speech", "speech_commands", "label", "clip", steps=3000),
-    Task("ic", "speech", "fluent_commands", "label", "speaker", kind="slots", steps=3000),
-    Task("sid", "speech", "voxceleb1", "label", "video", steps=3000),
-    Task("er", "speech", "iemocap", "label", "dialogue", folds=5, steps=1000),
-    Task("singid", "music", "vocalset_singers", "singer", "recording", steps=1000),
-    Task("vocid", "music", "vocalset_techniques", "technique", "singer", steps=1000),
-    Task("instcls", "music", "nsynth", "family", "note", steps=3000),
-    Task("pitchid", "music", "nsynth", "pitch", "note", steps=3000),
+    Task("asr", "speech", "librispeech", "label", "speaker", ("speaker",), kind="ctc", metric="wer"),
+    Task("ks", "speech", "speech_commands", "label", "clip", ("speaker",), steps=3000),
+    Task("ic", "speech", "fluent_commands", "label", "speaker", ("speaker",), kind="slots", steps=3000),
+    Task("sid", "speech", "voxceleb1", "label", "video", ("video",), steps=3000),
+    Task("er", "speech", "iemocap", "label", "dialogue", ("speaker", "dialogue"), folds=5, steps=1000),
+    Task("singid", "music", "vocalset_singers", "singer", "recording", ("technique",), steps=1000),
+    Task("vocid", "music", "vocalset_techniques", "technique", "singer", ("singer",), steps=1000),
+    Task("instcls", "music", "nsynth", "family", "note", ("instrument", "velocity"), steps=3000),
+    Task("pitchid", "music", "nsynth", "pitch", "note", ("instrument", "velocity"), steps=3000),
     Task("genreid", "music", "gtzan", "label", "track"),
-    Task("esc50", "sound", "esc50", "label", "recording", folds=5),
+    Task("esc50", "sound", "esc50", "label", "recording", ("take",), folds=5),
     Task("gs-key", "music", "giantsteps", "label", "track", also=("weighted key score",)),
     Task("mtt", "music", "magnatagatune", "label", "track", kind="tags", metric="roc-auc", also=("average precision",), steps=3000),
     Task("emo", "music", "emomusic", "label", "song", kind="numbers", metric="r2", also=("r2:0", "r2:1")))}
@@ -267,29 +268,31 @@ REFERENCE = pd.DataFrame([      # width of the projection, learning rate, steps,
     ("gs-key", "MLP 512 (MARBLE)", 512, 1e-3, None, 64), ("mtt", "MLP 512 (MARBLE)", 512, 1e-3, None, 64), ("emo", "MLP 512 (MARBLE)", 512, 1e-3, None, 64)],
     columns="task probe width lr steps batch".split())
 
-# %% ../nbs/04a_tasks.ipynb #05f7959a
-def duplicates(table, root) -> pd.DataFrame: # rows with file, start, split, id; folder of the files
-    "Rows whose audio is also in another split, with the hash they share; a data set that is whole gives an empty table."
-    h = audio_hashes(list(table.file.unique()), root)
-    d = table.assign(audio=table.file.map(h) + ":" + table.start.astype(str)).query("not audio.str.startswith('unreadable')")
-    return d[d.groupby("audio").split.transform("nunique") > 1][["audio", "split", "id"]].sort_values("audio", kind="stable").reset_index(drop=True)
-
 # %% ../nbs/04a_tasks.ipynb #427f16ef
 LETTERS = "_ 'ABCDEFGHIJKLMNOPQRSTUVWXYZ"     # blank first
 
-def letters(text:str) -> torch.Tensor: # upper or lower case; what is not a letter is left out
-    "The numbers of a text's letters."
-    return torch.tensor([LETTERS.index(c) for c in text.upper() if c in LETTERS[1:]])
+def letters(text:str, alphabet:str=LETTERS) -> torch.Tensor: # blank first; of the default, upper or lower case
+    "The numbers of a text's letters; what is not in the alphabet is left out."
+    if alphabet == LETTERS: text = text.upper()
+    return torch.tensor([alphabet.index(c) for c in text if c in alphabet[1:]], dtype=torch.long)
 
-def heard_text(scores) -> str: # [frames, letters]
+def heard_text(scores, alphabet:str=LETTERS) -> str: # [frames, letters]
     "The best letter of each frame, repeats merged, blanks dropped."
     best = torch.unique_consecutive(scores.argmax(-1))
-    return " ".join("".join(LETTERS[i] for i in best if i).split())
+    return " ".join("".join(alphabet[i] for i in best if i).split())
+
+def _errors(process, units, true, said):
+    counted = [process([t], [s]) if t else None for t, s in zip(true, said)]     # without a true text, all that was said is wrong
+    edits = [c.substitutions + c.deletions + c.insertions if c else len(units(s)) for c, s in zip(counted, said)]
+    return np.array(edits), np.array([len(units(t)) for t in true])
 
 def word_errors(true, said) -> tuple: # texts
-    "Edits and words of each pair; their sums' ratio is the word error rate."
-    pairs = [(t.split(), s.split()) for t, s in zip(true, said)]
-    return np.array([torchaudio.functional.edit_distance(t, s) for t, s in pairs]), np.array([len(t) for t, _ in pairs])
+    "Edits and words of each pair, counted by `jiwer`; their sums' ratio is the word error rate."
+    return _errors(jiwer.process_words, str.split, true, said)
+
+def letter_errors(true, said) -> tuple: # texts
+    "Edits and characters of each pair, counted by `jiwer`; their sums' ratio is the character error rate."
+    return _errors(jiwer.process_characters, list, true, said)
 
 # %% ../nbs/04a_tasks.ipynb #c01fd015
 class Letters(nn.Module):
@@ -341,7 +344,7 @@ def _transcribe(net, rows, frozen):
 # %% ../nbs/04a_tasks.ipynb #239f9495
 def score_letters(encoder, task, view, seeds, root=None, **settings): # of `fit_letters`
     "Rows and predictions of the CTC task, like `score_task`; the predictions are edits and words per utterance."
-    t, root, rows, kept = PUBLISHED[task], _root(PUBLISHED[task].segments, root), [], []
+    t, root, rows, kept = find_task(task), _root(find_task(task).segments, root), [], []
     table = segment_table(t.segments, root)
     readable = _decodes(table, root)
     table, lost = table[readable].reset_index(drop=True), int((~readable).sum())
@@ -349,8 +352,7 @@ def score_letters(encoder, task, view, seeds, root=None, **settings): # of `fit_
     for s in seeds:
         net, valid = fit_letters(encoder, table, root, view, s, **settings)
         edits, words = word_errors(*_transcribe(net, test, lambda r: _layers(_frames(encoder, r, root), view)))
-        rows.append(dict(task=task, domain=t.domain, view=view, layer=view, probe="ctc", seed=s, metric=t.metric, score=edits.sum()/words.sum(), valid=valid, n_test=len(test),
-                         weights_hash=getattr(encoder, "hash", None), status=_status(lost, len(table)+lost)))
+        rows.append(dict(probe="ctc", seed=s, metric=t.metric, score=edits.sum()/words.sum(), valid=valid, n_test=len(test), status=_status(lost, len(table)+lost)))
         kept.append(edits)
     return rows, dict(id=test.id.to_numpy(str), group=test[t.group].to_numpy(str), words=words, edits=np.stack(kept))
 
@@ -359,6 +361,71 @@ def _decodes(table, root):
         try: return len(_read_file(root, r.file, r.start, r.end)) > WINDOW
         except AudioError: return False
     return np.array([ok(r) for r in table.itertuples()])
+
+# %% ../nbs/04a_tasks.ipynb #a49af257
+def _spelt(x, p):
+    # log-probabilities [frames, copies, letters] from frames [layers, S, B, T, D] of the seeds' batches
+    s = logits(x.flatten(2, 3), **p).unflatten(2, x.shape[2:4]).log_softmax(-1)      # [S, R, B, T, letters]
+    return s.flatten(0, 2).transpose(0, 1)
+
+def _ctc(x, n, y, u, p):
+    # loss per letter of each copy and text, [S, R, B]; frames there are [S, B], letters [S, B, longest], and how many [S, B]
+    S, R = p["W"].shape[:2]
+    each = lambda v: v[:, None].expand(S, R, *v.shape[1:]).flatten(0, 2)
+    loss = F.ctc_loss(_spelt(x, p), each(y), each(n), each(u), reduction="none", zero_infinity=True)
+    return (loss/each(u)).unflatten(0, (S, R, -1))
+
+# %% ../nbs/04a_tasks.ipynb #ae377a0d
+def fit_spelling(train, valid,        # (frames [layers, n, T, D], how many are there [n], letters [n, longest], how many [n])
+                 size:int,            # letters in the alphabet, with the blank
+                 lrs=(1e-2, 3e-2), seeds=(0, 1, 2),
+                 steps:int=600, batch:int=16, decay:float=1e-2, every:int=50
+                ) -> tuple:           # weights [S, R, …] of the best step of each copy, for `logits`; validation loss per letter [S, R]
+    "Linear CTC probes of all seeds and learning rates, trained as one batched computation."
+    (x, n, y, u), S, R = train, len(seeds), len(lrs)
+    g = [torch.Generator().manual_seed(s) for s in seeds]
+    p = dict(W=torch.stack([torch.randn(x.shape[-1], size, generator=k)*.01 for k in g])[:, None].repeat(1, R, 1, 1), b=torch.zeros(S, R, 1, size))
+    if len(x) > 1: p |= dict(a=torch.zeros(S, R, len(x)))
+    for q in p.values(): q.requires_grad_()
+    adam = BatchedAdam(list(p.values()), torch.as_tensor(lrs).float(), decay)
+    best, kept, order = torch.full((S, R), torch.inf), {k: q.detach().clone() for k, q in p.items()}, [_batches(len(n), min(batch, len(n)), k) for k in g]
+    for step in range(1, steps+1):
+        at = torch.stack([next(o) for o in order])
+        adam.step(torch.autograd.grad(_ctc(x[:, at], n[at], y[at], u[at], p).mean(-1).sum(), adam.params))
+        if step % every == 0:
+            with torch.no_grad(): loss = _ctc(*(v[:, None].expand(-1, S, *v.shape[1:]) if v is valid[0] else v[None].expand(S, *v.shape) for v in valid), p).mean(-1)
+            better = loss < best
+            best[better] = loss[better]
+            for k, q in p.items(): kept[k][better] = q.detach()[better]
+    return kept, best
+
+# %% ../nbs/04a_tasks.ipynb #051e866c
+def score_spelling(encoder, t, view, seeds, root=None, lrs=(1e-2, 3e-2)): # a task of kind `spell`; see `fit_spelling`
+    "Rows and predictions of a spelling task, like `score_task`; the predictions are the texts that were heard, and their edits."
+    df, x = task_table(t.name, root), torch.as_tensor(np.array(frame_features(encoder, t.segments, view, root)))
+    there = torch.isfinite(x[0, ..., 0]).sum(1)
+    use = torch.as_tensor((df.usable & (there.numpy() > 0)).to_numpy(copy=True))
+    status = _status(int((there == 0).sum()), len(df), int((~df.usable).sum()))
+    df, x, there = df[use.numpy()].reset_index(drop=True), x[:, use], there[use]
+    of = {s: torch.as_tensor(np.flatnonzero(df.split == s)) for s in ("train", "valid", "test")}
+    alphabet = "_" + "".join(sorted(set("".join(df.label[df.split == "train"]))))
+    train = x[:, of["train"]].flatten(1, 2)
+    train = train[:, torch.isfinite(train[0, :, 0])]
+    x = ((x - train.mean(1)[:, None, None])/(train.std(1)[:, None, None] + 1e-5)).nan_to_num()
+    y = [letters(s, alphabet) for s in df.label]
+    y, u = nn.utils.rnn.pad_sequence(y, batch_first=True), torch.tensor([len(v) for v in y])
+    part = lambda s: (x[:, of[s]], there[of[s]], y[of[s]], u[of[s]])
+    p, valid = fit_spelling(part("train"), part("valid"), len(alphabet), lrs, seeds, t.steps)
+    r = int(valid.mean(0).argmin())
+    said = [_read_off(x[:, of["test"]], there[of["test"]], {k: q[[s]][:, [r]] for k, q in p.items()}, alphabet) for s in range(len(seeds))]
+    true = df.label.iloc[of["test"].numpy()].tolist()
+    edits, size = zip(*[letter_errors(true, s) for s in said])
+    rows = [dict(probe="ctc", seed=s, metric=t.metric, score=edits[i].sum()/size[i].sum(), valid=-float(valid[i, r]), lr=lrs[r], n_test=len(true), status=status) for i, s in enumerate(seeds)]
+    return rows, dict(id=df.id.to_numpy(str)[of["test"]], group=df[t.group].to_numpy(str)[of["test"]], letters=size[0], edits=np.stack(edits), said=np.array(said))
+
+@torch.no_grad()
+def _read_off(x, n, p, alphabet):
+    return [heard_text(s[:k], alphabet) for s, k in zip(_spelt(x[:, None], p).transpose(0, 1), n)]
 
 # %% ../nbs/04a_tasks.ipynb #7b48743f
 def _heard(encoder, wav):
