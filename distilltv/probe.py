@@ -169,7 +169,7 @@ TASKS = {t.name: t for t in (
     Task("pitch", "music", "notes", "pitch", "note", ("bank", "velocity")),
     Task("instrument", "music", "notes", "family", "note", ("bank", "velocity")),
     Task("key", "music", "pieces", "key", "piece", ("source", "program"), also=("weighted key score",)),
-    Task("characters", "speech", "sentences", "letters", "letters", ("voice", "source"), kind="spell", metric="cer", more=True, steps=600),
+    Task("characters", "speech", "sentences", "letters", "letters", ("voice", "source"), kind="spell", metric="cer", more=True),
     Task("meter", "music", "pieces", "meter", "piece", ("source", "program"), more=True),
     Task("instrument-new", "music", "programs", "family", "program", ("bank", "velocity"), more=True),
     Task("drum", "music", "drums", "drum", "maker", ("kit", "maker"), more=True, folds=4),
