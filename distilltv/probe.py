@@ -191,7 +191,7 @@ def find_task(name:str) -> Task: # of `TASKS` here or `PUBLISHED` in the next ch
 
 def task_names(tasks) -> list: # `all`, `more`, `paper`, names with commas, or a list
     "The names that are meant."
-    if tasks == "paper": return list(_published().PUBLISHED)
+    if tasks == "paper": return list(_published().REFERENCE.task)
     if tasks in ("all", "more"): return [t.name for t in TASKS.values() if t.more == (tasks == "more")]
     return [find_task(t.strip()).name for t in (tasks.split(",") if isinstance(tasks, str) else tasks)]
 
