@@ -7,8 +7,8 @@ __all__ = ['SEGMENTS', 'SNRS', 'TASKS', 'PREPROCESSING', 'LOSSES', 'LRS', 'COLUM
            'prompts', 'syllables', 'notes', 'pieces', 'programs', 'drums', 'plain_letters', 'sentences', 'mixed',
            'prompts_over_music', 'notes_under_speech', 'detection', 'Task', 'find_task', 'task_names', 'segment_table',
            'task_table', 'Leak', 'leakage', 'check_leakage', 'LogMel', 'Transformer', 'check_encoder', 'open_encoder',
-           'audio_hashes', 'features_key', 'mix', 'windows', 'pool', 'hear', 'extract', 'features', 'frame_features',
-           'fit_probes', 'logits', 'BatchedAdam', 'knn', 'match', 'choose_view', 'key_score', 'score_task',
+           'audio_hashes', 'features_key', 'mix', 'windows', 'pool', 'hear', 'extract', 'features', 'choose_view',
+           'frame_features', 'fit_probes', 'logits', 'BatchedAdam', 'knn', 'match', 'key_score', 'score_task',
            'score_encoders', 'duplicates', 'number_score', 'probe', 'quick_probe']
 
 # %% ../nbs/04_probe.ipynb #a4f59d46
@@ -135,11 +135,15 @@ def detection(root):
     music = some_groups(_windows(_table("music", root).query("kind == 'piece'"), "music", 1.), "id", train=120, valid=42, test=102).assign(heard="music", with_kind=lambda d: d.program)
     pair = lambda d: d.split + d.groupby("split").cumcount().astype(str)
     s, m = (d.assign(pair=pair(d), with_file="", with_start=0, snr=0., speech_db=np.nan) for d in (speech, music))
-    order = s.groupby("split").cumcount()
-    db = np.array(SNRS)[order//2 % len(SNRS)]
-    both = pd.concat([mixed(a.assign(speech_db=db), b, sign*db)[(order % 2 == k).to_numpy()] for k, (a, b, sign) in enumerate(((s, m, 1), (m, s, -1)))])
+    both = pd.concat([_every_other(a, b, k, sign) for k, (a, b, sign) in enumerate(((s, m, 1), (m, s, -1)))])
     all_ = pd.concat([s.assign(content="speech"), m.assign(content="music"), both.assign(content="both", id=both.id + "+" + both.speech_db.astype(int).astype(str) + "dB")], ignore_index=True)
     return all_.rename(columns=dict(with_kind="performer"))
+
+def _every_other(first, second, k, sign):
+    # mixtures of the pairs whose number is even (k = 0) or odd, with the levels in turn
+    i = first.groupby("split").cumcount()
+    db = np.array(SNRS)[i//2 % len(SNRS)]
+    return mixed(first.assign(speech_db=db), second, sign*db)[(i % 2 == k).to_numpy()]
 
 SEGMENTS |= {f.__name__: f for f in (programs, drums, sentences, prompts_over_music, notes_under_speech, detection)}
 
@@ -538,9 +542,20 @@ def _same_ears(encoder, table, root, x, f):
     # one row is heard again: a hash that is not of these weights would pair them with another encoder's features
     row = int(np.flatnonzero(np.isfinite(x).all((0, 2)))[0])
     now, then = extract(encoder, table, root, only=row), x[:, row]
-    if now is None or now.shape[0] == len(then) and np.abs(now[:, row] - then).max() <= .01*np.abs(then).max() + 1e-6: return
+    if now is None or now.shape[0] == len(then) and np.abs(now[:, row] - then).max() <= .001*np.abs(then).max() + 1e-6: return
     raise ValueError(f"encoder {type(encoder).__name__} does not compute the features that the cache holds under its hash {encoder.hash[:12]}: its weights were changed after "
                      f"it was wrapped, or `hash` is not a hash of them; wrap it again, or delete {f.name} from the cache folder of your runs")
+
+# %% ../nbs/04_probe.ipynb #0dd88907
+def choose_view(encoder, view:str="default") -> str: # `default`, `last`, `sum` or a layer number
+    "`default` is the learned sum for encoders of 12 layers or more (teachers), the last layer otherwise (students)."
+    depth = getattr(encoder, "depth", 1)
+    if view == "default": return "sum" if depth > 12 else "last"
+    if view in ("last", "sum"): return view
+    if re.fullmatch(r"\d+", str(view)) and int(view) < depth: return str(view)
+    raise ValueError(f"view {view!r} is not default, last, sum or a layer from 0 to {depth-1}")
+
+def _layers(x, view): return x if view == "sum" else x[[-1 if view == "last" else int(view)]]
 
 # %% ../nbs/04_probe.ipynb #7f11a6a9
 def frame_features(encoder, segments:str,  # see `features`
@@ -619,18 +634,19 @@ def logits(x,               # features [L, S, B, D], or [L, 1, B, D] shared by t
            q=None           # [S, R, D]: what frames are compared with, to weight them
           ) -> torch.Tensor: # [S, R, B, C]
     "What the probes of all copies say."
+    absent, x = x[0, ..., 0].isnan() if q is not None else None, x.nan_to_num() if q is not None else x
     x = x.expand(-1, len(W), *x.shape[2:])
     if a is not None: x = torch.einsum("ls...,srl->sr...", x, a.softmax(-1))
     else: x = x[0]
-    if q is not None: x = _attended(x, q)
+    if q is not None: x = _attended(x, absent, q)
     for M, k in ((U, c), (W, b)):
         if M is not None: x = _times(x, M) + k if M is W else (_times(x, M) + k).relu()
     return x
 
-def _attended(x, q):
+def _attended(x, absent, q):
     # the mean of the frames weighted by how well they agree with `q`; a `q` of zeros gives the plain mean
-    absent, x, s = x[..., 0].isnan(), x.nan_to_num(), "sbtd" if x.ndim == 4 else "srbtd"
-    w = torch.einsum(f"{s},srd->srbt", x, q).masked_fill(absent if x.ndim == 5 else absent[:, None], -torch.inf).softmax(-1)
+    s = "sbtd" if x.ndim == 4 else "srbtd"
+    w = torch.einsum(f"{s},srd->srbt", x, q).masked_fill(absent[:, None], -torch.inf).softmax(-1)
     return torch.einsum(f"{s},srbt->srbd", x, w)
 
 def _times(x, M):
@@ -683,17 +699,6 @@ def match(x, df, split:str="test") -> pd.Series: # features [n, dim]; rows with 
         found = (z[at(mine)] @ z[at(other)].T).argmax(1).numpy()
         hit[mine.index] = other.label.to_numpy()[found] == mine.label.to_numpy()
     return hit[df.split == split]
-
-# %% ../nbs/04_probe.ipynb #0dd88907
-def choose_view(encoder, view:str="default") -> str: # `default`, `last`, `sum` or a layer number
-    "`default` is the learned sum for encoders of 12 layers or more (teachers), the last layer otherwise (students)."
-    depth = getattr(encoder, "depth", 1)
-    if view == "default": return "sum" if depth > 12 else "last"
-    if view in ("last", "sum"): return view
-    if re.fullmatch(r"\d+", str(view)) and int(view) < depth: return str(view)
-    raise ValueError(f"view {view!r} is not default, last, sum or a layer from 0 to {depth-1}")
-
-def _layers(x, view): return x if view == "sum" else x[[-1 if view == "last" else int(view)]]
 
 # %% ../nbs/04_probe.ipynb #a3215ece
 def key_score(true, pred) -> float: # keys such as `0:major`
