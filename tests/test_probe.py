@@ -7,6 +7,7 @@ from distilltv import probe as P
 from distilltv.runs import _trim, data_dir
 
 torch.set_num_threads(1)
+COST = ["seconds", "peak_mb"]     # what differs between two runs of the same
 SHAPE = dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, conv_dim=(8,)*7, num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=2, feat_proj_layer_norm=False, layerdrop=0.)
 
 def hubert(seed=0):
@@ -39,10 +40,19 @@ def toy(n=120, d=6, layers=1, seed=0):
     x = torch.randn(layers, n, d, generator=g)
     return x, (x[-1, :, :3] + .3*torch.randn(n, 3, generator=g)).argmax(-1)
 
-@pytest.mark.parametrize("layers, hidden", [(1, 0), (4, 0), (1, 16), (3, 16)])
-def test_batched_probes_equal_probes_trained_one_by_one(layers, hidden):
+def framed(x, y, seed=0):
+    "Items of two to six frames, of which the last tells the class, the others are noise; `nan` where there is none."
+    g = torch.Generator().manual_seed(seed)
+    frames = torch.randn(*x.shape[:2], 6, x.shape[-1], generator=g)
+    n = torch.randint(2, 7, (x.shape[1],), generator=g)
+    for i, k in enumerate(n): frames[:, i, k-1], frames[:, i, k:] = x[:, i], torch.nan
+    return frames
+
+@pytest.mark.parametrize("layers, hidden, attend", [(1, 0, False), (4, 0, False), (1, 16, False), (3, 16, False), (1, 0, True), (3, 0, True)])
+def test_batched_probes_equal_probes_trained_one_by_one(layers, hidden, attend):
     x, y = toy(layers=layers)
-    kw = dict(xv=x, yv=y, classes=3, steps=60, batch=32, hidden=hidden)
+    if attend: x = framed(x, y)
+    kw = dict(xv=x, yv=y, classes=3, steps=60, batch=32, hidden=hidden, attend=attend)
     lrs, seeds = (3e-3, 3e-2), (4, 5)
     both = P.fit_probes(x, y, lrs=lrs, seeds=seeds, **kw)
     for s, seed in enumerate(seeds):
@@ -61,6 +71,29 @@ def test_one_copy_equals_torch_adamw():
         o = torch.randperm(120, generator=g)
         opt.zero_grad(); torch.nn.functional.cross_entropy(x[0, o] @ W + b, y[o]).backward(); opt.step()
     torch.testing.assert_close(ours["p"]["W"][0, 0], W.detach(), atol=1e-5, rtol=1e-4)
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_attention_starts_as_the_mean_and_weights_frames_by_a_softmax(layers):
+    x, y = toy(n=40, layers=layers)
+    f, g = framed(x, y), torch.Generator().manual_seed(1)
+    W, b, q, a = torch.randn(2, 1, 6, 3, generator=g), torch.zeros(2, 1, 1, 3), torch.zeros(2, 1, 6), torch.randn(2, 1, layers, generator=g) if layers > 1 else None
+    torch.testing.assert_close(P.logits(f[:, None], W, b, a, q=q), P.logits(f.nanmean(2)[:, None], W, b, a), atol=1e-5, rtol=1e-4)
+    q = torch.randn(2, 1, 6, generator=g)
+    for s in range(2):
+        h = f[0] if a is None else torch.einsum("lntd,l->ntd", f, a[s, 0].softmax(0))
+        for i in range(40):
+            there = h[i][~h[i, :, 0].isnan()]
+            want = ((there @ q[s, 0]).softmax(0) @ there) @ W[s, 0]
+            torch.testing.assert_close(P.logits(f[:, None], W, b, a, q=q)[s, 0, i], want, atol=1e-5, rtol=1e-4)
+
+def test_attention_finds_the_frame_that_a_mean_hides():
+    g = torch.Generator().manual_seed(0)
+    y = torch.randint(0, 2, (300,), generator=g)
+    x = .1*torch.randn(1, 300, 8, 4, generator=g)
+    at = torch.randint(0, 7, (300,), generator=g)
+    for i, t in enumerate(at): x[0, i, t, 0], x[0, i, t, 1], x[0, i, t+1, 1] = 2., 2.*y[i] - 1, 1 - 2.*y[i]
+    parts = lambda v: (v[:, :200], y[:200], v[:, 200:], y[200:], 2)
+    assert P.fit_probes(*parts(x.mean(2)), seeds=(0,))["valid"].max() < .75 < .95 < P.fit_probes(*parts(x), seeds=(0,), attend=True)["valid"].max()
 
 def test_project_pool_classify_is_one_matrix():
     "The reference probe, Linear - mean - Linear, is the linear map that we train on the mean."
@@ -133,7 +166,35 @@ def test_a_solvable_task_is_solved_and_predictions_are_kept(runs, corpus, tmp_pa
     assert z["pitch/pred"].shape == (3, linear.n_test.iloc[0]) and (z["pitch/pred"] == z["pitch/true"]).all()
     assert pd.read_csv(tmp_path/"out/scores.csv").columns.tolist() == P.COLUMNS and (tmp_path/"out/result.json").exists()
     again = P.probe("logmel", "instrument,pitch", seeds=3, root=str(corpus))
-    pd.testing.assert_frame_equal(d.drop(columns="seconds"), again.drop(columns="seconds"))
+    pd.testing.assert_frame_equal(d.drop(columns=COST), again.drop(columns=COST))
+
+def test_a_row_names_what_it_was_made_from(runs, corpus, tmp_path):
+    d = P.probe("logmel", "pitch", seeds=1, root=str(corpus), out=tmp_path/"out")
+    assert d.commit.notna().all() and d.versions.str.contains("torch ").all() and (d.peak_mb > 10).all() and (d.weights_hash == "logmel-80").all()
+    rewrite(corpus, end=lambda m: m.end.astype(int) - 320)
+    assert P.probe("logmel", "pitch", seeds=1, root=str(corpus)).data_hash[0] != d.data_hash[0] == pd.read_csv(tmp_path/"out/scores.csv").data_hash[0]
+
+def test_frames_are_those_that_are_averaged(runs, corpus):
+    e, table = P.Transformer(hubert()), P.segment_table("notes", str(corpus))
+    frames = P.frame_features(e, "notes", root=str(corpus))
+    assert frames.shape[:2] == (1, len(table)) and set(np.isfinite(frames[0, ..., 0]).sum(1)) == set((table.hi - table.lo - 400)//320 + 1)
+    np.testing.assert_allclose(np.nanmean(frames[0], 1), P.features(e, "notes", str(corpus))[-1], atol=1e-4)
+    assert P.frame_features(e, "notes", "sum", str(corpus)).shape[0] == 3
+    np.testing.assert_array_equal(P.frame_features(e, "notes", root=str(corpus)), frames)      # from the cache
+    with pytest.raises(ValueError, match="frames of table notes would take .* use the head `linear`"): P.frame_features(e, "notes", root=str(corpus), largest=1e4)
+
+def test_an_attentive_probe_solves_a_solvable_task(runs, corpus):
+    d = P.probe(P.open_encoder("logmel"), "instrument", seeds=2, root=str(corpus), head="attentive")
+    assert d.encoder[0] == "logmel@attentive" and (d.score == 1).all() and set(d.probe) == {"attentive", "knn"}
+    with pytest.raises(ValueError, match="head 'deep' is unknown; use linear, mlp, attentive"): P.score_task(P.LogMel(), "pitch", root=str(corpus), head="deep")
+
+@pytest.mark.parametrize("change", [lambda m: m.encoder.layers[0].feed_forward.output_dense.weight.data.mul_(3), lambda m: torch.nn.init.zeros_(m.feature_projection.projection.weight)])
+def test_weights_changed_after_wrapping_do_not_meet_cached_features(runs, corpus, change):
+    e = P.Transformer(hubert())
+    P.features(e, "notes", corpus)
+    P.features(e, "notes", corpus)
+    change(e.model)
+    with pytest.raises(ValueError, match="does not compute the features that the cache holds under its hash .* wrap it again"): P.features(e, "notes", corpus)
 
 def rewrite(corpus, **change):
     m = pd.read_csv(corpus/"music/metadata.csv", dtype=str, keep_default_na=False)
@@ -154,9 +215,60 @@ def test_labels_only_in_test_or_missing_are_set_apart(corpus):
     t = P.task_table("instrument", str(corpus))
     assert t[~t.usable].id.tolist() == ["n0", "n47"]
 
+def test_what_a_label_makes_unusable_is_counted_in_the_status(runs, corpus):
+    rewrite(corpus, family=lambda m: m.family.where(m.id != "n47", "unheard of").where(m.id != "n0", ""))
+    d = P.probe("logmel", "instrument", seeds=1, root=str(corpus))
+    assert (d.status == "2 of 48 rows have no label, or one that training lacks").all() and (d.n_test == 11).all()
+
+def test_labels_that_are_not_there_at_all(corpus):
+    m = pd.read_csv(corpus/"music/metadata.csv")
+    m.drop(columns="family").to_csv(corpus/"music/metadata.csv", index=False)
+    P._segment_table.cache_clear()
+    with pytest.raises(ValueError, match="task instrument: table notes has no column family"): P.task_table("instrument", str(corpus))
+    m.assign(family=np.nan).to_csv(corpus/"music/metadata.csv", index=False)
+    P._segment_table.cache_clear()
+    with pytest.raises(ValueError, match="no family in the test and train and valid split is labelled"): P.task_table("instrument", str(corpus))
+
+def test_nan_is_no_label(corpus, monkeypatch):
+    monkeypatch.setitem(P.SEGMENTS, "notes", lambda root: P.notes(root).assign(family=lambda d: d.family.where(d.id != "n0", np.nan)))
+    assert P.notes(str(corpus)).id[0] == "n0" and not P.task_table("instrument", str(corpus)).usable[0]
+    P._segment_table.cache_clear()
+
 def test_a_task_that_the_recording_chain_gives_away_is_refused(corpus):
     rewrite(corpus, bank=lambda m: m.family)
-    with pytest.raises(ValueError, match="bank, velocity alone predict family"): P.check_leakage("instrument", str(corpus))
+    with pytest.raises(P.Leak, match="bank, velocity alone predict family"): P.check_leakage("instrument", str(corpus))
+
+def test_a_leak_costs_the_task_not_the_run(runs, corpus):
+    rewrite(corpus, bank=lambda m: m.family, pitch=lambda m: (m.id.str[1:].astype(int)//2 % 2).astype(str))
+    d = P.probe("logmel", "instrument,pitch", seeds=1, root=str(corpus))
+    assert d[d.task == "instrument"].score.isna().all() and d.status[0].startswith("not run: task instrument: bank, velocity alone predict") and d[d.task == "pitch"].score.notna().all()
+
+def leaky(monkeypatch, table, **task):
+    "Leakage of a task with the columns `label` and `c`."
+    monkeypatch.setitem(P.SEGMENTS, "leaky", lambda root: table.assign(id=range(len(table)), g=range(len(table))))
+    monkeypatch.setitem(P.TASKS, "leaky", P.Task("leaky", "music", "leaky", "label", "g", ("c",), **task))
+    P._segment_table.cache_clear()
+    return P.leakage("leaky", "nowhere")
+
+def test_leakage_by_hand(monkeypatch):
+    splits = ["train"]*4 + ["valid"] + ["test"]*4
+    t = pd.DataFrame(dict(label=list("aaab") + ["a"] + list("aabb"), c=list("xxxy") + ["x"] + list("xzyy"), split=splits))
+    l = leaky(monkeypatch, t)                    # `z` was never heard: the usual `a`, which is right
+    assert (l["majority"], l["chain"], l["n"]) == (.5, 1., 4)
+    # what the question is about may be known to both guesses: then `c` adds nothing
+    assert leaky(monkeypatch, t.assign(d=t.c), about=("d",))["majority"] == 1.
+    # folds: every item is guessed once
+    l = leaky(monkeypatch, t.assign(split="train", fold=[0, 1, 2, 0, 1, 2, 0, 1, 2]), folds=3)
+    assert l["n"] == 9
+
+def test_leakage_of_numbers_and_tags(monkeypatch):
+    splits = ["train"]*4 + ["valid"] + ["test"]*4
+    t = pd.DataFrame(dict(label=["1|0", "1|0", "0|1", "0|1", "1|0", "1|0", "0|1", "1|0", "0|1"], c=list("xxyyxxyxy"), split=splits))
+    tags, blind = leaky(monkeypatch, t, kind="tags", metric="roc-auc"), leaky(monkeypatch, t.assign(c="x"), kind="tags", metric="roc-auc")
+    assert (tags["majority"], tags["chain"]) == (.5, 1.) and blind["chain"] == .5
+    numbers = leaky(monkeypatch, t, kind="numbers", metric="r2")
+    assert (numbers["majority"], numbers["chain"]) == (0., 1.)
+    with pytest.raises(P.Leak, match="c alone predict label at 1.00, the majority at 0.00"): P.check_leakage("leaky", "nowhere")
 
 @pytest.mark.parametrize("change, message", [
     (dict(sample_rate=24000), "wants 24000 Hz"), (dict(hop=None), "no whole number `hop`"), (dict(hop=160), "about 32[0-9] samples"), (dict(dim=12), "says dim = 12 and returns 80")])
@@ -206,7 +318,52 @@ def test_shipped_tasks_are_grouped_and_leak_nothing(task):
     assert (df.split == "test").sum() >= 80 and df.usable.mean() > .95
     P.check_leakage(task)
 
-@pytest.mark.skipif(not (data_dir()/"music/metadata.csv").exists(), reason="the mini corpus is not here")
+shipped = pytest.mark.skipif(not (data_dir()/"drums/metadata.csv").exists(), reason="the mini corpus is not here")
+
+@shipped
+def test_detection_hides_nothing_but_the_question(runs):
+    d = P.segment_table("detection")
+    alone, both = d[d.with_file == ""], d[d.with_file != ""]
+    for s in ("train", "valid", "test"):
+        n = d[d.split == s].content.value_counts()
+        assert n.nunique() == 1 and set(n.index) == {"speech", "music", "both"}
+    where = lambda t, *c: sorted(map(tuple, t[list(c)].to_numpy()))
+    assert where(alone, "file", "start") == sorted(where(both, "file", "start") + where(both, "with_file", "with_start"))
+    assert both.groupby(["split", "heard"]).size().groupby("split").agg(np.ptp).max() <= 1 and set(both.speech_db) == set(P.SNRS)
+    # a corpus that mixes one voice only would give the mixtures away
+    P.check_leakage("speech-music-both")
+    l = P.leakage("speech-music-both")
+    assert abs(l["chain"] - l["majority"]) < .02 and .6 < l["majority"] < .7
+
+def test_detection_that_mixes_one_voice_only_is_refused(monkeypatch):
+    rows = [dict(content=c, heard="speech", performer="a" if c == "both" else "bc"[i % 2], source="s", pair=f"{s}{i}{c}", id=f"{s}{i}{c}", split=s) for s in ("train", "valid", "test") for i in range(6) for c in ("speech", "both")]
+    monkeypatch.setitem(P.SEGMENTS, "detection", lambda root: pd.DataFrame(rows))
+    P._segment_table.cache_clear()
+    with pytest.raises(P.Leak, match="source, performer alone predict content at 1.00, the majority at 0.50"): P.check_leakage("speech-music-both", "nowhere")
+    P._segment_table.cache_clear()
+
+def test_mixtures_and_single_windows_in_one_table(runs, corpus):
+    clean = P.segment_table("notes", str(corpus)).iloc[:6].reset_index(drop=True)
+    one = clean.assign(with_file="", with_start=0, snr=0.)
+    two = clean.assign(with_file=clean.file[::-1].to_numpy(), with_start=clean.start[::-1].to_numpy(), snr=[-10., 0, 10]*2)
+    w, audio = P.windows(pd.concat([one, two], ignore_index=True), corpus)
+    assert len(w) == 12
+    at = np.cumsum([0, *(w.end - w.start)])
+    cut = {r[0]: audio[a:b].astype(float) for r, a, b in zip(w.rows, at, at[1:])}
+    for i, snr in enumerate(two.snr):
+        x, z = cut[i], cut[6+i]
+        scale = np.dot(z, x)/np.dot(x, x)        # the windows hardly correlate, and a mixture that would clip is made quieter
+        assert 10*np.log10(np.mean((scale*x)**2)/np.mean((z - scale*x)**2)) == pytest.approx(snr, abs=1.5)
+    keys = {P.features_key(P.LogMel(), pd.concat([one, two.assign(snr=v)], ignore_index=True), corpus) for v in ([-10., 0, 10]*2, [10., 0, -10]*2, [0.]*6)}
+    assert len(keys) == 3
+
+@shipped
+def test_drum_kits_of_a_maker_share_a_fold():
+    d = P.segment_table("drums")
+    assert (d.groupby("maker").fold.nunique() == 1).all() and (d.groupby("kit").maker.nunique() == 1).all() and d.maker.nunique() >= 7
+    assert set(d.drum) == {"kick", "snare", "tom", "hat", "cymbal"} and (d.groupby("fold").drum.nunique() == 5).all() and d.id.is_unique
+
+@shipped
 def test_test_notes_are_another_bank_and_unheard_pairs():
     n = P.segment_table("notes")
     test, train = n[n.split == "test"], n[n.split != "test"]
@@ -246,7 +403,7 @@ def test_encoders_probed_together_score_as_one_by_one(runs, corpus, tmp_path):
     folders = [tmp_path/str(i) for i in range(4)]
     together = P.probe(encoders, "pitch,instrument", root=str(corpus), out=folders)
     alone = pd.concat([P.probe(e, "pitch,instrument", root=str(corpus)) for e in encoders], ignore_index=True)
-    pd.testing.assert_frame_equal(together.drop(columns="seconds"), alone.drop(columns="seconds"), atol=1e-6)
+    pd.testing.assert_frame_equal(together.drop(columns=COST), alone.drop(columns=COST), atol=1e-6)
     assert [pd.read_csv(f/"scores.csv").encoder.iloc[0] for f in folders] == ["e0", "e1", "e2", "logmel"]
 
 @pytest.mark.parametrize("layers, hidden, kind", [(1, 0, "classify"), (3, 0, "classify"), (1, 8, "classify"), (1, 0, "tags"), (2, 0, "numbers")])

@@ -1,6 +1,6 @@
 "Published data sets on tiny trees with their real layout and file formats; letters; adapters for others' tools."
 import csv, dataclasses, json, shutil, zlib
-import numpy as np, pandas as pd, pytest, soundfile as sf, torch
+import datasets, numpy as np, pandas as pd, pytest, soundfile as sf, torch
 from hypothesis import given, strategies as st
 from distilltv import probe as P, tasks as T
 
@@ -139,7 +139,10 @@ def test_a_loader_reads_the_layout(root, name):
     assert all((root/f).is_file() for f in df.file) and ((df.end - df.start - 400) % 320 == 0).all() and (df.lo == 0).all() and (df.hi == df.end - df.start).all()
     assert not len(T.duplicates(df, root))
     for t in T.PUBLISHED.values():
-        if t.segments == name: assert P.task_table(t.name).usable.any()
+        if t.segments == name:
+            assert P.task_table(t.name).usable.any()
+            if t.chain: assert set(t.chain) <= set(df.columns) and P.leakage(t.name)["chain"] >= 0
+            else: assert np.isnan(P.check_leakage(t.name)["chain"])
     if name not in EXPECTED: return
     counts, labels = EXPECTED[name]
     got = df.split.value_counts()
@@ -206,6 +209,30 @@ def test_a_file_in_two_splits_is_reported(root):
     P._segment_table.cache_clear()
     d = T.duplicates(P.segment_table("nsynth"), root)
     assert set(d.split) == {"train", "test"} and len(d) == 2
+    scores = P.probe("logmel", "pitchid", seeds=1)      # and nobody has to ask for it
+    assert scores.status.str.startswith("2 rows have the audio of a row in another split, such as nsynth/nsynth-t").all()
+
+def test_a_clip_in_two_folds_is_reported(root):
+    esc50(root)
+    a, b = (root/f"ESC-50-master/audio/{f}-0-A-0.wav" for f in (1, 2))
+    shutil.copy(a, b)
+    P._segment_table.cache_clear()
+    assert P.probe("logmel", "esc50", seeds=1).status.str.startswith("2 rows have the audio of a row in another split").all()
+
+def test_a_published_task_that_leaks_is_not_reported(root):
+    "An instrument on both sides of NSynth's split would be recognised by its name alone."
+    nsynth(root)
+    for split in ("train", "valid", "test"):
+        f = root/f"nsynth/nsynth-{split}/examples.json"
+        notes = json.loads(f.read_text())
+        f.write_text(json.dumps({n.replace(f"_{split}-", "_000-"): r for n, r in notes.items()}))
+        for n in notes: (root/f"nsynth/nsynth-{split}/audio/{n}.wav").rename(root/f"nsynth/nsynth-{split}/audio/{n.replace(f'_{split}-', '_000-')}.wav")
+    d = P.segment_table("nsynth")
+    P._segment_table.cache_clear()
+    T.LOADERS["nsynth"], before = (lambda root: d.assign(note=d.split + d.note)), T.LOADERS["nsynth"]
+    try: scores = P.probe("logmel", "instcls", seeds=1)
+    finally: T.LOADERS["nsynth"] = before
+    assert scores.score.isna().all() and "instrument, velocity alone predict family at 1.00" in scores.status[0]
 
 def test_vocalset_splits_keep_recordings_and_singers_apart(root):
     vocalset(root)
@@ -237,6 +264,73 @@ def test_letters_are_scored(root):
     assert [r["seed"] for r in rows] == [0, 1] and rows[0]["metric"] == "wer" and rows[0]["n_test"] == 2
     assert kept["edits"].shape == (2, 2) and kept["words"].tolist() == [1, 2] and rows[0]["score"] == kept["edits"][0].sum()/3
 
+def spelt(at, silent=False):
+    "Clips whose letters are tones, a tenth of a second each, as a task of kind `spell`."
+    rng, rows = np.random.default_rng(0), []
+    for i in range(90):
+        text = "abcd"[(first := rng.integers(4))] + "".join("abcd"[(first := (first + k) % 4)] for k in rng.integers(1, 4, 4))    # no letter twice in a row
+        x = np.concatenate([.3*np.sin(2*np.pi*hz*np.arange(1600)/16000) for hz in (400*(1 + "abcd".index(c)) for c in text)])
+        (at/"tones").mkdir(parents=True, exist_ok=True)
+        sf.write(at/f"tones/{i}.wav", x*(not silent) + .01*rng.standard_normal(8000), 16000)
+        rows.append(dict(path=at/f"tones/{i}.wav", split=("train", "train", "valid", "test")[i % 4], label=text, clip=str(i)))
+    table = T._clips(rows, at)
+    T.LOADERS["tones"], T.PUBLISHED["tones"] = (lambda root: table), P.Task("tones", "speech", "tones", "label", "clip", kind="spell", metric="cer")
+    P._segment_table.cache_clear()
+
+@pytest.mark.parametrize("silent", [False, True])
+def test_a_linear_probe_of_frames_learns_to_spell(root, silent, monkeypatch):
+    "The error rate falls far below that of any text said blindly, and does not where there is nothing to hear."
+    monkeypatch.setattr(T, "LOADERS", dict(T.LOADERS))
+    spelt(root, silent)
+    d = P.probe("logmel", "tones", seeds=2)
+    test = P.task_table("tones").query("split == 'test'").label.tolist()
+    blind = min(T.letter_errors(test, [s]*len(test))[0].sum()/T.letter_errors(test, test)[1].sum() for s in set(test))
+    assert set(d.probe) == {"ctc"} and set(d.metric) == {"cer"} and d.n_test[0] == len(test) and blind > .5
+    assert (d.score > .9*blind).all() if silent else (d.score < .5*blind).all()
+
+def test_spelling_by_the_sum_of_layers_and_one_by_one(root, monkeypatch):
+    g = torch.Generator().manual_seed(0)
+    y = torch.randint(1, 4, (40, 3), generator=g)
+    x = torch.stack([torch.randn(40, 9, 5, generator=g), torch.nn.functional.one_hot(y.repeat_interleave(3, 1), 5).float() + .1*torch.randn(40, 9, 5, generator=g)])
+    part = (x, torch.full((40,), 9), y, torch.full((40,), 3))
+    p, wrong = T.fit_spelling(part, part, "_abcd", lrs=(1e-2, 3e-2), seeds=(3, 4), steps=90)
+    assert p["a"].argmax(-1).eq(1).all()       # the second layer has the letters
+    for s, seed in enumerate((3, 4)):
+        for r, lr in enumerate((1e-2, 3e-2)):
+            q, w = T.fit_spelling(part, part, "_abcd", lrs=(lr,), seeds=(seed,), steps=90)
+            torch.testing.assert_close(p["W"][s, r], q["W"][0, 0], atol=1e-4, rtol=1e-3)
+            assert w[0, 0] == wrong[s, r]
+
+def tones(n=16):
+    "Rows as a `datasets` repository has them: bytes, class labels, a column of splits."
+    import io
+    def wav(i):
+        with io.BytesIO() as f:
+            sf.write(f, .3*np.sin(np.arange(6000)*(.1 + .4*(i % 2))) + .01*np.random.default_rng(i).normal(size=6000), 8000, format="FLAC")
+            return dict(bytes=f.getvalue(), path=f"{i}.flac")
+    return datasets.Dataset.from_list([dict(sound=wav(i), what=i % 2, who=f"s{i//4}", part=("train", "train", "validation", "test")[i//2 % 4]) for i in range(n)]).cast_column("sound", datasets.Audio(decode=False))
+
+def test_a_table_of_anything_that_datasets_opens(root, tmp_path, monkeypatch):
+    for d in ("LOADERS", "PUBLISHED"): monkeypatch.setattr(T, d, dict(getattr(T, d)))
+    data, kw = tones().cast_column("what", datasets.ClassLabel(names=["low", "high"])), dict(audio="sound", label="what", split="part")
+    t = T.from_datasets(data, tmp_path/"kept", speaker="who", **kw)
+    assert t.label.tolist() == ["low", "high"]*8 and t.split.value_counts().to_dict() == dict(train=8, valid=4, test=4) and set(t.speaker) == {"s0", "s1", "s2", "s3"}
+    assert t.end.max() == (12000 - 400)//320*320 + 400 and len(list((tmp_path/"kept").glob("*.flac"))) == 16      # 6000 samples at 8 kHz, whole frames at 16 kHz
+    before = {f: f.stat().st_mtime_ns for f in (tmp_path/"kept").iterdir()}
+    split = datasets.DatasetDict({s: data.filter(lambda r: r["part"] == s).remove_columns("part") for s in ("train", "validation", "test")})
+    again = T.from_datasets(split, tmp_path/"kept", audio="sound", label="what")
+    assert before == {f: f.stat().st_mtime_ns for f in (tmp_path/"kept").iterdir()} and sorted(again.file) == sorted(t.file) and set(again.split) == {"train", "valid", "test"}
+    T.add_task(P.Task("low-or-high", "sound", "mine", "label", "speaker", ("speaker",)), t.assign(speaker=t.split + t.id))
+    assert (P.probe("logmel", "low-or-high", seeds=1).score == 1).all() and "low-or-high" not in P.task_names("paper")
+    with pytest.raises(ValueError, match="task 'ks' exists already"): T.add_task(P.Task("ks", "sound", "mine", "label", "speaker"), t)
+
+def test_rows_of_datasets_without_audio_or_columns_are_named(tmp_path):
+    with pytest.raises(ValueError, match="no column 'label'; it has sound, what, who, part"): T.from_datasets(tones(), tmp_path, audio="sound", split="part")
+    sf.write(tmp_path/"a.wav", np.zeros(8000) + .1, 16000)
+    rows = datasets.Dataset.from_list([dict(audio=dict(bytes=None, path=str(tmp_path/"a.wav")), label=None, split="test")]).cast_column("audio", datasets.Audio(decode=False))
+    assert T.from_datasets(rows, tmp_path)[["file", "label"]].values.tolist() == [[str(tmp_path/"a.wav"), ""]]
+    with pytest.raises(ValueError, match="row 0 of the data set has neither"): T._recording(dict(bytes=None, path=None), tmp_path, 0)
+
 def levenshtein(a, b):
     "The textbook table, as an independent opinion."
     d = np.add.outer(np.arange(len(a)+1), np.arange(len(b)+1))
@@ -248,6 +342,8 @@ def levenshtein(a, b):
 def test_word_errors(a, b):
     edits, words = T.word_errors([" ".join(a)], [" ".join(b)])
     assert edits[0] == levenshtein(a, b) and words[0] == len(a)
+    edits, size = T.letter_errors(["".join(a)], ["".join(b)])
+    assert edits[0] == levenshtein(a, b) and size[0] == len(a)
 
 def test_xares_contract():
     "What X-ARES' checker asks: three attributes, and [batch, frames, dim] for a batch and for one long clip."
