@@ -348,7 +348,7 @@ def base_of(p:Profile):
     wants = dict(copied_from=f"{p.init} teacher", source="/".join(Path(source).parts[-2:]), **shape)
     shipped = p.name == "mini" and (p.init, *shape.values()) == ("music", 2, 0, 0)
     folder = data_dir()/"base" if shipped else p.folder/"base"
-    if not (folder/"model.safetensors").exists(): save_encoder(make_base(load_encoder(source), **shape), folder, torch.float16, role="base", **wants)
+    if not (folder/"model.safetensors").exists(): save_encoder(make_base(load_encoder(source), **shape), folder, torch.float16, role="base", licence="Apache-2.0", **wants)
     base = load_encoder(folder)
     found = dict(layers=base.config.num_hidden_layers, width=0, heads=0) | base.distilltv
     if other := {k: found[k] for k, v in wants.items() if found.get(k, v) != v}:
