@@ -406,6 +406,7 @@ def test_short_recordings_alone_are_heard_in_shorter_crops_and_more_of_them(leng
     assert seen == {1: {3, 4}, 2: {2}, 3: {0, 1}}, "shorter than a second: continued, as ever"
     spread = [x for k in range(60) if (x := heard_alone(crops, k, monkeypatch)).shape[1] == 24_000]
     first = np.concatenate([x[:, 0] for x in spread])
+    assert all(len(x.unique(dim=0)) == 6 for x in spread), "a crop twice in a batch"
     assert first.min() < .302 and .330 < first.max() < .337, "crops begin anywhere that they fit"    # the last 1.5 of 2.5 s
 
 def test_batches_by_seconds_follow_seed_and_step_and_are_shared(lengths):
