@@ -494,8 +494,7 @@ class S3prlUpstream(nn.Module):
     def get_downsample_rates(self, key:str) -> int: # any of the returned keys
         "Samples between two frames."
         return self.encoder.hop
-    @torch.inference_mode()
     def forward(self, wavs): # list of [samples]
-        heard = [_heard(self.encoder, w[None])[:, 0] for w in wavs]
+        with torch.inference_mode(): heard = [_heard(self.encoder, w[None])[:, 0] for w in wavs]
         states = tuple(nn.utils.rnn.pad_sequence([h[l] for h in heard], batch_first=True) for l in range(len(heard[0])))
         return dict(hidden_states=states, last_hidden_state=states[-1])

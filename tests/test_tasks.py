@@ -360,3 +360,4 @@ def test_s3prl_contract():
     out = u(wavs)
     assert u.get_downsample_rates("hidden_states") == 320 and out["hidden_states"][0].shape == (2, 49, 80)
     torch.testing.assert_close(out["last_hidden_state"][1, :12], u([wavs[1]])["last_hidden_state"][0])
+    torch.nn.Linear(80, 2)(out["last_hidden_state"]).sum().backward()    # a probe on top can be trained
