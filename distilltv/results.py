@@ -60,6 +60,7 @@ _OWN, _SHARED = ("correct", "edits", "values"), ("items", "group", "words", "tru
 
 def _kept(p):
     # what the statistics need of one encoder's predictions, and a fingerprint of the items and their truth
+    if "letters" in p: p = p | dict(words=p["letters"])    # of a spelling, what the edits are out of
     truth = next(p[k] for k in ("true", "words", "true_values") if k in p)
     mark = hashlib.sha256("\n".join(p["id"].tolist()).encode() + (np.round(truth.astype(float), 3) + 0.).tobytes()).hexdigest()[:16]
     return dict(items=mark, group=p["group"]) | (dict(correct=p["pred"] == truth) if "true" in p else {k: p[k] for k in p if k in (*_OWN, *_SHARED) and k != "group"})
@@ -95,7 +96,7 @@ def save(folder, scores, hits) -> None: # where to; from `gather`
     with write_atomic(folder/"predictions.npz") as tmp, open(tmp, "wb") as f: np.savez_compressed(f, **flat)
 
 # %% ../nbs/05_results.ipynb #5e01aa11
-LOWER = {"wer"}    # metrics of which less is better
+LOWER = {"wer", "cer"}    # metrics of which less is better
 
 def metrics(scores) -> pd.Series: # from `gather`
     "Each task's main metric: the first in its rows."

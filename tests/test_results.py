@@ -167,9 +167,10 @@ def write_unlike(root, encoder, role, skill, lam=None, corpus=None, n=120, **mor
     edits = (edits*(1-skill)).round().astype(int)
     y, noise = rng.normal(size=(n, 2)), rng.normal(size=(2, n, 2))
     said, tags = y + noise*(1.2-skill), (y > .3).astype(float)
-    kept = dict(asr=dict(words=words, edits=edits), emo=dict(true_values=y, values=said), mtt=dict(true_values=tags, values=said))
-    score = dict(asr=lambda i: edits[i].sum()/words.sum(), emo=lambda i: r2_score(y, said[i]), mtt=lambda i: roc_auc_score(tags, said[i]))
-    for t, metric, dom in (("asr", "wer", "speech"), ("emo", "r2", "music"), ("mtt", "roc-auc", "music")):
+    kept = dict(asr=dict(words=words, edits=edits), characters=dict(letters=words, edits=edits), emo=dict(true_values=y, values=said), mtt=dict(true_values=tags, values=said))
+    rate = lambda i: edits[i].sum()/words.sum()
+    score = dict(asr=rate, characters=rate, emo=lambda i: r2_score(y, said[i]), mtt=lambda i: roc_auc_score(tags, said[i]))
+    for t, metric, dom in (("asr", "wer", "speech"), ("characters", "cer", "speech"), ("emo", "r2", "music"), ("mtt", "roc-auc", "music")):
         keep |= {f"{t}/{k}": v for k, v in dict(ids, **kept[t]).items()}
         rows += [dict(encoder=encoder, role=role, lam=lam, method="linear" if lam is not None else None, corpus=corpus, task=t, domain=dom, probe="linear", seed=s, view="last", layer=2,
                       metric=metric, score=score[t](s), n_test=n, weights_hash="x", **more) for s in range(2)]
@@ -225,11 +226,11 @@ def test_less_is_better_is_turned_in_scale_and_differences(unlike):
     assert draws["overall", "teacher-speech"].iloc[0] == pytest.approx(1000) and draws["overall", "logmel"].iloc[0] == pytest.approx(0)
     assert not {"speech mean", "music mean"} & set(draws.columns.unique(0))
     t = R.paired_tests(hits, draws, scores).set_index(["task", "encoder"])
-    for task in ("asr", "emo", "mtt"):
+    for task in ("asr", "characters", "emo", "mtt"):
         up, down = t.loc[task, "lam-1.00-both"], t.loc[task, "lam-0.00-both"]
         assert up.difference > 0 > down.difference and up.better > .9 > .1 > down.better and up.effect > 0 > down.effect and up.test == "paired bootstrap"
     shown = R.table(draws, scores)
-    assert {"asr (wer ↓)", "emo (r2)", "mtt (roc-auc)"} <= set(shown.columns)
+    assert {"asr (wer ↓)", "characters (cer ↓)", "emo (r2)", "mtt (roc-auc)"} <= set(shown.columns)
 
 def test_effect_and_p_of_a_paired_difference():
     rng = np.random.default_rng(0)
