@@ -275,7 +275,7 @@ def test_what_was_not_run_is_a_state(unlike, tmp_path):
     t = R.table(draws, scores)
     assert (t.sid == "not run").all() and (t.loc["only"] == "not run").all() and not t.isin(["0.0 ± 0.0"]).any().any()
     assert "sid not run: VoxCeleb1 is not in datasets: fetch it" in R.missing(scores) and "sid" not in R.how_made(scores)
-    assert len(R.paired_tests(hits, draws, scores)) == 9 and R.findings(draws, scores) == []
+    assert len(R.paired_tests(hits, draws, scores)) == 12 and R.findings(draws, scores) == []
     R.save(tmp_path/"out", scores, hits)
     assert R.gather(tmp_path/"out")[0].score.isna().sum() == 3
 
