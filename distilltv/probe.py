@@ -703,7 +703,8 @@ def score_encoders(encoders, task:str,   # several encoders; see `find_task`
     if head not in LRS: raise ValueError(f"head {head!r} is unknown; use {', '.join(LRS)}")
     check_leakage(task, root)
     views = [choose_view(e, view) for e in encoders]
-    common = [_common(e, t, v, root) for e, v in zip(encoders, views)]
+    data = _bounds_hash(segment_table(t.segments, root), _root(t.segments, root))[:16]
+    common = [_common(e, t, v, data) for e, v in zip(encoders, views)]
     if t.kind == "ctc": scored = [_published().score_letters(e, task, v, seeds, root) for e, v in zip(encoders, views)]
     elif t.kind == "spell": scored = [_published().score_spelling(e, t, v, tuple(seeds), root) for e, v in zip(encoders, views)]
     else: scored = _score_together(encoders, t, views, tuple(seeds), root, head)
@@ -724,10 +725,9 @@ def _score_together(encoders, t, views, seeds, root, head):
     return [done[i] for i in range(len(encoders))]
 
 # %% ../nbs/04_probe.ipynb #821c4423
-def _common(encoder, t, view, root):
-    table = segment_table(t.segments, root)
+def _common(encoder, t, view, data):
     return dict(task=t.name, domain=t.domain, view=view, layer=getattr(encoder, "depth", 1)-1 if view == "last" else view, weights_hash=getattr(encoder, "hash", None),
-                data_hash=_bounds_hash(table, _root(t.segments, root))[:16])
+                data_hash=data)
 
 def duplicates(table, root) -> pd.DataFrame: # rows with file, start, split, id; folder of the files
     "Rows whose audio is also in another split, with the hash they share; a data set that is whole gives an empty table."
