@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LOSSES', 'kd_loss', 'cl_loss', 'frame_clock', 'match_frames', 'Distiller', 'Kept', 'lr_at', 'fit', 'heard', 'base_of',
-           'distil', 'crops_of', 'validation_crops', 'validate', 'main']
+           'distil', 'load_heads', 'crops_of', 'validation_crops', 'validate', 'main']
 
 # %% ../nbs/02_distill.ipynb #bf474f44
 import argparse, hashlib, importlib.util, json, math, sys
@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np, pandas as pd, torch, torchaudio
 from accelerate import Accelerator, PartialState
 from accelerate.utils import gather_object, set_seed
+from safetensors.torch import load_file, save_file
 from torch import nn, distributed as dist
 from torch.nn import functional as F
 from tqdm.auto import tqdm
@@ -115,8 +116,9 @@ class Distiller(nn.Module):
         hear = lambda: _hidden(teacher, wav, self.layers)
         return hear() if self.kept is None else self.kept(teacher, wav, self.layers, hear)
     def predict(self, wav): # name -> prediction and target, each [layers, batch, frames, dim]
+        heard = {n: self.targets(t, wav) for n, t in self._teachers.items()} # first: memory then holds a teacher's activations or the student's, never both
         h, clock = self.student(wav).last_hidden_state, frame_clock(self.student.config)
-        targets = {n: match_frames(self.targets(t, wav), frame_clock(t.config, _rate(t)), clock, h.shape[1]) for n, t in self._teachers.items()}
+        targets = {n: match_frames(heard[n], frame_clock(t.config, _rate(t)), clock, h.shape[1]) for n, t in self._teachers.items()}
         if self.average: targets = {"average": torch.stack(_shortest(targets.values())).mean(0)}
         return {n: (self.heads[n](h[:, :t.shape[2]]).float(), t.float()) for n, t in targets.items()}
     def forward(self, wav,     # [batch, samples] at 16 kHz, normalised
@@ -385,17 +387,32 @@ def distil(p:Profile,     # teachers, objective, budget, learning rate and audio
         run.metrics(**check(), teacher_passes=steps*len(teachers), audio_seconds=steps*p.batch*p.seconds,
                     skipped_steps=len(log.attrs["skipped"]), quarantined_files=len(bad),
                     **dict(targets_read=kept.read, targets_made=kept.made) if kept else {})
-        if state.is_main_process: _deliver(student, folder, log, bad, **note, base_hash=origin)
+        if state.is_main_process: _deliver(distiller, folder, log, bad, **note, base_hash=origin)
     state.wait_for_everyone()
     return folder, log
 
 # %% ../nbs/02_distill.ipynb #06f5c617
-def _deliver(student, folder, log, bad, **note):
-    "Save the student, in half precision, which is plenty at rest; the checkpoint has done its work and goes with the folder's old content."
-    save_encoder(student, folder, torch.float16, **note, licence="Apache-2.0")
+def _deliver(distiller, folder, log, bad, **note):
+    "Save student and heads, in half precision, which is plenty at rest; the checkpoint has done its work and goes with the folder's old content."
+    save_encoder(distiller.student, folder, torch.float16, **note, licence="Apache-2.0")
+    with write_atomic(folder/"heads.safetensors") as tmp: save_file({k: v.half().cpu().contiguous() for k, v in distiller.heads.state_dict().items()}, tmp)
     with write_atomic(folder/"log.csv") as tmp: log.to_csv(tmp, index=False)
     if bad: write_quarantine(bad, folder)
 
+def load_heads(folder # of a student
+              ) -> nn.ModuleDict: # `Heads` by the teacher they predict, as they were when the student was done
+    "The prediction heads beside a student: what its loss needs, and nothing else does."
+    file = Path(folder)/"heads.safetensors"
+    if not file.exists(): raise FileNotFoundError(f"{folder} holds no heads.safetensors, without which a student has no loss: distil it again with nbs/02_distill.ipynb")
+    state, heads = load_file(file), nn.ModuleDict()
+    for name in sorted({k.split(".")[0] for k in state}):
+        wide, dim = state[f"{name}.expand.weight"].shape
+        heads[name] = Heads(dim, len(state[f"{name}.predict.0.weight"]), wide//dim)
+    heads.load_state_dict(state)
+    return heads.eval().requires_grad_(False)
+
+
+# %% ../nbs/02_distill.ipynb #f867ca6a
 def crops_of(p:Profile,
              audio:str,           # `speech`, `music` or `both`
              seed:int=0,

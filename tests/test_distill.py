@@ -1,12 +1,13 @@
 "Distillation: objectives against numpy, gradients that reach the student only, and runs of one and two processes killed with SIGKILL."
-import errno, io, json, os, signal, socket, subprocess, sys
+import errno, io, json, os, signal, socket, sqlite3, subprocess, sys
 from dataclasses import replace
 import numpy as np, pandas as pd, pytest, soundfile as sf, torch
 from datasets import Audio, Dataset
 from torch.nn import functional as F
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import HubertConfig, HubertModel
 from distilltv import distill, runs
-from distilltv.distill import Distiller, Kept, cl_loss, distil, fit, frame_clock, heard, kd_loss, lr_at, match_frames
+from distilltv.distill import Distiller, Kept, cl_loss, distil, fit, frame_clock, heard, kd_loss, load_heads, lr_at, match_frames, validate, validation_crops
 from distilltv.encoders import load_encoder, make_base, save_encoder, weights_hash
 from distilltv.runs import profile
 from distilltv.scale import Crops
@@ -144,6 +145,39 @@ def test_targets_are_the_teacher_layers_counted_from_one():
     seen = {}
     for l in (4, 8, 12): teacher.encoder.layers[l-1].register_forward_hook(lambda m, i, o, l=l: seen.update({l: o[0] if isinstance(o, tuple) else o}))
     assert torch.equal(d.targets(teacher, wav), torch.stack([seen[l] for l in (4, 8, 12)]))
+
+def test_a_teacher_makes_no_graph_and_drops_nothing_out_while_its_student_trains():
+    d = distiller().train()
+    teacher, wav, seen = d._teachers["speech"], torch.randn(1, 4000), []
+    teacher.encoder.layers[0].register_forward_hook(lambda m, i, o: seen.append(torch.is_inference_mode_enabled()))
+    first, again = (d.targets(teacher, wav) for _ in range(2))
+    assert seen == [True, True] and torch.equal(first, again) and not first.requires_grad
+
+def test_a_teacher_is_done_before_its_student_begins():
+    "Else its activations and the student's would be in memory together."
+    d, order = distiller(("speech", "music")), []
+    for name, m in dict(student=d.student, **d._teachers).items(): m.encoder.register_forward_hook(lambda *_, name=name: order.append(name))
+    d(torch.randn(1, 4000))
+    assert order == ["speech", "music", "student"]
+
+def test_attention_of_either_kind_gives_one_loss_and_gradient():
+    wav, found = torch.randn(2, 4000, generator=torch.Generator().manual_seed(0)), []
+    for kind in ("sdpa", "eager"):
+        d = distiller(**STILL)
+        for m in (d.student, *d._teachers.values()): m.set_attn_implementation(kind)
+        loss = d(wav)["loss"]
+        loss.backward()
+        found.append((loss, d.student.encoder.layers[0].attention.q_proj.weight.grad))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
+    assert found[0][1].abs().max() > 0
+
+def test_gradients_are_clipped_to_the_profiles_norm_and_logged_as_they_were(tmp_path):
+    norms = []
+    hook = register_optimizer_step_pre_hook(
+        lambda o, *_: norms.append(torch.cat([q.grad.flatten() for g in o.param_groups for q in g["params"] if q.grad is not None]).norm().item()))
+    try: log = fit(distiller(), batch_at, tmp_path, replace(P, clip=.05), steps=3, log_every=1)
+    finally: hook.remove()
+    assert len(norms) == 3 and norms == pytest.approx([.05]*3, rel=1e-3) and (log.gradient > .1).all()
 
 def test_training_moves_the_student_and_its_heads_but_not_the_teacher():
     d = distiller().train()
@@ -325,6 +359,25 @@ def test_half_precision_trains_about_the_same(tmp_path):
 def test_a_tracker_that_is_not_installed_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(distill.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pip install trackio"): fit(distiller(), batch_at, tmp_path, replace(P, log_with="trackio"), steps=1)
+
+def test_tensorboard_holds_what_the_log_holds(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    log = fit(distiller(), batch_at, tmp_path/"run", replace(P, log_with="tensorboard"), steps=3, log_every=1, inputs=dict(corpus="both"))
+    board = EventAccumulator(str(tmp_path/"run-logs/distilltv")).Reload()
+    assert set(board.Tags()["scalars"]) == set(log.columns) - {"step"}
+    for k in board.Tags()["scalars"]: np.testing.assert_allclose([(s.step, s.value) for s in board.Scalars(k)], list(zip(log.step, log[k])), rtol=1e-6)
+
+def test_trackio_holds_what_the_log_holds(tmp_path):
+    pytest.importorskip("trackio", reason="trackio brings many packages along and is not installed: pip install trackio")
+    code = ("import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; import test_distill as t\n"
+            "t.fit(t.distiller(), t.batch_at, Path(sys.argv[2]), t.replace(t.P, log_with='trackio'), steps=3, log_every=1)")
+    env = dict(os.environ, TRACKIO_DIR=str(tmp_path/"board"), HF_HUB_OFFLINE="1")
+    done = subprocess.run([sys.executable, "-c", code, os.path.dirname(__file__), str(tmp_path/"run")], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    with sqlite3.connect(tmp_path/"board/distilltv.db") as board: rows = board.execute("select step, metrics from metrics order by step").fetchall()
+    log = pd.read_csv(tmp_path/"run/log.csv")
+    assert [s for s, _ in rows] == log.step.tolist()
+    np.testing.assert_allclose([json.loads(m)["loss"] for _, m in rows], log.loss, rtol=1e-6)
 
 def test_a_full_disk_is_named_and_loses_nothing(tmp_path, monkeypatch):
     real = torch.save
@@ -544,3 +597,20 @@ def test_a_saved_base_of_another_shape_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("DISTILLTV_HOME", str(tmp_path/"wide"))
     wide = distill.base_of(replace(p, student_width=96, student_heads=2)).config
     assert (wide.hidden_size, wide.num_attention_heads) == (96, 2)
+
+def test_the_heads_beside_a_student_give_the_loss_that_was_recorded(tmp_path, monkeypatch):
+    monkeypatch.setenv("DISTILLTV_HOME", str(tmp_path))
+    save_encoder(HubertModel(HubertConfig(**TINY)), tmp_path/"teacher")
+    for split in ("train", "dev-clean"):
+        (tmp_path/"audio"/split).mkdir(parents=True)
+        for i in range(3): sf.write(tmp_path/f"audio/{split}/{i}.wav", noise(i), 16_000)
+    p = replace(P, name="hub", init="speech", speech_teacher=str(tmp_path/"teacher"), music_teacher=str(tmp_path/"teacher"), speech_audio=str(tmp_path/"audio"), music_audio="")
+    for teacher, heads in dict(speech=["speech"], ensemble=["speech", "music"], average=["average"]).items():
+        folder, _ = distil(p, teacher, "speech", steps=2)
+        teachers = {n: load_encoder(tmp_path/"teacher") for n in (heads if teacher == "speech" else ("speech", "music"))}
+        again = Distiller(load_encoder(folder), teachers, p.layers, average=teacher == "average")
+        again.heads.load_state_dict(load_heads(folder).state_dict())
+        want = json.loads((folder/"result.json").read_text())["metrics"]["valid_speech"]
+        assert set(load_heads(folder)) == set(heads) and validate(again, validation_crops(p))["valid_speech"] == pytest.approx(want, rel=1e-3)
+    (folder/"heads.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="no heads.safetensors.*02_distill"): load_heads(folder)
