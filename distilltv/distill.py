@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 from .corpora import SAMPLE_RATE, normalise
 from .encoders import Heads, load_encoder, make_base, receptive, save_encoder, weights_hash
-from .runs import Profile, Run, cached, data_dir, home, profile as get_profile, use_threads, write_atomic
+from .runs import Profile, Run, cached, data_dir, home, keep_memory, profile as get_profile, use_threads, write_atomic
 from .scale import Crops, merge_quarantines, write_quarantine
 
 # %% ../nbs/02_distill.ipynb #a44c4f4e
@@ -263,10 +263,11 @@ def fit(module,            # `module(wav)`, with lengths where they differ, retu
 
 # %% ../nbs/02_distill.ipynb #880e865e
 def _accelerator(p, folder, config):
-    "Accelerate as the profile wants it; TF32 on GPUs, for what mixed precision leaves in single."
+    "Accelerate as the profile wants it; TF32 on GPUs, for what mixed precision leaves in single; on a CPU, memory that is kept."
     if p.log_with and not importlib.util.find_spec(p.log_with): raise ValueError(f"log_with={p.log_with!r} needs that package: pip install {p.log_with}")
     accelerator = Accelerator(mixed_precision=p.precision, log_with=p.log_with or None, project_dir=folder.with_name(folder.name + "-logs"))
     if accelerator.device.type == "cuda": torch.set_float32_matmul_precision("high")
+    else: keep_memory()
     if p.log_with: accelerator.init_trackers("distilltv", config={k: str(v) for k, v in config.items()})
     return accelerator
 

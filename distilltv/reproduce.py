@@ -6,13 +6,13 @@
 __all__ = ['LAMBDAS', 'Cell', 'grid', 'digest', 'key', 'fresh', 'CellError', 'run_cell', 'Progress', 'reproduce', 'main']
 
 # %% ../nbs/06_reproduce.ipynb #2c83affc
-import argparse, ast, ctypes, fcntl, hashlib, json, os, re, shutil, signal, sys, threading, time
+import argparse, ast, fcntl, hashlib, json, os, re, shutil, signal, sys, threading, time
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from .runs import data_dir, file_hash, home, profile as get_profile, root, write_json
+from .runs import data_dir, file_hash, home, keep_memory, profile as get_profile, root, write_json
 
 # %% ../nbs/06_reproduce.ipynb #454582f5
 @dataclass(frozen=True)
@@ -307,16 +307,10 @@ def _stop(*_):
     os._exit(130)
 
 # %% ../nbs/06_reproduce.ipynb #9c41d7be
-def _keep_memory():
-    try: mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError): return
-    for switch, value in ((-1, 2**31-1), (-3, 2**30)): mallopt(switch, value) # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of <malloc.h>
-
 def _merge(args, parser):
     from distilltv.recipes import merge_recipe
-    _keep_memory()
+    keep_memory()
     try: merge_recipe(args.recipe, args.out, trust=args.trust)
     except (ValueError, OSError) as e: parser.error(str(e))
     print(f"written: {args.out}")
     return 0
-

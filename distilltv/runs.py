@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Profile', 'profile', 'root', 'home', 'data_dir', 'Number', 'Integer', 'Choice', 'Text', 'check_parameters',
            'write_atomic', 'atomic_folder', 'write_json', 'file_hash', 'Fingerprint', 'cached', 'versions', 'commit',
-           'peak_memory', 'Run', 'use_threads']
+           'peak_memory', 'Run', 'use_threads', 'keep_memory']
 
 # %% ../nbs/00_runs.ipynb #42d82b39
 import ast, ctypes, errno, hashlib, json, os, platform, resource, shutil, subprocess, sys, time, zlib
@@ -294,3 +294,10 @@ def use_threads(n:int=None # threads for torch; default `$DISTILLTV_THREADS`, el
     n = n or int(os.environ.get("DISTILLTV_THREADS") or os.cpu_count())
     torch.set_num_threads(n)
     return torch.get_num_threads()
+
+# %% ../nbs/00_runs.ipynb #c4f542d4
+def keep_memory() -> None:
+    "Let freed memory stay with this process, for the next tensor (M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of glibc's `<malloc.h>`)."
+    try: mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError): return
+    for switch, value in ((-1, 2**31-1), (-3, 2**30)): mallopt(switch, value)
