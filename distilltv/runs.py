@@ -300,4 +300,4 @@ def keep_memory() -> None:
     "Let freed memory stay with this process, for the next tensor (M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of glibc's `<malloc.h>`)."
     try: mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError): return
-    for switch, value in ((-1, 2**31-1), (-3, 2**30)): mallopt(switch, value)
+    for switch, value in ((-1, 2**31-1), (-3, 2**25)): mallopt(switch, value)
