@@ -76,7 +76,8 @@ def main():
     for c in cells:
         if c.stage == "distil":
             (to/"students"/c.name).mkdir(parents=True, exist_ok=True)
-            for f in ("config.json", "model.safetensors", "preprocessor_config.json", "distilltv.json"): shutil.copy(c.folder/f, to/"students"/c.name)
+            files = ["config.json", "model.safetensors", "preprocessor_config.json", "distilltv.json"]
+            for f in files + ["heads.safetensors"]*(c.name != "ensemble"): shutil.copy(c.folder/f, to/"students"/c.name) # the ensemble has no path to measure
     shutil.rmtree(to/"runs", ignore_errors=True)
     (to/"runs").mkdir()
     records = {}
