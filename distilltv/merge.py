@@ -501,6 +501,7 @@ def plot_geometry(table, # from `geometry` with `base`
     long = lengths.reset_index(names="part").melt("part", var_name="task vector", value_name="length")
     sns.barplot(long, x="part", y="length", hue="task vector", palette="colorblind", ax=top)
     top.set(xlabel="", ylabel="‖τ‖ / ‖θ₀‖")
+    sns.move_legend(top, "lower center", bbox_to_anchor=(.5, 1), ncols=len(lengths.columns), title=None, frameon=False)
     for i, c in enumerate(table.filter(like="cos(")): sns.lineplot(x=table.index, y=table[c], marker="o", color=f"C{i+2}", ax=low, label=c)
     low.axhline(0, color="grey", lw=.8)
     low.set(xlabel="", ylabel="cosine", ylim=(min(-.1, table.filter(like="cos(").min().min()-.05), 1.05))
