@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['LOWER', 'ROLES', 'NINE', 'OVERALL', 'COLOUR', 'MARK', 'NOT_RUN', 'bullets', 'find_source', 'gather', 'save',
            'metrics', 'signs', 'missing', 'weighted_score', 'bootstrap', 'interval', 'scale', 'accuracies',
-           'with_means', 'order', 'table', 'mcnemar', 'bootstrap_p', 'cohen_h', 'cohen_dz', 'paired_tests', 'chances',
-           'how_made', 'style', 'sweeps', 'label_of', 'plot_tradeoff', 'plot_tasks', 'plot_differences', 'learning',
-           'plot_learning', 'findings', 'paper_table', 'report']
+           'with_means', 'order', 'table', 'mcnemar', 'bootstrap_p', 'cohen_h', 'cohen_dz', 'compare', 'paired_tests',
+           'chances', 'how_made', 'style', 'sweeps', 'label_of', 'plot_tradeoff', 'plot_tasks', 'plot_differences',
+           'learning', 'plot_learning', 'findings', 'paper_table', 'report']
 
 # %% ../nbs/05_results.ipynb #7a834c74
 import hashlib, json, math, re
@@ -243,20 +243,26 @@ def cohen_dz(d, n:int) -> float: # draws of a paired difference; how many groups
     return float(d[0]/(d[1:].std()*math.sqrt(n))) if d[1:].std() else 0.
 
 # %% ../nbs/05_results.ipynb #3fd8e850
-def paired_tests(hits, draws, scores, against="ensemble", # from `gather`; from `with_means`; from `gather`; role to compare with
-                 roles=("merged", "endpoint")) -> pd.DataFrame: # roles to compare
-    "Each encoder of `roles` against the reference on every task: difference (more is better), effect size, p, BH-adjusted p, P(better)."
+def compare(hits, draws, scores, pairs) -> pd.DataFrame: # from `gather`; from `bootstrap` or `with_means`; from `gather`; (encoder, its reference), all one family
+    "Each pair on every task that both have, on the same items: difference (more is better), effect size, p, BH-adjusted p, P(better)."
     info, sign, rows = scores.drop_duplicates("encoder").set_index("encoder"), signs(scores), []
     for t, h in hits.items():
         at = {e: i for i, e in enumerate(h["encoder"])}
-        for e in (e for e in order(scores) if info.role[e] in roles and e in at):
-            ref = next((r for r in at if info.role[r] == against and (info.corpus[r] == info.corpus[e] or pd.isna(info.corpus[e]))), None)
-            if ref is None: continue
+        for e, ref in ((e, r) for e, r in pairs if e in at and r in at):
             d = sign[t]*(draws[t, e] - draws[t, ref])
             rows.append(dict(encoder=e, lam=info.lam[e], task=t, domain=scores.domain[scores.task == t].iloc[0], reference=ref, n=len(h["group"]), difference=d[0], lo=d[1:].quantile(.025), hi=d[1:].quantile(.975),
                              better=_beats(d), **_test(h, d, at[e], at[ref])))
     out = pd.DataFrame(rows, columns="encoder lam task domain reference n test b c difference lo hi effect p better".split())
     return out.assign(p_adjusted=stats.false_discovery_control(out.p) if len(out) else [])
+
+def paired_tests(hits, draws, scores, against="ensemble", # from `gather`; from `with_means`; from `gather`; role to compare with
+                 roles=("merged", "endpoint")) -> pd.DataFrame: # roles to compare
+    "`compare` each encoder of `roles` with the reference of its corpus."
+    info = scores.drop_duplicates("encoder").set_index("encoder")
+    refs = [r for r in info.index if info.role[r] == against and any(r in h["encoder"] for h in hits.values())]
+    own = lambda e: next((r for r in refs if info.corpus[r] == info.corpus[e] or pd.isna(info.corpus[e])), None)
+    return compare(hits, draws, scores, [(e, r) for e in order(scores) if info.role[e] in roles and (r := own(e))])
+
 
 # %% ../nbs/05_results.ipynb #5e01ae06
 def _test(h, d, i, j):
