@@ -12,7 +12,7 @@ __all__ = ['SEGMENTS', 'SNRS', 'TASKS', 'PREPROCESSING', 'LOSSES', 'LRS', 'COLUM
            'score_encoders', 'duplicates', 'number_score', 'probe', 'quick_probe']
 
 # %% ../nbs/04_probe.ipynb #a4f59d46
-import hashlib, itertools, json, os, re, time, unicodedata, warnings
+import functools, hashlib, itertools, json, os, re, time, unicodedata, warnings
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -263,7 +263,7 @@ def _guessed_numbers(t, train, test, chain):
 def _lookup(y, train, test, columns, say, otherwise):
     # what `say` makes of the training answers with the same values in `columns`
     if not columns: return otherwise
-    key = lambda d: d[list(columns)].astype(str).agg("\t".join, axis=1)
+    key = lambda d: functools.reduce(lambda a, b: a + "\t" + b, (d[c].astype(str) for c in columns))
     return key(test).map(y.groupby(key(train)).agg(say)).fillna(otherwise)
 
 # %% ../nbs/04_probe.ipynb #e495d9d2
@@ -385,10 +385,11 @@ def audio_hashes(files, root) -> dict: # paths below the folder; the folder
     known, out = home()/"cache"/"hashes"/f"{hashlib.sha256(str(Path(root).absolute()).encode()).hexdigest()[:16]}.json", {}
     held = json.loads(known.read_text()) if len(files) > 256 and known.exists() else {}
     for f in files:
-        try: s = os.stat(Path(root)/f)
+        path = os.path.join(root, f)
+        try: s = os.stat(path)
         except OSError: out[f] = "unreadable"; continue
         mark = [s.st_size, s.st_mtime_ns]
-        if held.get(f, [])[:2] != mark: held[f] = [*mark, _audio_hash(str(Path(root)/f), *mark)]
+        if held.get(f, [])[:2] != mark: held[f] = [*mark, _audio_hash(path, *mark)]
         out[f] = held[f][2]
     if len(files) > 256: write_json(known, held)
     return out
