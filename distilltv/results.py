@@ -8,22 +8,25 @@ __all__ = ['LOWER', 'ROLES', 'NINE', 'OVERALL', 'COLOUR', 'MARK', 'PEAK', 'SHARE
            'interval', 'scale', 'accuracies', 'with_means', 'order', 'table', 'mcnemar', 'bootstrap_p', 'cohen_h',
            'cohen_dz', 'compare', 'paired_tests', 'chances', 'how_made', 'style', 'sweeps', 'label_of', 'plot_tradeoff',
            'plot_tasks', 'plot_differences', 'learning', 'plot_learning', 'findings', 'operations', 'gpu_time',
-           'distil_flop', 'probe_flop', 'paper_table', 'report']
+           'distil_flop', 'probe_flop', 'paper_table', 'code_table', 'report']
 
 # %% ../nbs/05_results.ipynb #7a834c74
-import hashlib, json, math, re
+import hashlib, inspect, json, math, re
 from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 import numpy as np, pandas as pd, torch
 import matplotlib.pyplot as plt, seaborn as sns
 from scipy import stats
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import HubertConfig, HubertModel
 from .corpora import SAMPLE_RATE
+from .distill import distil
 from .encoders import student_config
-from .probe import find_task
+from .merge import check_same
+from .probe import LRS, PREPROCESSING, choose_view, features, find_task, fit_probes
 from .runs import commit, data_dir, profile as get_profile, root, write_atomic, write_json
-from .tasks import REFERENCE, SOURCES, Letters
+from .tasks import PUBLISHED, REFERENCE, SOURCES, Letters
 
 
 # %% ../nbs/05_results.ipynb #5e01ad02
@@ -585,6 +588,33 @@ def _not_run(r):
                 time=gpu_time(sum(probe_flop(t.name, r.layers) for t in tasks)))
 
 
+# %% ../nbs/05_results.ipynb #8043cfa5
+#| code-fold: true
+#| code-summary: "What ours does, read from our objects"
+def _default(f, name): return inspect.signature(f).parameters[name].default
+
+def _ours() -> dict:
+    p, students = get_profile("paper"), sorted((data_dir()/"students").glob("*/model.*"))
+    view = lambda layers: choose_view(SimpleNamespace(depth=layers+1))
+    steps = [t.steps for t in PUBLISHED.values() if t.kind != "ctc"]
+    return {"λ": f"{_default(missing, 'lams')} values from 0 to 1", "distillation steps": f"{p.steps:,}", "batch": f"{p.batch} for both", "learning rate": f"{p.lr:g} for both", "crop": f"{p.seconds*SAMPLE_RATE:,.0f} samples ({p.seconds:g} s)",
+            "layers predicted": ", ".join(map(str, p.layers)), "warm-up, clipping, weight decay": f"{p.warmup:.0%}, {p.clip:g}, {p.weight_decay:g}".replace("%", " %"), "precision": p.precision, "seed of distillation": f"{p.seed}, one run",
+            "trainer of the endpoints": f"one: {distil.__module__}.{distil.__name__}, with the teacher as a parameter", "audio shorter than a crop": dict(join="joined with others of its folder; no padding", alone="shorter crops; no padding")[p.short],
+            "normalisation": PREPROCESSING.split(";")[0] + ", everywhere", "tensors that do not match in a merge": check_same.__doc__, "files of weights": ", ".join({f.suffix[1:] for f in students}),
+            "layer that is probed": f"{view(2)} for students, {view(12)} for teachers; either can be asked for", "probe": f"one of {', '.join(LRS)}", "learning rate of a probe": f"the best of {', '.join(f'{r:g}' for r in LRS['linear'])} on validation",
+            "steps of a probe": f"{min(steps)} to {max(steps):,}, the best look (one in {_default(fit_probes, 'every')} steps) kept", "batch of a probe": str(_default(fit_probes, "batch")), "features": features.__doc__,
+            "test of accuracies": mcnemar.__doc__, "draws of the bootstrap": f"{_default(bootstrap, 'draws'):,}, for all tasks, by group and seed", "correction": "Benjamini–Hochberg, over all comparisons of a table",
+            "tasks in the average": f"{len(NINE)}: {', '.join(NINE)}; and all", "ends of the overall score": scale.__doc__}
+
+
+# %% ../nbs/05_results.ipynb #9ae9cf69
+def code_table(facts=None) -> pd.DataFrame: # CSV with `what`, `theirs`, `source`; default the shipped one
+    "What the authors' released code does, and what ours does."
+    t, ours = pd.read_csv(facts or data_dir()/"results/paper_code.csv", dtype=str, keep_default_na=False), _ours()
+    if unknown := set(t.what) - set(ours): raise ValueError(f"nothing of ours is read for {', '.join(sorted(unknown))}: use one of {', '.join(ours)}")
+    return t.assign(ours=t.what.map(ours))
+
+
 # %% ../nbs/05_results.ipynb #6260a06a
 def report(profile="mini",  # a profile's name, or a folder that `gather` reads
            out=None         # folder to write to; default runs/<profile>/results
@@ -597,7 +627,7 @@ def report(profile="mini",  # a profile's name, or a folder that `gather` reads
     draws = with_means(bootstrap(hits), scores)
     tests, shown, curves = paired_tests(hits, draws, scores), table(draws, scores), learning(where)
     save(out, scores, hits)
-    for name, df in dict(table=shown.reset_index(), tests=tests, paper=paper_table(draws, scores), learning=curves).items():
+    for name, df in dict(table=shown.reset_index(), tests=tests, paper=paper_table(draws, scores), code=code_table(), learning=curves).items():
         if len(df):
             with write_atomic(out/f"{name}.csv") as tmp: df.to_csv(tmp, index=False)
     _figures(out, draws, scores, tests, curves, profile if known else "mini")
