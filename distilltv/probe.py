@@ -200,6 +200,7 @@ def task_names(tasks) -> list: # `all`, `more`, `paper`, names with commas, or a
     if tasks in ("all", "more"): return [t.name for t in TASKS.values() if t.more == (tasks == "more")]
     return [find_task(t.strip()).name for t in (tasks.split(",") if isinstance(tasks, str) else tasks)]
 
+# %% ../nbs/04_probe.ipynb #eefbbf75
 def _root(segments, root): return Path(root or (data_dir() if segments in SEGMENTS else _published().datasets_dir()))
 
 @lru_cache(16)
@@ -245,6 +246,7 @@ def leakage(task:str,  # see `find_task`
 
 def _described_by(t, df): return [c for c in t.chain if c in df and (df[c].astype(str) != "").any()]    # a column may be lacking, or empty, on this machine
 
+# %% ../nbs/04_probe.ipynb #f224a404
 def _guesses(t, df):
     # scores of the guess without and with the chain, and the number of test items
     train, test = df[df.split == "train"], df[df.split == "test"]
@@ -288,6 +290,7 @@ class LogMel:
         self.mel = torchaudio.transforms.MelSpectrogram(SAMPLE_RATE, n_fft=WINDOW, hop_length=HOP, n_mels=dim, center=False)
     def __call__(self, wav): return (self.mel(wav) + 1e-4).log().transpose(1, 2)[None]
 
+# %% ../nbs/04_probe.ipynb #82a32b08
 class Transformer:
     "A `transformers` audio model as an encoder, on the GPU if there is one: all hidden states, from the first layer's input to the last output."
     def __init__(self, model,             # for example a `HubertModel`
@@ -336,6 +339,7 @@ def open_encoder(name:str,            # a model folder, a hub name, `logmel`, `r
     model, rate = _opened(str(where), name)
     return _described(check_encoder(Transformer(model, rate)), **_provenance(where, "base" if name == "base" else None))
 
+# %% ../nbs/04_probe.ipynb #8fd828fd
 def _opened(path, name):
     # HuBERT's kin as everywhere in this project, without their authors' code; what else `transformers` knows, by its own class
     from transformers import AutoModel, PreTrainedConfig
@@ -394,6 +398,7 @@ def audio_hashes(files, root) -> dict: # paths below the folder; the folder
     if len(files) > 256: write_json(known, held)
     return out
 
+# %% ../nbs/04_probe.ipynb #67c505aa
 def _bounds_hash(table, root, *more):
     h = hashlib.sha256(" ".join(map(str, more)).encode())
     h.update("".join(audio_hashes(table.file.unique(), root).values()).encode())
@@ -488,6 +493,7 @@ def _listen(encoder, table, root, seconds, lost, only=None):
             with torch.inference_mode(): hidden = hear(encoder, normalise(torch.stack([x for x, _ in some])))
             for j, (_, rows) in enumerate(some): yield rows, hidden[:, j]
 
+# %% ../nbs/04_probe.ipynb #4bddc5d8
 def extract(encoder, table, root,  # rows with file, start, end, lo, hi; folder of the corpora
             seconds:float=8.,      # audio in a batch; what fits the processor cache is fastest
             only:int=None          # this row (and those of its window) alone; the others are `nan`
@@ -522,6 +528,7 @@ def features(encoder,              # see `check_encoder`; cached if it has a `ha
     if held: _same_ears(encoder, table, root, x, f)
     return x
 
+# %% ../nbs/04_probe.ipynb #f3748f23
 def _same_ears(encoder, table, root, x, f):
     # one row is heard again: a hash that is not of these weights would pair them with another encoder's features
     row = int(np.flatnonzero(np.isfinite(x).all((0, 2)))[0])
@@ -558,6 +565,7 @@ def frame_features(encoder, segments:str,  # see `features`
     f = home()/"cache"/f"{_bounds_hash(table, root, features_key(encoder, table, root), 'frames', view)}.npy"
     return cached(f, lambda x: x.shape == shape, make, most)
 
+# %% ../nbs/04_probe.ipynb #a70ed1b1
 def _framed(encoder, table, root, view, frames):
     out, lost, lo, hi = None, [], table.lo.to_numpy(), table.hi.to_numpy()
     for rows, hidden in _listen(encoder, table, root, 8., lost):
@@ -587,12 +595,7 @@ def fit_probes(x, y,                # training features [layers, n, dim], or of 
         return dict(p={k: q[0] for k, q in fit["p"].items()}, valid=fit["valid"][0])
     S, R, (E, L, n, *_, D) = len(seeds), len(lrs), x.shape
     g = [torch.Generator().manual_seed(s) for s in seeds]
-    random = lambda i, o, scale: torch.stack([torch.randn(i, o, generator=k) for k in g])[:, None].repeat(E, R, 1, 1)*scale
-    p = dict(W=random(hidden or D, classes, .01), b=torch.zeros(E*S, R, 1, classes))
-    if hidden: p |= dict(U=random(D, hidden, D**-.5), c=torch.zeros(E*S, R, 1, hidden))
-    if L > 1: p |= dict(a=torch.zeros(E*S, R, L))
-    if attend: p |= dict(q=torch.zeros(E*S, R, D))
-    for q in p.values(): q.requires_grad_()
+    p = _first_weights(g, E, R, L, D, classes, hidden, attend)
     adam = BatchedAdam(list(p.values()), torch.as_tensor(lrs).float(), decay)
     best, kept = torch.full((E*S, R), -torch.inf), {k: q.detach().clone() for k, q in p.items()}
     order = [_batches(n, min(batch, n), k) for k in g]
@@ -605,6 +608,18 @@ def fit_probes(x, y,                # training features [layers, n, dim], or of 
         if step % every == 0: _keep_best(best, kept, p, _goodness(p, heard, yv, kind))
     apart = lambda q: q.unflatten(0, (E, S))
     return dict(p={k: apart(q) for k, q in kept.items()}, valid=apart(best))
+
+# %% ../nbs/04_probe.ipynb #77a431a5
+def _first_weights(g, E, R, L, D, classes, hidden, attend):
+    # of all copies [E*S, R, …], drawn by each seed's generator and the same for every encoder and learning rate
+    S = len(g)
+    random = lambda i, o, scale: torch.stack([torch.randn(i, o, generator=k) for k in g])[:, None].repeat(E, R, 1, 1)*scale
+    p = dict(W=random(hidden or D, classes, .01), b=torch.zeros(E*S, R, 1, classes))
+    if hidden: p |= dict(U=random(D, hidden, D**-.5), c=torch.zeros(E*S, R, 1, hidden))
+    if L > 1: p |= dict(a=torch.zeros(E*S, R, L))
+    if attend: p |= dict(q=torch.zeros(E*S, R, D))
+    return {k: q.requires_grad_() for k, q in p.items()}
+
 
 # %% ../nbs/04_probe.ipynb #d4a1af88
 def _batches(n, size, g):
@@ -627,6 +642,7 @@ def logits(x,               # features [L, S, B, D], or [L, 1, B, D] shared by t
         if M is not None: x = _times(x, M) + k if M is W else (_times(x, M) + k).relu()
     return x
 
+# %% ../nbs/04_probe.ipynb #2beeb2e6
 def _attended(x, absent, q):
     # the mean of the frames weighted by how well they agree with `q`; a `q` of zeros gives the plain mean
     s = "sbtd" if x.ndim == 4 else "srbtd"
@@ -638,6 +654,7 @@ def _times(x, M):
     if x.ndim == 4: return x @ M
     return (x @ M.transpose(1, 2).flatten(2)).unflatten(2, (M.shape[1], M.shape[3])).transpose(1, 2)
 
+# %% ../nbs/04_probe.ipynb #9487f60f
 @torch.no_grad()
 def _goodness(p, xv, yv, kind):
     says = logits(xv, **p)
@@ -724,6 +741,7 @@ def score_encoders(encoders, task:str,   # several encoders; see `find_task`
     for c, (rows, _) in zip(common, scored): rows[:] = [c | r | dict(status="; ".join(filter(None, (r.get("status"), twice, leak))) or None) for r in rows]
     return scored
 
+# %% ../nbs/04_probe.ipynb #cb6c3e05
 def _score_together(encoders, t, views, seeds, root, head):
     done, attend = {}, head == "attentive" and t.kind != "match"
     if attend: found = [frame_features(e, t.segments, v, root) for e, v in zip(encoders, views)]
@@ -766,6 +784,7 @@ def _mean_of_folds(folds):
     joined = {k: np.concatenate([d[k] for d in kept], -1) for k in kept[0] if k not in ("classes",)}
     return out, joined | {k: v for k, v in kept[0].items() if k == "classes"}
 
+# %% ../nbs/04_probe.ipynb #ab488f6f
 def _prepared(x, df, t):
     # standardised features and rows that a label makes usable and whose file could be read, where each split is, what to
     # keep of the test items, and the status; with frames (a fifth dimension) `nan` marks those that are not there
@@ -800,6 +819,7 @@ def _score_classes(x, df, t, seeds, head):
     score = {"accuracy": lambda p: accuracy_score(true, p), "weighted key score": lambda p: key_score(classes[true], classes[p])}
     return [_rows_of(x[e], [u[e] for u in tuned], y, at, t, score, true, whole_answer, seeds, head, kept, classes, status) for e in range(len(x))]
 
+# %% ../nbs/04_probe.ipynb #93ad2c70
 def _rows_of(x, tuned, y, at, t, score, true, whole_answer, seeds, head, kept, classes, status):
     pred = whole_answer([u[0] for u in tuned])
     flat = (x if x.ndim == 3 else x.nanmean(2)).mean(0)
@@ -869,6 +889,7 @@ def probe(encoder,                   # an encoder, or a name for `open_encoder`;
     scores = _probe_all(encoder if several else [encoder], task_names(tasks), seeds, view, seed, root, (list(out) if several else [out]) if out else None, head)
     return pd.concat(scores, ignore_index=True)
 
+# %% ../nbs/04_probe.ipynb #e97b3614
 def _named_as(encoder, view, head):
     # never mixed up with the same encoder as usual
     info = getattr(encoder, "info", dict(encoder=type(encoder).__name__, role="other"))

@@ -525,6 +525,7 @@ def distil_flop(layers:str, teachers:int=1) -> float: # a key of `SHAPES`; how m
     p, (teach, _, step) = get_profile("paper"), _rates(layers)
     return p.steps*p.batch*p.seconds*(teachers*teach + step)
 
+# %% ../nbs/05_results.ipynb #fd3af7de
 def probe_flop(task:str, layers:str="") -> float: # a published task; a key of `SHAPES`, "" for a teacher
     "Operations that one encoder's score on a published task takes."
     t = find_task(task)
@@ -535,7 +536,6 @@ def probe_flop(task:str, layers:str="") -> float: # a published task; a key of `
     return 3*r.steps*r.batch*UTTERANCE*(rate + 3*2*50*weights)    # three seeds; two operations a weight and frame, and twice that backward
 
 UTTERANCE = 12.7    # mean seconds of train-clean-100: 100.6 hours in 28,539 utterances
-
 
 # %% ../nbs/05_results.ipynb #dc570c6c
 #| code-fold: true
@@ -575,6 +575,7 @@ def paper_table(draws, scores, numbers=None) -> pd.DataFrame: # from `with_means
     rows = [dict(ours=o, **dict.fromkeys(COST, "")) if (o := ours(r)) else _not_run(r) for r in t.itertuples()]
     return pd.concat([t, pd.DataFrame(rows, columns=["ours", *COST])], axis=1)
 
+# %% ../nbs/05_results.ipynb #b224a81c
 COST = "first first_time command audio time".split()    # students to make before, and their GPU time (once for all tasks); then the row's own
 
 def _not_run(r):
@@ -586,7 +587,6 @@ def _not_run(r):
     return dict(ours="not run", first="; ".join(first), first_time=gpu_time(len(first)*distil_flop(r.layers, teachers)) if first else "", command=" && ".join(filter(None, (merge, probe))),
                 audio=f"{', '.join(s.name for s in sources)}: {sum(s.hours for s in sources):g} h" if len(sources) < 3 else f"{len(sources)} data sets: {sum(s.hours for s in sources):.0f} h",
                 time=gpu_time(sum(probe_flop(t.name, r.layers) for t in tasks)))
-
 
 # %% ../nbs/05_results.ipynb #8043cfa5
 #| code-fold: true

@@ -41,6 +41,7 @@ class Source:
     hours:float    # of audio that our tasks hear, about
     tables:tuple   # the loaders below that read it
 
+# %% ../nbs/04a_tasks.ipynb #9ea6dd69
 SOURCES = {s.folders[0]: s for s in (
     Source("LibriSpeech", ("LibriSpeech",), "train-clean-100, dev-clean and test-clean from openslr.org/12", "7.1 GB", "CC BY 4.0",
            "size: the three archives in the mirror k2-fsa/LibriSpeech on the Hugging Face hub; licence: the card of librispeech_asr there", 111.4, ("librispeech",)),
@@ -64,7 +65,6 @@ SOURCES = {s.folders[0]: s for s in (
            "size: mp3.zip in the mirror confit/magnatagatune on the hub; licences: tagatune.org, and the comment that its script cut_clips.py writes into each clip", 209., ("magnatagatune",)),
     Source("EmoMusic", ("emomusic",), "wav and meta.json as MARBLE's script download_emo.sh leaves them", "about 1 GB", "songs of the Free Music Archive, each under its own Creative Commons licence",
            "hours: 744 excerpts of 45 seconds from the Free Music Archive, cvml.unige.ch/databases/emoMusic; of the annotations' licence nothing was found", 9.3, ("emomusic",)))}
-
 
 # %% ../nbs/04a_tasks.ipynb #689f2f94
 class MissingData(FileNotFoundError): "A published data set, or a part of it, that is not on this machine; the message says what to fetch."
@@ -180,6 +180,7 @@ def _vocalset(root, split, keep=lambda technique: True):
     if not rows: raise _missing(SOURCES["VocalSet"], root, "FULL/<singer>/<exercise>/<technique>")
     return _clips(rows, root)
 
+# %% ../nbs/04a_tasks.ipynb #66e22dc1
 def vocalset_singers(root):
     "Three-second chunks of twenty singers, grouped by recording."
     return _vocalset(root, lambda singer, name: "train" if _chance(name) < .7 else "valid" if _chance(name) < .8 else "test")
@@ -200,6 +201,7 @@ def nsynth(root):
             rows.append(dict(path=at/f"nsynth-{split}/audio/{name}.wav", split=split, family=r["instrument_family_str"], pitch=str(r["pitch"]), note=name, source=r["instrument_source_str"], instrument=name.rsplit("-", 2)[0], velocity=name.rsplit("-", 1)[1]))
     return _clips(rows, root)
 
+# %% ../nbs/04a_tasks.ipynb #5cd4682d
 def gtzan(root):
     "Thirty seconds of ten genres; the fault-filtered split."
     from torchaudio.datasets import gtzan as lists
@@ -227,6 +229,7 @@ def key_name(text:str) -> str: # such as `Db minor` or `C# major`
     step = {"": 0, "#": 1, "♯": 1, "b": -1, "♭": -1}[m[2]]
     return f"{(_CLASS[m[1].upper()] + step) % 12}:{'minor' if m[3] in ('m', 'min', 'minor') else 'major'}"
 
+# %% ../nbs/04a_tasks.ipynb #9fc72450
 def giantsteps(root):
     "Two-minute excerpts with one key: GiantSteps for the test, the MTG set for training."
     at, rows = _folder("giantsteps", root), []
@@ -309,6 +312,7 @@ def from_datasets(data,                # a `DatasetDict` of splits, or a `Datase
         rows.append(dict(id=f"{i}", file=str(f), start=0, end=_samples(f), split=SPLITS.get(s, s), label="" if r[label] is None else named(r[label]), **{k: str(r[c]) for k, c in columns.items()}))
     return whole_frames(pd.DataFrame(rows), seconds)
 
+# %% ../nbs/04a_tasks.ipynb #294dfd5e
 def _recording(a, folder, i):
     # the file of a recording; bytes without one are written under their hash
     if a["bytes"] is None and a["path"] is None: raise ValueError(f"row {i} of the data set has neither audio bytes nor a path")
@@ -388,6 +392,7 @@ def fit_letters(encoder, table, root,  # see `check_encoder`; rows of `librispee
     net.load_state_dict(kept)
     return net.eval(), float(best)
 
+# %% ../nbs/04a_tasks.ipynb #e5034b7d
 @torch.no_grad()
 def _frames(encoder, row, root): return hear(encoder, normalise(torch.as_tensor(_read_file(root, row.file, row.start, row.end)))[None]).clone()
 
@@ -452,6 +457,7 @@ def fit_spelling(train, valid,        # (frames [layers, n, T, D], how many are 
             _keep_best(best, kept, p, -wrong)
     return kept, -best
 
+# %% ../nbs/04a_tasks.ipynb #95af0e6d
 def _wrong(part, p, alphabet):
     x, n, y, u = part
     edits, size = letter_errors(["".join(alphabet[i] for i in t[:k]) for t, k in zip(y, u)], _read_off(x, n, p, alphabet))
@@ -495,6 +501,7 @@ class XaresEncoder(nn.Module):
     def forward(self, audio): # waveforms at `sampling_rate`, [batch, samples] or [samples]
         return _heard(self.encoder, torch.atleast_2d(audio))[self.layer]
 
+# %% ../nbs/04a_tasks.ipynb #869555ae
 class S3prlUpstream(nn.Module):
     "An encoder as s3prl's runner calls an upstream: a list of waveforms in, `hidden_states` out; each is heard alone, then padded."
     def __init__(self, encoder):     # see `check_encoder`
