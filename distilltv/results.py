@@ -580,7 +580,7 @@ COST = "first first_time command audio time".split()    # students to make befor
 
 def _not_run(r):
     first, teachers, merge, encoder = _route(r)
-    if not encoder: return dict(ours="not run", command="none: " + ("another paper's model" if "sibling" in r.model else "our merge takes students of one θ₀"))
+    if not encoder: return dict.fromkeys(COST, "") | dict(ours="not run", command="none: " + ("another paper's model" if "sibling" in r.model else "our merge takes students of one θ₀"))
     tasks = [find_task(n) for n in NAMES[r.task].split(",")]
     sources = [s for s in SOURCES.values() if {t.segments for t in tasks} & set(s.tables)]
     probe = f"papermill nbs/04_probe.ipynb probe.ipynb -p profile paper -p tasks {NAMES[r.task]} -p encoder {encoder}"

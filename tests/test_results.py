@@ -160,7 +160,7 @@ def test_a_row_without_a_run_says_command_audio_and_time(beside):
     rest = t[t.ours == "not run"]
     assert len(rest) > 90 and (t[t.ours != "not run"].ours != "").all() and (rest.command != "").all()
     run = rest[~rest.command.str.startswith("none: ")]
-    assert (run.audio != "").all() and run.time.str.fullmatch(r"[\d.e-]+ to [\d.e-]+ (h|min)").all() and rest[rest.command.str.startswith("none: ")].time.isna().all()
+    assert (run.audio != "").all() and run.time.str.fullmatch(r"[\d.e-]+ to [\d.e-]+ (h|min)").all() and rest[rest.command.str.startswith("none: ")].time.eq("").all()
     ic = run[(run.model == "HuBERT base (teacher)") & (run.task == "IC")].iloc[0]
     assert ic["first"] == "" and ic.command == "papermill nbs/04_probe.ipynb probe.ipynb -p profile paper -p tasks ic -p encoder teacher-speech" and ic.audio == "Fluent Speech Commands: 19 h"
     # by hand: a HuBERT Base is 14.8 GFLOP a second of audio, 19 h are 68 400 s, an A100 312 TFLOP/s of which .6 to .2 are used
