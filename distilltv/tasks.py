@@ -20,9 +20,8 @@ from datasets import Audio, ClassLabel, DatasetDict, concatenate_datasets
 from torch import nn
 from .corpora import SAMPLE_RATE, AudioError, normalise
 from .encoders import WINDOW
-from .probe import (BatchedAdam, TASKS, Task, _batches, _layers, _read_file, _root, _status, check_encoder, duplicates, find_task, frame_features,
+from .probe import (BatchedAdam, TASKS, Task, _batches, _keep_best, _layers, _prepared, _read_file, _root, _segment_table, _status, check_encoder, duplicates, find_task, frame_features,
                              hear, logits, segment_table, task_table, whole_frames)
-from . import probe as _probe
 from .runs import home, write_atomic
 
 # %% ../nbs/04a_tasks.ipynb #ac06f75a
@@ -38,21 +37,34 @@ class Source:
     fetch:str      # what to fetch and from where
     size:str       # about what the download takes
     licence:str    # as its authors state it; check it there before use
-    seen:str = ""  # where size and licence were read for this table; what is not named here is from memory
+    seen:str       # where size, licence and hours were read for this table; what is not named here is from memory
+    hours:float    # of audio that our tasks hear, about
+    tables:tuple   # the loaders below that read it
 
+# %% ../nbs/04a_tasks.ipynb #9ea6dd69
 SOURCES = {s.folders[0]: s for s in (
-    Source("LibriSpeech", ("LibriSpeech",), "train-clean-100, dev-clean and test-clean from openslr.org/12", "7 GB", "CC BY 4.0"),
-    Source("Speech Commands v0.01", ("speech_commands_v0.01", "speech_commands_v0.02"), "the archive and, unpacked beside it, speech_commands_test_set_v0.01, both from download.tensorflow.org/data", "1.5 GB", "CC BY 4.0", "size and licence: the card of google/speech_commands on the Hugging Face hub"),
-    Source("Fluent Speech Commands", ("fluent_speech_commands_dataset",), "the data set from fluent.ai", "1.5 GB", "Fluent Speech Commands Public License, academic use", "size: a mirror's archive"),
-    Source("VoxCeleb1", ("VoxCeleb1",), "dev and test audio, unpacked as dev/wav and test/wav, and iden_split.txt from robots.ox.ac.uk/~vgg/data/voxceleb", "over 30 GB", "CC BY 4.0 for the annotations", "licence: the tag of a loader on the hub"),
-    Source("IEMOCAP", ("IEMOCAP_full_release", "IEMOCAP"), "the full release, on request from sail.usc.edu/iemocap", "over 10 GB", "academic, signed"),
-    Source("VocalSet", ("VocalSet", "VocalSet11", "VocalSet1-2"), "the archive from zenodo.org/record/1193957", "2 GB", "CC BY 4.0"),
-    Source("NSynth", ("nsynth",), "nsynth-train, nsynth-valid and nsynth-test (json/wav) from magenta.tensorflow.org/datasets/nsynth", "24 GB", "CC BY 4.0", "licence: the loader jg583/NSynth on the hub"),
-    Source("GTZAN", ("gtzan", "GTZAN"), "the folder genres (or genres_original) with its ten genres", "1.2 GB", "none stated: research only", "size: the TensorFlow Datasets catalogue; licence: none on the hub's card marsyas/gtzan"),
-    Source("ESC-50", ("ESC-50-master", "ESC-50"), "the repository archive from github.com/karolpiczak/ESC-50", "0.6 GB", "CC BY-NC 3.0", "size: the archive's bytes in a mirror; licence: cards of mirrors, without a version"),
-    Source("GiantSteps key", ("giantsteps",), "giantsteps-key-dataset and giantsteps-mtg-key-dataset from github.com/GiantSteps, their audio by the scripts in them", "a few GB", "annotations CC BY; audio previews for research"),
-    Source("MagnaTagATune", ("MTT", "magnatagatune"), "the three parts of mp3.zip, and annotations_final.csv, from mirg.city.ac.uk", "3 GB", "CC BY-NC-SA 1.0", "size: the joined archive in a mirror"),
-    Source("EmoMusic", ("emomusic",), "wav and meta.json as MARBLE's script download_emo.sh leaves them", "about 1 GB", "CC BY-NC"))}
+    Source("LibriSpeech", ("LibriSpeech",), "train-clean-100, dev-clean and test-clean from openslr.org/12", "7.1 GB", "CC BY 4.0",
+           "size: the three archives in the mirror k2-fsa/LibriSpeech on the Hugging Face hub; licence: the card of librispeech_asr there", 111.4, ("librispeech",)),
+    Source("Speech Commands v0.01", ("speech_commands_v0.01", "speech_commands_v0.02"), "the archive and, unpacked beside it, speech_commands_test_set_v0.01, both from download.tensorflow.org/data", "1.5 GB", "CC BY 4.0",
+           "size and licence: the card of google/speech_commands on the hub", 18., ("speech_commands",)),
+    Source("Fluent Speech Commands", ("fluent_speech_commands_dataset",), "the data set from fluent.ai", "1.5 GB", "Fluent Speech Commands Public License, academic use, no redistribution",
+           "size: the archive leo19941227/fluent_speech_commands on the hub; licence: named in the data set's readme, terms as a user of it reports them; hours: the table of its readme", 19., ("fluent_commands",)),
+    Source("VoxCeleb1", ("VoxCeleb1",), "dev and test audio, unpacked as dev/wav and test/wav, and iden_split.txt from robots.ox.ac.uk/~vgg/data/voxceleb", "over 30 GB", "CC BY 4.0 for the annotations",
+           "licence: the card of the mirror ProgramComputer/voxceleb on the hub; hours: 351.6 in PaddleSpeech's table of it, for 153,516 clips of which we hear at most eight seconds", 310., ("voxceleb1",)),
+    Source("IEMOCAP", ("IEMOCAP_full_release", "IEMOCAP"), "the full release, on request from sail.usc.edu/iemocap", "over 10 GB", "academic, on request",
+           "licence: that it must be requested from USC's SAIL, in the readme of GenSEC-LLM's task on the hub; hours: 810 MB of 16 kHz samples for the 5,531 utterances of four emotions, Zahra99/IEMOCAP_Audio there", 7., ("iemocap",)),
+    Source("VocalSet", ("VocalSet", "VocalSet11", "VocalSet1-2"), "the archive from zenodo.org/record/1193957", "2 GB", "CC BY 4.0",
+           "licence: the card of the mirror stemsai/vocalset on the hub; hours: the abstract of its paper", 10.1, ("vocalset_singers", "vocalset_techniques")),
+    Source("NSynth", ("nsynth",), "nsynth-train, nsynth-valid and nsynth-test (json/wav) from magenta.tensorflow.org/datasets/nsynth", "24 GB", "CC BY 4.0", "licence: the loader jg583/NSynth on the hub", 340., ("nsynth",)),
+    Source("GTZAN", ("gtzan", "GTZAN"), "the folder genres (or genres_original) with its ten genres", "1.2 GB", "none stated: research only",
+           "size: the TensorFlow Datasets catalogue; licence: none on the hub's card marsyas/gtzan; hours: the 930 excerpts of the fault-filtered split, confit/gtzan there", 7.8, ("gtzan",)),
+    Source("ESC-50", ("ESC-50-master", "ESC-50"), "the repository archive from github.com/karolpiczak/ESC-50", "0.6 GB", "CC BY-NC 3.0", "size: the archive's bytes in a mirror; licence: cards of mirrors, without a version", 2.8, ("esc50",)),
+    Source("GiantSteps key", ("giantsteps",), "giantsteps-key-dataset and giantsteps-mtg-key-dataset from github.com/GiantSteps, their audio by the scripts in them", "a few GB", "CC BY-SA 4.0 for the later release GiantSteps+; audio previews for research",
+           "licence: mirdata's loader giantsteps_key; hours: two minutes for each of the annotated previews, as there", 59., ("giantsteps",)),
+    Source("MagnaTagATune", ("MTT", "magnatagatune"), "the three parts of mp3.zip, and annotations_final.csv (clip_info_final.csv if you like), from mirg.city.ac.uk", "3 GB", "annotations CC BY-NC-SA 3.0, audio CC BY-NC-SA 1.0",
+           "size: mp3.zip in the mirror confit/magnatagatune on the hub; licences: tagatune.org, and the comment that its script cut_clips.py writes into each clip", 209., ("magnatagatune",)),
+    Source("EmoMusic", ("emomusic",), "wav and meta.json as MARBLE's script download_emo.sh leaves them", "about 1 GB", "songs of the Free Music Archive, each under its own Creative Commons licence",
+           "hours: 744 excerpts of 45 seconds from the Free Music Archive, cvml.unige.ch/databases/emoMusic; of the annotations' licence nothing was found", 9.3, ("emomusic",)))}
 
 # %% ../nbs/04a_tasks.ipynb #689f2f94
 class MissingData(FileNotFoundError): "A published data set, or a part of it, that is not on this machine; the message says what to fetch."
@@ -71,7 +83,7 @@ def _folder(key, root, *needed):
 def available(root=None) -> pd.DataFrame: # default `datasets_dir()`
     "Which data sets are here, and what each of the others takes."
     root = Path(root or datasets_dir())
-    return pd.DataFrame([dict(data=s.name, here=any((root/f).is_dir() for f in s.folders), folder=s.folders[0], size=s.size, licence=s.licence, seen=s.seen or "from memory") for s in SOURCES.values()])
+    return pd.DataFrame([dict(data=s.name, here=any((root/f).is_dir() for f in s.folders), folder=s.folders[0], size=s.size, licence=s.licence, hours=s.hours, seen=s.seen) for s in SOURCES.values()])
 
 # %% ../nbs/04a_tasks.ipynb #e6db6089
 def _samples(path):
@@ -168,6 +180,7 @@ def _vocalset(root, split, keep=lambda technique: True):
     if not rows: raise _missing(SOURCES["VocalSet"], root, "FULL/<singer>/<exercise>/<technique>")
     return _clips(rows, root)
 
+# %% ../nbs/04a_tasks.ipynb #66e22dc1
 def vocalset_singers(root):
     "Three-second chunks of twenty singers, grouped by recording."
     return _vocalset(root, lambda singer, name: "train" if _chance(name) < .7 else "valid" if _chance(name) < .8 else "test")
@@ -188,6 +201,7 @@ def nsynth(root):
             rows.append(dict(path=at/f"nsynth-{split}/audio/{name}.wav", split=split, family=r["instrument_family_str"], pitch=str(r["pitch"]), note=name, source=r["instrument_source_str"], instrument=name.rsplit("-", 2)[0], velocity=name.rsplit("-", 1)[1]))
     return _clips(rows, root)
 
+# %% ../nbs/04a_tasks.ipynb #5cd4682d
 def gtzan(root):
     "Thirty seconds of ten genres; the fault-filtered split."
     from torchaudio.datasets import gtzan as lists
@@ -215,6 +229,7 @@ def key_name(text:str) -> str: # such as `Db minor` or `C# major`
     step = {"": 0, "#": 1, "♯": 1, "b": -1, "♭": -1}[m[2]]
     return f"{(_CLASS[m[1].upper()] + step) % 12}:{'minor' if m[3] in ('m', 'min', 'minor') else 'major'}"
 
+# %% ../nbs/04a_tasks.ipynb #9fc72450
 def giantsteps(root):
     "Two-minute excerpts with one key: GiantSteps for the test, the MTG set for training."
     at, rows = _folder("giantsteps", root), []
@@ -225,7 +240,8 @@ def giantsteps(root):
     with open(train/"annotations/annotations.txt", newline="", encoding="utf8", errors="replace") as f: sure = [r for r in list(csv.reader(f, delimiter="\t"))[1:] if len(r) > 2 and r[2].strip() == "2"]
     found = [(train, r[0].strip(), r[1], "valid" if _chance(r[0].strip()) < .1 else "train") for r in sure]
     found += [(test, f.name.split(".")[0], f.read_text(), "test") for f in sorted((test/"annotations/key").glob("*.key"))]
-    return _clips([dict(path=audio(top, name), split=split, label=key, track=name) for top, name, text, split in found if (key := key_name(text))], root)
+    genre = lambda top, name: f.read_text().strip() if (f := top/f"annotations/genre/{name}.LOFI.genre").exists() else ""
+    return _clips([dict(path=audio(top, name), split=split, label=key, track=name, genre=genre(top, name)) for top, name, text, split in found if (key := key_name(text))], root)
 
 # %% ../nbs/04a_tasks.ipynb #6aecdf4e
 def magnatagatune(root):
@@ -236,13 +252,17 @@ def magnatagatune(root):
     tags = tags[tags.sum().sort_values(ascending=False, kind="stable").index[:50]]
     top = next((d for d in (at/"mp3", at/"Audio", at) if (d/"0").is_dir() or (d/"f").is_dir()), at)
     parts = lambda p: "train" if p[0] in "0123456789ab" else "valid" if p[0] == "c" else "test"
-    return _clips([dict(path=top/p, split=parts(p), label="|".join(map(str, t)), track=p) for p, t in zip(m.mp3_path, tags.to_numpy()) if t.any()], root)
+    # a clip is called artist-album-number-title-start-end.mp3, and no part has a hyphen of its own
+    return _clips([dict(path=top/p, split=parts(p), label="|".join(map(str, t)), track=p.rsplit("-", 2)[0], artist=p.split("/")[-1].split("-")[0]) for p, t in zip(m.mp3_path, tags.to_numpy()) if t.any()], root)
 
 def emomusic(root):
-    "Songs with arousal and valence, as two numbers with a bar between."
+    "Songs with arousal and valence, as two numbers with a bar between; the artist and genre where the authors' `annotations/songs_info.csv` is there too."
     at = _folder("emomusic", root, "meta.json", "wav")
     meta = json.loads((at/"meta.json").read_text())
-    return _clips([dict(path=at/f"wav/{n}.wav", split=r["split"], label="|".join(map(str, r["y"])), song=n) for n, r in meta.items()], root)
+    known = at/"annotations/songs_info.csv"
+    info = {r["song_id"]: r for r in csv.DictReader(open(known, newline="", encoding="utf8", errors="replace"))} if known.exists() else {}
+    of = lambda n, c: info.get(n, {}).get(c, "").strip()
+    return _clips([dict(path=at/f"wav/{n}.wav", split=r["split"], label="|".join(map(str, r["y"])), song=n, artist=of(n, "Artist"), genre=of(n, "Genre")) for n, r in meta.items()], root)
 
 # %% ../nbs/04a_tasks.ipynb #05546f34
 LOADERS = {f.__name__: f for f in (speech_commands, fluent_commands, voxceleb1, iemocap, librispeech, vocalset_singers, vocalset_techniques, nsynth, gtzan, esc50, giantsteps, magnatagatune, emomusic)}
@@ -259,9 +279,9 @@ PUBLISHED = {t.name: t for t in (
     Task("pitchid", "music", "nsynth", "pitch", "note", ("instrument", "velocity"), steps=3000),
     Task("genreid", "music", "gtzan", "label", "track"),
     Task("esc50", "sound", "esc50", "label", "recording", ("take",), folds=5),
-    Task("gs-key", "music", "giantsteps", "label", "track", also=("weighted key score",)),
-    Task("mtt", "music", "magnatagatune", "label", "track", kind="tags", metric="roc-auc", also=("average precision",), steps=3000),
-    Task("emo", "music", "emomusic", "label", "song", kind="numbers", metric="r2", also=("r2:0", "r2:1")))}
+    Task("gs-key", "music", "giantsteps", "label", "track", ("genre",), tell=True, also=("weighted key score",)),
+    Task("mtt", "music", "magnatagatune", "label", "track", ("artist",), tell=True, kind="tags", metric="roc-auc", also=("average precision",), steps=3000),
+    Task("emo", "music", "emomusic", "label", "song", ("artist", "genre"), tell=True, kind="numbers", metric="r2", also=("r2:0", "r2:1")))}
 
 # %% ../nbs/04a_tasks.ipynb #ea5874cc
 REFERENCE = pd.DataFrame([      # width of the projection, learning rate, steps, batch; from the reference code, see the paper's notes
@@ -292,6 +312,7 @@ def from_datasets(data,                # a `DatasetDict` of splits, or a `Datase
         rows.append(dict(id=f"{i}", file=str(f), start=0, end=_samples(f), split=SPLITS.get(s, s), label="" if r[label] is None else named(r[label]), **{k: str(r[c]) for k, c in columns.items()}))
     return whole_frames(pd.DataFrame(rows), seconds)
 
+# %% ../nbs/04a_tasks.ipynb #294dfd5e
 def _recording(a, folder, i):
     # the file of a recording; bytes without one are written under their hash
     if a["bytes"] is None and a["path"] is None: raise ValueError(f"row {i} of the data set has neither audio bytes nor a path")
@@ -305,7 +326,7 @@ def add_task(task:Task, table) -> None: # the table's `file` may be absolute
     "Make a question of one's own table: `probe` knows it by `task.name` afterwards."
     if task.name in TASKS or task.name in REFERENCE.task.values: raise ValueError(f"task {task.name!r} exists already; give it another name")
     LOADERS[task.segments], PUBLISHED[task.name] = (lambda root: table), task
-    _probe._segment_table.cache_clear()
+    _segment_table.cache_clear()
 
 # %% ../nbs/04a_tasks.ipynb #427f16ef
 LETTERS = "_ 'ABCDEFGHIJKLMNOPQRSTUVWXYZ"     # blank first
@@ -342,7 +363,7 @@ class Letters(nn.Module):
         self.lstm = nn.LSTM(width, width, 2, bidirectional=True, dropout=.2)
         self.out = nn.Linear(2*width, len(LETTERS))
     def forward(self, h): # [layers, 1, frames, dim] -> log-probabilities [frames, 1, letters]
-        x = self.inward(torch.einsum("lbtd,l->tbd", h, self.mix.softmax(0)))
+        x = self.inward(torch.einsum("lbtd,l->tbd", h.to(self.mix.device), self.mix.softmax(0)))
         return self.out(self.lstm(x)[0]).log_softmax(-1)
 
 # %% ../nbs/04a_tasks.ipynb #e843b0cb
@@ -356,13 +377,13 @@ def fit_letters(encoder, table, root,  # see `check_encoder`; rows of `librispee
     train, g = table[table.split == "train"].reset_index(drop=True), torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        net = Letters(len(frozen(train.iloc[0])), encoder.dim, width)
+        net = Letters(len(frozen(train.iloc[0])), encoder.dim, width).to("cuda" if torch.cuda.is_available() else "cpu")
     adam, best, kept = torch.optim.Adam(net.parameters(), lr), np.inf, None
     for step in range(1, steps+1):
         net.train()
         for i in torch.randint(len(train), (batch,), generator=g).tolist():
             said, want = net(frozen(train.iloc[i])), letters(train.label[i])
-            (F.ctc_loss(said, want[None], [len(said)], [len(want)], zero_infinity=True)/batch).backward()
+            (F.ctc_loss(said, want[None].to(said.device), [len(said)], [len(want)], zero_infinity=True)/batch).backward()
         nn.utils.clip_grad_norm_(net.parameters(), 1.)
         adam.step(), adam.zero_grad()
         if step % every == 0 or step == steps:
@@ -371,6 +392,7 @@ def fit_letters(encoder, table, root,  # see `check_encoder`; rows of `librispee
     net.load_state_dict(kept)
     return net.eval(), float(best)
 
+# %% ../nbs/04a_tasks.ipynb #e5034b7d
 @torch.no_grad()
 def _frames(encoder, row, root): return hear(encoder, normalise(torch.as_tensor(_read_file(root, row.file, row.start, row.end)))[None]).clone()
 
@@ -426,17 +448,16 @@ def fit_spelling(train, valid,        # (frames [layers, n, T, D], how many are 
     if len(x) > 1: p |= dict(a=torch.zeros(S, R, len(x)))
     for q in p.values(): q.requires_grad_()
     adam = BatchedAdam(list(p.values()), torch.as_tensor(lrs).float(), decay)
-    best, kept, order = torch.full((S, R), torch.inf), {k: q.detach().clone() for k, q in p.items()}, [_batches(len(n), min(batch, len(n)), k) for k in g]
+    best, kept, order = torch.full((S, R), -torch.inf), {k: q.detach().clone() for k, q in p.items()}, [_batches(len(n), min(batch, len(n)), k) for k in g]
     for step in range(1, steps+1):
         at = torch.stack([next(o) for o in order])
         adam.step(torch.autograd.grad(_ctc(x[:, at, :n[at].max()], n[at], y[at], u[at], p).mean(-1).sum(), adam.params))
         if step % every == 0:
             wrong = torch.tensor([_wrong(valid, {k: q[s:s+1, r:r+1] for k, q in p.items()}, alphabet) for s in range(S) for r in range(R)], dtype=torch.float).view(S, R)
-            better = wrong < best
-            best[better] = wrong[better]
-            for k, q in p.items(): kept[k][better] = q.detach()[better]
-    return kept, best
+            _keep_best(best, kept, p, -wrong)
+    return kept, -best
 
+# %% ../nbs/04a_tasks.ipynb #95af0e6d
 def _wrong(part, p, alphabet):
     x, n, y, u = part
     edits, size = letter_errors(["".join(alphabet[i] for i in t[:k]) for t, k in zip(y, u)], _read_off(x, n, p, alphabet))
@@ -450,15 +471,9 @@ def _read_off(x, n, p, alphabet): # the texts that one copy reads off frames
 def score_spelling(encoder, t, view, seeds, root=None, lrs=(1e-2, 3e-2)): # a task of kind `spell`; see `fit_spelling`
     "Rows and predictions of a spelling task, like `score_task`; the predictions are the texts that were heard, and their edits."
     df, x = task_table(t.name, root), torch.as_tensor(np.array(frame_features(encoder, t.segments, view, root)))
-    there = torch.isfinite(x[0, ..., 0]).sum(1)
-    use = torch.as_tensor((df.usable & (there.numpy() > 0)).to_numpy(copy=True))
-    status = _status(int((there == 0).sum()), len(df), int((~df.usable).sum()))
-    df, x, there = df[use.numpy()].reset_index(drop=True), x[:, use], there[use]
-    of = {s: torch.as_tensor(np.flatnonzero(df.split == s)) for s in ("train", "valid", "test")}
+    x, df, at, kept, status = _prepared(x[None], df, t)
+    there, x, of = torch.isfinite(x[0, 0, ..., 0]).sum(1), x[0].nan_to_num(), {k: torch.as_tensor(v) for k, v in at.items()}
     alphabet = "_" + "".join(sorted(set("".join(df.label[df.split == "train"]))))
-    train = x[:, of["train"]].flatten(1, 2)
-    train = train[:, torch.isfinite(train[0, :, 0])]
-    x = ((x - train.mean(1)[:, None, None])/(train.std(1)[:, None, None] + 1e-5)).nan_to_num()
     y = [letters(s, alphabet) for s in df.label]
     y, u = nn.utils.rnn.pad_sequence(y, batch_first=True), torch.tensor([len(v) for v in y])
     part = lambda s: (x[:, of[s]], there[of[s]], y[of[s]], u[of[s]])
@@ -468,7 +483,7 @@ def score_spelling(encoder, t, view, seeds, root=None, lrs=(1e-2, 3e-2)): # a ta
     true = df.label.iloc[of["test"].numpy()].tolist()
     edits, size = zip(*[letter_errors(true, s) for s in said])
     rows = [dict(probe="ctc", seed=s, metric=t.metric, score=edits[i].sum()/size[i].sum(), valid=float(valid[i, r]), lr=lrs[r], n_test=len(true), status=status) for i, s in enumerate(seeds)]
-    return rows, dict(id=df.id.to_numpy(str)[of["test"]], group=df[t.group].to_numpy(str)[of["test"]], letters=size[0], edits=np.stack(edits), said=np.array(said))
+    return rows, dict(kept, letters=size[0], edits=np.stack(edits), said=np.array(said))
 
 # %% ../nbs/04a_tasks.ipynb #7b48743f
 def _heard(encoder, wav):
@@ -486,6 +501,7 @@ class XaresEncoder(nn.Module):
     def forward(self, audio): # waveforms at `sampling_rate`, [batch, samples] or [samples]
         return _heard(self.encoder, torch.atleast_2d(audio))[self.layer]
 
+# %% ../nbs/04a_tasks.ipynb #869555ae
 class S3prlUpstream(nn.Module):
     "An encoder as s3prl's runner calls an upstream: a list of waveforms in, `hidden_states` out; each is heard alone, then padded."
     def __init__(self, encoder):     # see `check_encoder`

@@ -1,5 +1,5 @@
 "Results: statistics against scipy and statsmodels, closed forms for the tables, and what is missing or contradictory."
-import json, math, shutil
+import dataclasses, json, math, shutil
 import numpy as np, pandas as pd, pytest
 from hypothesis import given, settings, strategies as st
 from scipy import stats
@@ -7,7 +7,8 @@ from sklearn.metrics import r2_score, roc_auc_score
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_effectsize
-from distilltv import results as R
+from distilltv import results as R, tasks as T
+from distilltv.runs import profile
 
 TASKS = dict(phones="speech", match="speech", pitch="music", key="music")
 
@@ -148,10 +149,80 @@ def test_paper_numbers_have_source_and_confidence():
     p = pd.read_csv(R.data_dir()/"results/paper_numbers.csv", dtype=str, keep_default_na=False)
     assert (p.source != "").all() and ((p.value == "") == (p.source == "not found")).all() and (p[p.value != ""].confidence != "").all()
 
+@pytest.fixture(scope="module")
+def beside():
+    "The paper's numbers beside those of the shipped run."
+    scores, hits = R.gather(R.data_dir()/"results")
+    return R.paper_table(R.with_means(R.bootstrap(hits, 5), scores), scores)
+
+def test_a_row_without_a_run_says_command_audio_and_time(beside):
+    t = beside
+    rest = t[t.ours == "not run"]
+    assert len(rest) > 90 and (t[t.ours != "not run"].ours != "").all() and (rest.command != "").all()
+    run = rest[~rest.command.str.startswith("none: ")]
+    assert (run.audio != "").all() and run.time.str.fullmatch(r"[\d.e-]+ to [\d.e-]+ (h|min)").all() and rest[rest.command.str.startswith("none: ")].time.eq("").all()
+    ic = run[(run.model == "HuBERT base (teacher)") & (run.task == "IC")].iloc[0]
+    assert ic["first"] == "" and ic.command == "papermill nbs/04_probe.ipynb probe.ipynb -p profile paper -p tasks ic -p encoder teacher-speech" and ic.audio == "Fluent Speech Commands: 19 h"
+    # by hand: a HuBERT Base is 14.8 GFLOP a second of audio, 19 h are 68 400 s, an A100 312 TFLOP/s of which .6 to .2 are used
+    assert ic.time == f"{68400*14.813e9/(312e12*.6)/60:.2g} to {68400*14.813e9/(312e12*.2)/60:.2g} min" == "0.09 to 0.27 min"
+    assert max(len(v) for c in R.COST for v in run[c]) < 320
+
+def test_the_counted_operations_are_those_of_the_layers():
+    "Parity with a hand count: the convolutions, the projection, the positional convolution and the layers of a HuBERT."
+    from transformers import HubertConfig
+    c, seconds = HubertConfig(), 2.
+    n, total, inward = 32000, 0, 1
+    for k, stride, out in zip(c.conv_kernel, c.conv_stride, c.conv_dim):
+        n = (n - k)//stride + 1
+        total, inward = total + 2*n*k*inward*out, out
+    d, f = c.hidden_size, c.intermediate_size
+    same = n + 1    # an even kernel's padding gives a frame more, which is cut off
+    total += 2*n*inward*d + 2*same*c.num_conv_pos_embeddings*d*(d//c.num_conv_pos_embedding_groups)
+    total += c.num_hidden_layers*(2*n*(4*d*d + 2*d*f) + 2*2*n*n*d)
+    assert abs(R.operations(c, seconds)*seconds/total - 1) < 1e-3
+
+def test_commands_of_rows_are_accepted(beside, monkeypatch):
+    "Each command's notebook takes its parameters, each distillation its settings, and each encoder is where they write it."
+    import nbformat
+    from distilltv import distill as D, reproduce, runs
+    t = beside.query("ours == 'not run' and not command.str.startswith('none')")
+    made, cells = {}, {}
+    monkeypatch.setattr(D, "distil", lambda p, teacher, corpus, *a: (made.update({teacher: (p, corpus)}) or "folder", None))
+    for first in t["first"].drop_duplicates():
+        for c in filter(None, first.split("; ")):
+            assert c.startswith("python -m distilltv.distill ")
+            D.main(c.split()[3:])
+    assert set(made) == {"speech", "music", "ensemble"} and all(p.name == "paper" for p, _ in made.values())
+    merged = {c.out for c in reproduce.grid("paper", lams=(.1, .5, .8, .9)) if c.stage == "merge"}
+    students = {c.out for c in reproduce.grid("paper") if c.stage == "distil"} | {"paper/students/own/music"}
+    for command in t.command.drop_duplicates():
+        for c in command.split(" && "):
+            _, nb, _, *rest = c.split()
+            given = dict(zip(rest[1::3], rest[2::3]))
+            if nb not in cells:
+                code = [k.source for k in nbformat.read(runs.root()/nb, 4).cells if k.cell_type == "code" and ("parameters" in k.metadata.get("tags", []) or "check_parameters(" in k.source)]
+                cells[nb] = [k for k in code if k.startswith(("lam", "encoder"))][0], next(k for k in code if "check_parameters(" in k)
+            scope = {}
+            exec(cells[nb][0], scope)
+            assert set(given) <= set(scope)
+            scope |= {k: type(scope[k])(v) for k, v in given.items()}
+            exec("from distilltv.runs import Choice, Integer, Text, check_parameters\nfrom distilltv.rules import RULES\nuse_threads = lambda: None\n" + cells[nb][1], scope)
+        encoder, tasks = given["encoder"].removeprefix("$DISTILLTV_HOME/"), given["tasks"]
+        assert encoder in merged | students | {"teacher-speech", "teacher-music"}
+        assert set(tasks.split(",")) <= set(T.PUBLISHED)
+
+def test_what_ours_does_is_read_and_not_typed(monkeypatch, tmp_path):
+    t = R.code_table().set_index("what")
+    assert t.loc["batch", "ours"] == "24 for both" and t.loc["tasks in the average", "ours"].startswith("9: asr")
+    monkeypatch.setattr(R, "get_profile", lambda name: dataclasses.replace(profile(name), batch=7, short="alone"))
+    assert R.code_table().set_index("what").ours[["batch", "audio shorter than a crop"]].tolist() == ["7 for both", "shorter crops; no padding"]
+    (tmp_path/"x.csv").write_text("what,theirs,source\nbeauty,none,me\n")
+    with pytest.raises(ValueError, match="nothing of ours is read for beauty"): R.code_table(tmp_path/"x.csv")
+
 def test_report_writes_everything(full, tmp_path, capsys):
     root, *_ = full
     fig = R.report(root, tmp_path)
-    assert fig.exists() and {"scores.csv", "predictions.npz", "table.csv", "tests.csv", "paper.csv", "findings.json", "captions.json", "tradeoff.svg", "tasks.png", "differences.svg"} <= {f.name for f in tmp_path.iterdir()}
+    assert fig.exists() and {"scores.csv", "predictions.npz", "table.csv", "tests.csv", "paper.csv", "code.csv", "findings.json", "captions.json", "tradeoff.svg", "tasks.png", "differences.svg"} <= {f.name for f in tmp_path.iterdir()}
     said = capsys.readouterr().out
     assert "lam-0.50-both" in said and "trade-off is there" in said and str(fig) in said
     assert "3 probe seeds" in json.loads((tmp_path/"captions.json").read_text())["tradeoff"]
