@@ -50,10 +50,14 @@ class Module:
 
 def escape(text): return re.sub(r"(?<!\\)([|<$@])", r"\\\1", text) if "`" not in text else "`".join(p if i % 2 else escape(p) for i, p in enumerate(text.split("`")))
 
+WIDTH = dict(parameter=18, field=18, type=16, default=14, meaning=52)    # shares of the page: of a table with long rows, Pandoc takes them from the dashes
+
 def table(rows, head=("parameter", "type", "default", "meaning")):
     if not any(any(r[1:]) for r in rows): return ""    # a table of bare names says no more than the signature
+    told = [i for i in range(len(head)) if i == 0 or any(r[i] for r in rows)]     # a column that is empty throughout is none
+    rows, head = [[r[i] for i in told] for r in rows], [head[i] for i in told]
     code = lambda s: f"`{s}`".replace("|", "\\|") if s else ""
-    lines = [" | ".join(head), " | ".join("---" for _ in head)] + [" | ".join([*map(code, r[:-1]), escape(r[-1])]) for r in rows]
+    lines = [" | ".join(head), " | ".join("-"*WIDTH[h] for h in head)] + [" | ".join(escape(v) if h == "meaning" else code(v) for h, v in zip(head, r)) for r in rows]
     return "".join(f"| {l} |\n" for l in lines)
 
 def function(m, f, level, owner=""):
