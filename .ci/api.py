@@ -65,14 +65,14 @@ def function(m, f, level, owner=""):
     name = owner + ("" if f.name == "__init__" else f.name)
     rows = m.parameters(f.args)
     signature = ", ".join(n + (f"={d}" if d else "") for n, _, d, _ in rows)
-    return f"{'#'*level} {name} {{#{name.lower().replace('.', '-')}}}\n\n```python\n{name}({signature})\n```\n\n{escape(doc)}\n\n{table(rows)}\n{m.returns(f)}\n"
+    return f"{'#'*level} {name} {{#{name.replace('.', '-')}}}\n\n```python\n{name}({signature})\n```\n\n{escape(doc)}\n\n{table(rows)}\n{m.returns(f)}\n"
 
 def klass(m, c):
     doc = ast.get_docstring(c) or ""
     fields = [n for n in c.body if isinstance(n, ast.AnnAssign)]
     says = m.described([(n.target.id, n.end_lineno) for n in fields])
     rows = [(n.target.id, ast.unparse(n.annotation), ast.unparse(n.value) if n.value else "", says[n.target.id]) for n in fields]
-    text = f"## {c.name} {{#{c.name.lower()}}}\n\n{escape(doc)}\n\n{table(rows, ('field', 'type', 'default', 'meaning'))}\n"
+    text = f"## {c.name} {{#{c.name}}}\n\n{escape(doc)}\n\n{table(rows, ('field', 'type', 'default', 'meaning'))}\n"
     init = next((f for f in c.body if isinstance(f, ast.FunctionDef) and f.name == "__init__"), None)
     if init: text += table(m.parameters(init.args)) + "\n"
     for f in c.body:

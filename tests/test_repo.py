@@ -63,7 +63,7 @@ def test_cross_references_and_citations_resolve():
 def test_labels_and_headings_are_unique_on_a_page():
     "Both become ids."
     for p in pages():
-        for found in (re.findall(r"#\|\s*label:\s*([\w-]+)", everything(p)), re.findall(r"^#+ (.*)$", prose(p), re.M)):
+        for found in (re.findall(r"#\|\s*label:\s*([\w-]+)", everything(p)), re.findall(r"^#+ (.*)$", prose(p), re.M), re.findall(r"^#+ .*\{#([\w-]+)\}", prose(p), re.M)):
             assert not (twice := {f for f in found if found.count(f) > 1}), f"{p.relative_to(ROOT)}: {twice} is there twice"
 
 def anchors(path):
