@@ -2,7 +2,7 @@
 
 Copies from runs/mini to data/mini: the results, the three students, and of every executed notebook the parameters and the
 run itself, with links that work from its new place, so that each number on the site can be followed to the run that made it.
-Then the pages that read the results are executed and cleaned, and README.md is made from one of them.
+The dial's fine grid is scored from the same students, about twenty minutes; what was scored before is kept. Then the pages that read the results are executed and cleaned, and README.md is made from one of them.
 """
 import base64, io, json, os, posixpath, re, shutil, subprocess, sys, tempfile
 from pathlib import Path
@@ -69,14 +69,14 @@ def main():
     by_id = {c.id: c for c in cells}
     if stale := [c.id for c in cells if not fresh(c, by_id)]: sys.exit(f"not up to date, run `distilltv reproduce` first: {', '.join(stale)}")
     to = data_dir()
-    execute(["dial"], DISTILLTV_HOME=str(home()))    # chooses the examples, from predictions that do not ship
-    shutil.copy(home()/"mini/examples.json", to/"results")
     for f in (home()/"mini/results").iterdir():
         if f.is_file() and f.suffix not in (".ipynb", ".svg") and f.name not in ("result.json", "stamp.json"): shutil.copy(f, to/"results")
     for c in cells:
         if c.stage == "distil":
             (to/"students"/c.name).mkdir(parents=True, exist_ok=True)
             for f in ("config.json", "model.safetensors", "preprocessor_config.json", "distilltv.json"): shutil.copy(c.folder/f, to/"students"/c.name)
+    (home()/"mini/dial").mkdir(parents=True, exist_ok=True)    # the λ between, and the examples: of these students, so after them
+    subprocess.run([Path(sys.executable).parent/"papermill", "dial.ipynb", home()/"mini/dial/dial.ipynb", "-p", "make", "full"], cwd=root()/"nbs", check=True)
     shutil.rmtree(to/"runs", ignore_errors=True)
     (to/"runs").mkdir()
     records = {}
