@@ -13,6 +13,8 @@ from distilltv.runs import data_dir, home, root, write_json
 # where a chapter stops explaining and starts to run; the results chapter is all run
 OWN = dict(distil="## This run", merge="## The merge", probe="## The run")
 
+WIDGET = "application/vnd.jupyter.widget-view+json"    # which a page could only draw with scripts from elsewhere
+
 def run_itself(cells, stage):
     "Parameters, and the cells from the run's own heading on: without what defines the package or asks the reader, both are in the chapter."
     says = ["".join(c["source"]) for c in cells]
@@ -32,7 +34,7 @@ def notebook(cell):
         c["metadata"] = {k: v for k, v in c["metadata"].items() if k == "tags" and v}
         if c["cell_type"] == "code": c["execution_count"] = None
         if c["cell_type"] == "markdown": c["source"] = relink("".join(c["source"]))
-        if c.get("outputs"): c["outputs"] = [o for o in c["outputs"] if o.get("name") != "stderr"]  # progress bars
+        if c.get("outputs"): c["outputs"] = [o for o in c["outputs"] if o.get("name") != "stderr" and WIDGET not in o.get("data", {})]  # progress bars
         for o in c.get("outputs", []):
             if "execution_count" in o: o["execution_count"] = None
             if "image/png" in o.get("data", {}): o["data"]["image/png"] = smaller(o["data"]["image/png"])
