@@ -50,10 +50,14 @@ class Module:
 
 def escape(text): return re.sub(r"(?<!\\)([|<$@])", r"\\\1", text) if "`" not in text else "`".join(p if i % 2 else escape(p) for i, p in enumerate(text.split("`")))
 
+WIDTH = dict(parameter=18, field=18, type=16, default=14, meaning=52)    # shares of the page: of a table with long rows, Pandoc takes them from the dashes
+
 def table(rows, head=("parameter", "type", "default", "meaning")):
     if not any(any(r[1:]) for r in rows): return ""    # a table of bare names says no more than the signature
+    told = [i for i in range(len(head)) if i == 0 or any(r[i] for r in rows)]     # a column that is empty throughout is none
+    rows, head = [[r[i] for i in told] for r in rows], [head[i] for i in told]
     code = lambda s: f"`{s}`".replace("|", "\\|") if s else ""
-    lines = [" | ".join(head), " | ".join("---" for _ in head)] + [" | ".join([*map(code, r[:-1]), escape(r[-1])]) for r in rows]
+    lines = [" | ".join(head), " | ".join("-"*WIDTH[h] for h in head)] + [" | ".join(escape(v) if h == "meaning" else code(v) for h, v in zip(head, r)) for r in rows]
     return "".join(f"| {l} |\n" for l in lines)
 
 def function(m, f, level, owner=""):
@@ -61,14 +65,14 @@ def function(m, f, level, owner=""):
     name = owner + ("" if f.name == "__init__" else f.name)
     rows = m.parameters(f.args)
     signature = ", ".join(n + (f"={d}" if d else "") for n, _, d, _ in rows)
-    return f"{'#'*level} {name} {{#{name.lower().replace('.', '-')}}}\n\n```python\n{name}({signature})\n```\n\n{escape(doc)}\n\n{table(rows)}\n{m.returns(f)}\n"
+    return f"{'#'*level} {name} {{#{name.replace('.', '-')}}}\n\n```python\n{name}({signature})\n```\n\n{escape(doc)}\n\n{table(rows)}\n{m.returns(f)}\n"
 
 def klass(m, c):
     doc = ast.get_docstring(c) or ""
     fields = [n for n in c.body if isinstance(n, ast.AnnAssign)]
     says = m.described([(n.target.id, n.end_lineno) for n in fields])
     rows = [(n.target.id, ast.unparse(n.annotation), ast.unparse(n.value) if n.value else "", says[n.target.id]) for n in fields]
-    text = f"## {c.name} {{#{c.name.lower()}}}\n\n{escape(doc)}\n\n{table(rows, ('field', 'type', 'default', 'meaning'))}\n"
+    text = f"## {c.name} {{#{c.name}}}\n\n{escape(doc)}\n\n{table(rows, ('field', 'type', 'default', 'meaning'))}\n"
     init = next((f for f in c.body if isinstance(f, ast.FunctionDef) and f.name == "__init__"), None)
     if init: text += table(m.parameters(init.args)) + "\n"
     for f in c.body:

@@ -2,7 +2,7 @@
 
 Copies from runs/mini to data/mini: the results, the three students, and of every executed notebook the parameters and the
 run itself, with links that work from its new place, so that each number on the site can be followed to the run that made it.
-Then the pages that read the results are executed and cleaned, and README.md is made from one of them.
+The dial's fine grid is scored from the same students, about twenty minutes; what was scored before is kept. Then the pages that read the results are executed and cleaned, and README.md is made from one of them.
 """
 import base64, io, json, os, posixpath, re, shutil, subprocess, sys, tempfile
 from pathlib import Path
@@ -12,6 +12,8 @@ from distilltv.runs import data_dir, home, root, write_json
 
 # where a chapter stops explaining and starts to run; the results chapter is all run
 OWN = dict(distil="## This run", merge="## The merge", probe="## The run")
+
+WIDGET = "application/vnd.jupyter.widget-view+json"    # which a page could only draw with scripts from elsewhere
 
 def run_itself(cells, stage):
     "Parameters, and the cells from the run's own heading on: without what defines the package or asks the reader, both are in the chapter."
@@ -32,7 +34,7 @@ def notebook(cell):
         c["metadata"] = {k: v for k, v in c["metadata"].items() if k == "tags" and v}
         if c["cell_type"] == "code": c["execution_count"] = None
         if c["cell_type"] == "markdown": c["source"] = relink("".join(c["source"]))
-        if c.get("outputs"): c["outputs"] = [o for o in c["outputs"] if o.get("name") != "stderr"]  # progress bars
+        if c.get("outputs"): c["outputs"] = [o for o in c["outputs"] if o.get("name") != "stderr" and WIDGET not in o.get("data", {})]  # progress bars
         for o in c.get("outputs", []):
             if "execution_count" in o: o["execution_count"] = None
             if "image/png" in o.get("data", {}): o["data"]["image/png"] = smaller(o["data"]["image/png"])
@@ -69,8 +71,6 @@ def main():
     by_id = {c.id: c for c in cells}
     if stale := [c.id for c in cells if not fresh(c, by_id)]: sys.exit(f"not up to date, run `distilltv reproduce` first: {', '.join(stale)}")
     to = data_dir()
-    execute(["dial"], DISTILLTV_HOME=str(home()))    # chooses the examples, from predictions that do not ship
-    shutil.copy(home()/"mini/examples.json", to/"results")
     for f in (home()/"mini/results").iterdir():
         if f.is_file() and f.suffix not in (".ipynb", ".svg") and f.name not in ("result.json", "stamp.json"): shutil.copy(f, to/"results")
     for c in cells:
@@ -78,6 +78,8 @@ def main():
             (to/"students"/c.name).mkdir(parents=True, exist_ok=True)
             files = ["config.json", "model.safetensors", "preprocessor_config.json", "distilltv.json"]
             for f in files + ["heads.safetensors"]*(c.name != "ensemble"): shutil.copy(c.folder/f, to/"students"/c.name) # the ensemble has no path to measure
+    (home()/"mini/dial").mkdir(parents=True, exist_ok=True)    # the λ between, and the examples: of these students, so after them
+    subprocess.run([Path(sys.executable).parent/"papermill", "dial.ipynb", home()/"mini/dial/dial.ipynb", "-p", "make", "full"], cwd=root()/"nbs", check=True)
     shutil.rmtree(to/"runs", ignore_errors=True)
     (to/"runs").mkdir()
     records = {}

@@ -156,6 +156,7 @@ def _full(error, path):
     if not full: return error
     return OSError(errno.ENOSPC, f"no space left to write {path}: free some and start again; what was there before is untouched")
 
+# %% ../nbs/00_runs.ipynb #1b9fd6a0
 def _exchange(a, b): # two paths swap what they name in one step; whether the system could
     try: swap = ctypes.CDLL(None, use_errno=True).renameat2
     except AttributeError: return False
@@ -185,6 +186,7 @@ def atomic_folder(path): # the folder to write
         if path.exists(): shutil.rmtree(old, ignore_errors=True)
         shutil.rmtree(tmp, ignore_errors=True)
 
+# %% ../nbs/00_runs.ipynb #1b9fd6a1
 def write_json(path, # the file to write
                obj   # anything `json` can write; paths become strings
               ) -> None:

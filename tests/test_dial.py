@@ -1,7 +1,7 @@
 "The dial, in a real browser: mouse and keyboard turn it, its numbers are the results', and it asks nobody for anything."
 import json, os, re, shutil, subprocess, time, urllib.request
 from pathlib import Path
-import pytest
+import pandas as pd, pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 CHROME = next((p for p in map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome")) if p), None)
@@ -13,16 +13,33 @@ def page_html(page="dial", id="dial"):
 def data(): return json.loads(re.search(r'id="dial-data">(.*?)</script>', page_html(), re.S)[1].replace("<\\/", "</"))
 
 def test_numbers_are_the_results():
+    "Of every encoder of the reference run the results' table; of every λ between them the mean of its rows, inside its interval."
     from distilltv.results import bootstrap, gather, interval, with_means
     from distilltv.runs import data_dir
     scores, hits = gather(data_dir()/"results")
-    table, checked = interval(with_means(bootstrap(hits), scores)), 0
+    table, run = interval(with_means(bootstrap(hits), scores)), set(scores.encoder)
+    fine = pd.read_csv(data_dir()/"results/dial/scores.csv").groupby(["encoder", "task"]).score.mean()
+    domain, checked, between = scores.drop_duplicates("task").set_index("task").domain, 0, 0
     for e in data()["encoders"]:
         for task, shown in e["scores"].items():
-            assert shown == pytest.approx(table.loc[(task, e["name"]), ["estimate", "lo", "hi"]].astype(float).tolist(), abs=1e-5)
             checked += 1
-    for e in data()["encoders"]: assert (ROOT/"nbs"/e["page"]).resolve().with_suffix(".ipynb").exists(), f"the mark of {e['name']} leads to no run"
-    assert len(data()["sweep"]) >= 11 and data()["lams"] == sorted(data()["lams"]) and checked > 100
+            if e["name"] in run: assert shown == pytest.approx(table.loc[(task, e["name"]), ["estimate", "lo", "hi"]].astype(float).tolist(), abs=1e-5)
+            else:
+                of = [task] if task in domain else list(domain.index[domain == task.removesuffix(" mean")])
+                assert shown[0] == pytest.approx(fine[e["name"]][of].mean(), abs=1e-5) and shown[1] <= shown[0] <= shown[2]
+                between += 1
+        assert e["page"] is None if e["name"] not in run else (ROOT/"nbs"/e["page"]).resolve().with_suffix(".ipynb").exists(), f"the mark of {e['name']} leads to no run"
+    assert data()["lams"] == [round(.02*i, 2) for i in range(51)] and between == 40*len(data()["tasks"]) and checked > 500
+
+def test_the_fine_grid_meets_the_reference_run():
+    "The same weights at the eleven λ they share, and the same score for every task and probe seed."
+    from distilltv.runs import data_dir
+    made, fine, run = json.loads((data_dir()/"results/dial/dial.json").read_text()), *(pd.read_csv(data_dir()/f"results/{f}scores.csv") for f in ("dial/", ""))
+    both = fine.merge(run, on=["encoder", "task", "probe", "seed", "metric"], suffixes=("", "_run"))
+    assert both.encoder.nunique() == 11 and len(both) == 11*(6*3 + 1)
+    assert both.score.tolist() == pytest.approx(both.score_run.tolist(), abs=1e-12)
+    assert all(made["hashes"][f"{l:.2f}"] == h for l, h in zip(both.lam, both.weights_hash))
+    assert len(fine) == 51*(6*3 + 1) and not any(c.endswith("+") or c == "unknown" for c in made["commits"])
 
 class Browser:
     "Chromium over its debugging protocol."
@@ -49,8 +66,8 @@ class Browser:
 
     def js(self, code): return self.call("Runtime.evaluate", expression=code, returnByValue=True)["result"].get("value")
 
-    def key(self, name, code):
-        for kind in ("rawKeyDown", "keyUp"): self.call("Input.dispatchKeyEvent", type=kind, key=name, code=name, windowsVirtualKeyCode=code)
+    def key(self, name, code, shift=False):
+        for kind in ("rawKeyDown", "keyUp"): self.call("Input.dispatchKeyEvent", type=kind, key=name, code=name, windowsVirtualKeyCode=code, modifiers=8*shift)
 
     def click(self, x, y):
         for kind in ("mousePressed", "mouseReleased"): self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
@@ -88,6 +105,10 @@ def test_turning_it(tmp_path, size):
         b.js('document.getElementById("dial-lam").focus()')
         b.key("ArrowRight", 39)
         places.append(check(middle+1))
+        for name, code, shift, by in (("PageUp", 33, False, 5), ("ArrowRight", 39, True, 5), ("ArrowLeft", 37, True, -5), ("PageDown", 34, False, -5), ("ArrowLeft", 37, False, -1)):
+            middle += by
+            b.key(name, code, shift)
+            check(middle+1)
         b.key("Home", 36)
         places.append(check(0))
         b.key("End", 35)
@@ -117,6 +138,6 @@ def test_the_marks_of_the_headline_figure_lead_to_their_runs(tmp_path):
             const r = a.querySelector("use").getBoundingClientRect(), at = document.elementFromPoint(r.x + r.width/2, r.y + r.height/2);
             return [a.getAttribute("href"), !!at && !!at.closest("a")]; }))"""))
     finally: b.close()
-    scored = {e["name"] for e in data()["encoders"]}
+    scored = {e["name"] for e in data()["encoders"] if e["page"]}
     assert {Path(href).stem.removeprefix("probe-") for href, on_top in hit if on_top} == scored
     for href, _ in hit: assert (ROOT/"nbs"/href).resolve().with_suffix(".ipynb").exists(), href

@@ -55,7 +55,9 @@ def test_notebook_is_executed_without_noise(path):
     assert not re.search(r"Warning:|\[IPKernelApp\]|it/s\]|s/it\]|step/s\]", text), "warnings or progress bars in outputs"
     assert not re.search(r"(?<![\w.])/(home|root|tmp|work|Users|opt|data)/\w", re.sub(r'"image/[a-z+]*": ("[^"]*"|\[[^\]]*\])', "", text)), "an absolute path in outputs"
 
-@pytest.mark.parametrize("path", [p for p in NOTEBOOKS if re.match(r"0[2-6]_", p.name)], ids=ids)
+TAKE_PARAMETERS = [p for p in NOTEBOOKS if re.match(r"0[2-6]_", p.name) or any("parameters" in c["metadata"].get("tags", []) for c in code_cells(p))]
+
+@pytest.mark.parametrize("path", TAKE_PARAMETERS, ids=ids)
 def test_parameters_are_tagged_and_checked(path):
     cells = code_cells(path)
     at = [i for i, c in enumerate(cells) if "parameters" in c["metadata"].get("tags", [])]

@@ -1,5 +1,5 @@
 "What a reader sees beside the code: the site, its links and pictures, licences, sizes, and nothing of the build machine."
-import json, os, re, shutil, subprocess, sys
+import importlib.util, json, os, re, shutil, subprocess, sys
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -63,7 +63,7 @@ def test_cross_references_and_citations_resolve():
 def test_labels_and_headings_are_unique_on_a_page():
     "Both become ids."
     for p in pages():
-        for found in (re.findall(r"#\|\s*label:\s*([\w-]+)", everything(p)), re.findall(r"^#+ (.*)$", prose(p), re.M)):
+        for found in (re.findall(r"#\|\s*label:\s*([\w-]+)", everything(p)), re.findall(r"^#+ (.*)$", prose(p), re.M), re.findall(r"^#+ .*\{#([\w-]+)\}", prose(p), re.M)):
             assert not (twice := {f for f in found if found.count(f) > 1}), f"{p.relative_to(ROOT)}: {twice} is there twice"
 
 def anchors(path):
@@ -130,7 +130,7 @@ for f in map(Path, sys.argv[1:]): f.write_text(nbdev_filter(nb_txt=f.read_text()
 def site(tmp_path_factory):
     "The site as Quarto would see it, built by smalldocs: hidden cells taken out, the rest as stored."
     to = tmp_path_factory.mktemp("site")
-    keep = [*pages(), *(ROOT/"nbs").glob("*.*css"), *(ROOT/"nbs").glob("*.bib"), *(ROOT/"data/mini/results").glob("*.*g"), ROOT/"_quarto.yml"]
+    keep = [*pages(), *(ROOT/"nbs").glob("*.*css"), *(ROOT/"nbs").glob("*.bib"), *(ROOT/"data/mini/results").glob("*.*g"), ROOT/"_quarto.yml", ROOT/SITE["project"]["post-render"]]
     for f in keep:
         (to/f.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(f, to/f.relative_to(ROOT))
@@ -165,6 +165,32 @@ def test_built_pages_are_whole(site):
 def test_quarto_renders_without_warnings(tmp_path):
     done = subprocess.run(["quarto", "render", "--output-dir", tmp_path], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "Unable to resolve" not in done.stderr and "WARN" not in done.stderr, done.stderr[-4000:]
+    for f in tmp_path.rglob("*.html"): assert not (m := elsewhere(f.read_text())), f"{f.relative_to(tmp_path)} loads {m}"
+    for f in tmp_path.rglob("*.css"): assert not re.search(r"@import[^;]*//", f.read_text(errors="replace")), f"{f.relative_to(tmp_path)} loads a font of another site"
+
+def elsewhere(html):
+    "What a page loads from other sites."
+    return re.findall(r"<(?:script|img|audio|source|iframe)\b[^>]*\bsrc=[\"']((?:https?:)?//[^\"']*)", html) + re.findall(r"<link\b[^>]*rel=[\"']stylesheet[\"'][^>]*href=[\"']((?:https?:)?//[^\"']*)", html)
+
+# what Quarto 1.10 puts into the head of a page whose notebook has a table among its outputs (src/core/jupyter/widgets.ts)
+WIDGETS = """<head><script src="site_libs/clipboard/clipboard.min.js"></script>
+<script src="https://cdn.jsdelivr.net/npm/requirejs@2.3.6/require.min.js" integrity="sha384-c9c+" crossorigin="anonymous"></script>
+<script src="https://cdn.jsdelivr.net/npm/jquery@3.5.1/dist/jquery.min.js" integrity="sha384-ZvpU" crossorigin="anonymous" data-relocate-top="true"></script>
+<script type="application/javascript">define('jquery', [],function() {return window.jQuery;})</script>
+<script src="https://cdn.jsdelivr.net/npm/@jupyter-widgets/html-manager@*/dist/embed-amd.js" crossorigin="anonymous"></script>
+</head><body><script>const define = 1</script></body>"""
+
+def test_pages_load_nothing_from_elsewhere():
+    "The theme's font is switched off, and what Quarto adds for widgets is taken out after it has rendered."
+    assert all("$web-font-path: false" in (ROOT/t).read_text() for layers in SITE["format"]["html"]["theme"].values() for t in layers if t.endswith(".scss"))
+    assert SITE["format"]["html"]["html-math-method"] == "mathml"
+    spec = importlib.util.spec_from_file_location("offline", ROOT/SITE["project"]["post-render"])
+    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+    assert len(elsewhere(WIDGETS)) == 3 and not elsewhere(module.offline(WIDGETS))
+    assert module.offline(WIDGETS).count("<script") == 2 and module.offline("<p>as it was</p>") == "<p>as it was</p>"
+    for p in pages():
+        for c in json.loads(p.read_text())["cells"] if p.suffix == ".ipynb" else []:
+            for o in c.get("outputs", []): assert not elsewhere("".join(o.get("data", {}).get("text/html", ""))), p.name
 
 # --- the repository
 
