@@ -50,7 +50,7 @@ SOURCES = {s.folders[0]: s for s in (
     Source("Fluent Speech Commands", ("fluent_speech_commands_dataset",), "the data set from fluent.ai", "1.5 GB", "Fluent Speech Commands Public License, academic use, no redistribution",
            "size: the archive leo19941227/fluent_speech_commands on the hub; licence: named in the data set's readme, terms as a user of it reports them; hours: the table of its readme", 19., ("fluent_commands",)),
     Source("VoxCeleb1", ("VoxCeleb1",), "dev and test audio, unpacked as dev/wav and test/wav, and iden_split.txt from robots.ox.ac.uk/~vgg/data/voxceleb", "over 30 GB", "CC BY 4.0 for the annotations",
-           "licence: the card of the mirror ProgramComputer/voxceleb on the hub; hours: 351.6 in PaddleSpeech's table of it, for 153,516 clips of which we hear at most eight seconds", 310., ("voxceleb1",)),
+           "licence: the card of the mirror ProgramComputer/voxceleb on the hub; hours: 351.6 in PaddleSpeech's table of it, for 153,516 clips; we hear at most eight seconds of each, so at most this", 341., ("voxceleb1",)),
     Source("IEMOCAP", ("IEMOCAP_full_release", "IEMOCAP"), "the full release, on request from sail.usc.edu/iemocap", "over 10 GB", "academic, on request",
            "licence: that it must be requested from USC's SAIL, in the readme of GenSEC-LLM's task on the hub; hours: 810 MB of 16 kHz samples for the 5,531 utterances of four emotions, Zahra99/IEMOCAP_Audio there", 7., ("iemocap",)),
     Source("VocalSet", ("VocalSet", "VocalSet11", "VocalSet1-2"), "the archive from zenodo.org/record/1193957", "2 GB", "CC BY 4.0",
