@@ -57,7 +57,7 @@ def grid(profile:str="mini",   # `mini`, `hub` or `paper`
             probe(f"{m.name}-{c}", "{home}/"+m.out, m.id) for m in merge]
     probes = floor + teachers + made
     results = Cell("results", "all", "05_results.ipynb", dict(profile=profile), f"{profile}/results", tuple(p.id for p in probes),
-                   (f"{{home}}/{profile}/probes", "{data}/results/paper_numbers.csv"))    # probes you ran yourself count too
+                   (f"{{home}}/{profile}/probes", "{data}/results/paper_numbers.csv", "{data}/results/paper_code.csv"))    # probes you ran yourself count too
     return [*distil, *merge, *probes, results]
 
 # %% ../nbs/06_reproduce.ipynb #b35ee0ad

@@ -55,8 +55,6 @@ def gather(*sources) -> tuple:  # folders with `probes/*/scores.csv`, or with `s
     return scores, {t: _stack(t, p, metrics(scores)[t]) for t, p in sorted(parts.items())}
 
 # %% ../nbs/05_results.ipynb #5e01ae04
-#| code-fold: true
-#| code-summary: "Which files, and what could not be run"
 def _score_files(source):
     found = sorted(source.glob("probes/*/scores.csv")) or sorted(source.glob("scores.csv"))
     if not found: raise ValueError(f"no scores in {source}: run `distilltv reproduce`, or probe an encoder with `papermill nbs/04_probe.ipynb out.ipynb -p encoder logmel`")
@@ -78,8 +76,6 @@ def _kept(p):
     return dict(items=mark, group=p["group"]) | (dict(correct=p["pred"] == truth) if "true" in p else {k: p[k] for k in p if k in (*_OWN, *_SHARED) and k != "group"})
 
 # %% ../nbs/05_results.ipynb #5e01ae00
-#| code-fold: true
-#| code-summary: "Reading the two kinds of file"
 def _predictions(f, encoder):
     # (task, encoder, what is kept), from a probe's file and from one that `save` wrote
     with np.load(f, allow_pickle=False) as z: flat = dict(z)
@@ -317,8 +313,6 @@ def label_of(e, info): # an encoder; table of encoders
     return {"merged": f"λ = {info.lam[e]:.2g}", "endpoint": e.replace("-", " student, ", 1), "ensemble": "ensemble student", "base": "θ₀", "random": "random", "logmel": "log-mel", "teacher": e.replace("teacher-", "") + " teacher"}.get(r, e)
 
 # %% ../nbs/05_results.ipynb #66cb2df7
-#| code-fold: true
-#| code-summary: "Drawing the trade-off"
 def plot_tradeoff(draws, scores, # from `with_means`; from `gather`
                   pages=None     # encoder -> address that its mark leads to, where the figure is an SVG
                  ):
@@ -355,8 +349,6 @@ def _zoom(ax, near, x, y):
     ax.add_patch(plt.Rectangle((x0, y0), x1-x0, y1-y0, fill=False, ec="0.5", lw=.8, ls=":"))
 
 # %% ../nbs/05_results.ipynb #db1f6eef
-#| code-fold: true
-#| code-summary: "Drawing the tasks"
 def plot_tasks(draws, scores): # from `with_means`; from `gather`
     "Each task over λ, with 95 % band, and the ensemble, teachers, θ₀ and log-mel as lines."
     style()
@@ -383,8 +375,6 @@ def _over_lam(ax, r, scores, info):
         ax.axhline(r.estimate[e], color=COLOUR[info.role[e]], lw=1.2, ls=":" if e == "teacher-music" else "--" if info.role[e] == "logmel" else "-", label=label_of(e, info))
 
 # %% ../nbs/05_results.ipynb #c31f12a7
-#| code-fold: true
-#| code-summary: "Drawing the differences"
 def plot_differences(tests): # from `paired_tests`
     "Merged encoders minus the ensemble, per task, with 95 % intervals; filled where significant at q = .05."
     style()
@@ -405,8 +395,6 @@ def plot_differences(tests): # from `paired_tests`
     return fig
 
 # %% ../nbs/05_results.ipynb #5e01ac01
-#| code-fold: true
-#| code-summary: "Reading the logs and drawing them"
 def learning(source) -> pd.DataFrame: # a profile's folder with `students/*/*/log.csv`, or a folder with `learning.csv`
     "Distillation losses: student, step, teacher, layer, loss; empty where no log is there."
     source = Path(source)
@@ -448,8 +436,6 @@ def findings(draws, scores, tests=None) -> list: # from `with_means`; from `gath
     return out + _teachers(draws, info, has)
 
 # %% ../nbs/05_results.ipynb #a88c0cef
-#| code-fold: true
-#| code-summary: "The sentences"
 def _tradeoff(draws, name, low, high, info):
     s, m = (draws[f"{d} mean", high] - draws[f"{d} mean", low] for d in ("speech", "music"))
     ci = lambda d: f"{100*d[0]:+.1f} points [{100*d[1:].quantile(.025):+.1f}, {100*d[1:].quantile(.975):+.1f}]"
@@ -489,8 +475,6 @@ def _teachers(draws, info, has):
     return out
 
 # %% ../nbs/05_results.ipynb #38e618e8
-#| code-fold: true
-#| code-summary: "Counting operations, and what they cost"
 PEAK, SHARE = 312e12, (.6, .2)    # operations a second of an A100 in bfloat16, from its data sheet; shares of it that may be reached, after the sheet of `scale`
 
 def operations(config, seconds:float=10., backward:bool=False) -> float: # of a HuBERT; length of the crops; count the backward pass too
@@ -509,8 +493,6 @@ def gpu_time(flop:float) -> str: # operations
 
 
 # %% ../nbs/05_results.ipynb #de41638f
-#| code-fold: true
-#| code-summary: "What a student and a probe take"
 SHAPES = {"": "", "2": "", "3": " student_layers=3", "wide": " student_width=1536 student_heads=6"}    # of the paper's table; as settings
 
 @lru_cache
@@ -538,8 +520,6 @@ def probe_flop(task:str, layers:str="") -> float: # a published task; a key of `
 UTTERANCE = 12.7    # mean seconds of train-clean-100: 100.6 hours in 28,539 utterances
 
 # %% ../nbs/05_results.ipynb #dc570c6c
-#| code-fold: true
-#| code-summary: "How each row would be run"
 NAMES = {"ASR": "asr", "KS": "ks", "IC": "ic", "SID": "sid", "SingerID": "singid", "VocID": "vocid", "PitchID": "pitchid", "ESC-50": "esc50", "overall": ",".join(NINE), "non-ASR average": "ks,ic,sid,er,singid,vocid,instcls,pitchid,genreid,esc50"}
 _MADE = "$DISTILLTV_HOME/paper"
 
@@ -560,8 +540,6 @@ def _route(r) -> tuple:
 
 
 # %% ../nbs/05_results.ipynb #aacb5e6c
-#| code-fold: true
-#| code-summary: "The paper's numbers beside ours"
 def paper_table(draws, scores, numbers=None) -> pd.DataFrame: # from `with_means`; from `gather`; CSV, default the shipped one
     "The known paper numbers with source and confidence, and ours where the same comparison exists; else `not run`, the command and its cost."
     t = pd.read_csv(numbers or data_dir()/"results/paper_numbers.csv", dtype=str, keep_default_na=False)
@@ -589,8 +567,6 @@ def _not_run(r):
                 time=gpu_time(sum(probe_flop(t.name, r.layers) for t in tasks)))
 
 # %% ../nbs/05_results.ipynb #8043cfa5
-#| code-fold: true
-#| code-summary: "What ours does, read from our objects"
 def _default(f, name): return inspect.signature(f).parameters[name].default
 
 def _ours() -> dict:
@@ -639,8 +615,6 @@ def report(profile="mini",  # a profile's name, or a folder that `gather` reads
     return out/"tradeoff.png"
 
 # %% ../nbs/05_results.ipynb #fef0a164
-#| code-fold: true
-#| code-summary: "Figures and captions as files"
 def _figures(out, draws, scores, tests, curves, profile):
     captions = dict(tradeoff="Mean accuracy on speech against music tasks along λ.", tasks="Each task along λ.", learning="Distillation loss of each student over the steps, by teacher and layer.",
                     differences="Merged minus ensemble on the same items; filled: significant at q = .05 (McNemar or paired bootstrap, Benjamini–Hochberg).")
