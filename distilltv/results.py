@@ -25,7 +25,7 @@ from .distill import distil
 from .encoders import student_config
 from .merge import check_same
 from .probe import LRS, PREPROCESSING, choose_view, features, find_task, fit_probes
-from .runs import commit, data_dir, profile as get_profile, root, write_atomic, write_json
+from .runs import commit, data_dir, profile as get_profile, write_atomic, write_json
 from .tasks import PUBLISHED, REFERENCE, SOURCES, Letters
 
 
@@ -595,7 +595,7 @@ def code_table(facts=None) -> pd.DataFrame: # CSV with `what`, `theirs`, `source
 def report(profile="mini",  # a profile's name, or a folder that `gather` reads
            out=None         # folder to write to; default runs/<profile>/results
           ) -> Path:        # the trade-off figure
-    "Write scores, table, tests, figures and captions; print the table, the findings and the figure's path."
+    "Write scores, table, tests, figures, captions and findings."
     known = profile in ("mini", "hub", "paper")
     where = find_source(profile) if known else Path(profile)
     out = Path(out or (get_profile(profile).folder if known else where)/"results")
@@ -609,9 +609,6 @@ def report(profile="mini",  # a profile's name, or a folder that `gather` reads
     _figures(out, draws, scores, tests, curves, profile if known else "mini")
     says = findings(draws, scores, tests) + [f"Not here yet: {m}." for m in missing(scores)]
     write_json(out/"findings.json", says)
-    with pd.option_context("display.width", 250, "display.max_columns", None, "display.max_rows", None): print(shown.to_string())
-    near = out.absolute().relative_to(root()) if out.absolute().is_relative_to(root()) else out
-    print("", *says, "", f"figure: {near/'tradeoff.png'}", sep="\n")
     return out/"tradeoff.png"
 
 # %% ../nbs/05_results.ipynb #fef0a164
