@@ -6,6 +6,7 @@ The dial's fine grid is scored from the same students, about twenty minutes; wha
 """
 import base64, io, json, os, posixpath, re, shutil, subprocess, sys, tempfile
 from pathlib import Path
+import pandas as pd
 from PIL import Image
 from distilltv.reproduce import fresh, grid
 from distilltv.runs import data_dir, home, root, write_json
@@ -78,8 +79,10 @@ def main():
             (to/"students"/c.name).mkdir(parents=True, exist_ok=True)
             files = ["config.json", "model.safetensors", "preprocessor_config.json", "distilltv.json"]
             for f in files + ["heads.safetensors"]*(c.name != "ensemble"): shutil.copy(c.folder/f, to/"students"/c.name) # the ensemble has no path to measure
-    (home()/"mini/dial").mkdir(parents=True, exist_ok=True)    # the λ between, and the examples: of these students, so after them
-    subprocess.run([Path(sys.executable).parent/"papermill", "dial.ipynb", home()/"mini/dial/dial.ipynb", "-p", "make", "full"], cwd=root()/"nbs", check=True)
+    known = json.loads((to/"results/dial/dial.json").read_text())["hashes"].values()
+    if not set(pd.read_csv(to/"results/scores.csv").query("role == 'merged'").weights_hash) <= set(known):  # other students: the λ between, and the examples, again
+        (home()/"mini/dial").mkdir(parents=True, exist_ok=True)
+        subprocess.run([Path(sys.executable).parent/"papermill", "dial.ipynb", home()/"mini/dial/dial.ipynb", "-p", "make", "full"], cwd=root()/"nbs", check=True)
     shutil.rmtree(to/"runs", ignore_errors=True)
     (to/"runs").mkdir()
     records = {}
