@@ -479,8 +479,8 @@ PEAK, SHARE = 312e12, (.6, .2)    # operations a second of an A100 in bfloat16, 
 
 def operations(config, seconds:float=10., backward:bool=False) -> float: # of a HuBERT; length of the crops; count the backward pass too
     "Floating-point operations for a second of audio, counted by PyTorch on its `meta` device."
-    config._attn_implementation = "eager"   # its products are counted like all others
-    with torch.device("meta"): model, wav = HubertModel(config).eval(), torch.empty(1, int(SAMPLE_RATE*seconds))
+    plain = HubertConfig(**config.to_dict(), attn_implementation="eager")   # its products are counted like all others
+    with torch.device("meta"): model, wav = HubertModel(plain).eval(), torch.empty(1, int(SAMPLE_RATE*seconds))
     with FlopCounterMode(display=False) as count:
         h = model(wav).last_hidden_state
         if backward: h.sum().backward()

@@ -260,7 +260,7 @@ def emomusic(root):
     at = _folder("emomusic", root, "meta.json", "wav")
     meta = json.loads((at/"meta.json").read_text())
     known = at/"annotations/songs_info.csv"
-    info = {r["song_id"]: r for r in csv.DictReader(open(known, newline="", encoding="utf8", errors="replace"))} if known.exists() else {}
+    info = {r["song_id"]: r for r in csv.DictReader(known.read_text(encoding="utf8", errors="replace").splitlines())} if known.exists() else {}
     of = lambda n, c: info.get(n, {}).get(c, "").strip()
     return _clips([dict(path=at/f"wav/{n}.wav", split=r["split"], label="|".join(map(str, r["y"])), song=n, artist=of(n, "Artist"), genre=of(n, "Genre")) for n, r in meta.items()], root)
 
