@@ -52,7 +52,8 @@ def test_notebook_is_executed_without_noise(path):
     assert outputs or not code_cells(path), "no outputs: run the notebook and save it"
     assert not [o for o in outputs if o["output_type"] == "error"], "an output is an error"
     text = json.dumps(outputs)
-    assert not re.search(r"Warning:|\[IPKernelApp\]|it/s\]|s/it\]|step/s\]", text), "warnings or progress bars in outputs"
+    assert not re.search(r"Warning:|\[IPKernelApp\]|it/s\]|s/it\]|step/s\]|jupyter.widget-view", text), "warnings or progress bars in outputs"
+    assert "widgets" not in json.loads(path.read_text())["metadata"], "the state of progress bars is left in the metadata: delete `widgets` there"
     assert not re.search(r"(?<![\w.])/(home|root|tmp|work|Users|opt|data)/\w", re.sub(r'"image/[a-z+]*": ("[^"]*"|\[[^\]]*\])', "", text)), "an absolute path in outputs"
 
 TAKE_PARAMETERS = [p for p in NOTEBOOKS if re.match(r"0[2-6]_", p.name) or any("parameters" in c["metadata"].get("tags", []) for c in code_cells(p))]
