@@ -14,4 +14,4 @@ def offline(html): return REMOTE.sub("", html)
 if __name__ == "__main__":
     for f in Path(os.environ["QUARTO_PROJECT_OUTPUT_DIR"]).rglob("*.html"):
         html = f.read_text(encoding="utf8")
-        if offline(html) != html: f.write_text(offline(html), encoding="utf8")
+        if (clean := offline(html)) != html: f.write_text(clean, encoding="utf8")

@@ -21,7 +21,7 @@ from scipy import stats
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import HubertConfig, HubertModel
 from .corpora import SAMPLE_RATE
-from .distill import distil
+from .distill import _with, distil
 from .encoders import student_config
 from .merge import check_same
 from .probe import LRS, PREPROCESSING, choose_view, features, find_task, fit_probes
@@ -498,8 +498,8 @@ SHAPES = {"": "", "2": "", "3": " student_layers=3", "wide": " student_width=153
 @lru_cache
 def _rates(layers):
     # operations a second of audio: a teacher's pass, a student's pass, a student's step
-    base = HubertConfig()
-    s = student_config(base, 3 if layers == "3" else 2, **dict(width=1536, heads=6) if layers == "wide" else {})
+    base, p = HubertConfig(), _with(get_profile("paper"), SHAPES[layers].split())
+    s = student_config(base, p.student_layers, p.student_width, p.student_heads)
     return operations(base), operations(s), operations(s, backward=True)
 
 def distil_flop(layers:str, teachers:int=1) -> float: # a key of `SHAPES`; how many each step hears
