@@ -97,7 +97,8 @@ def load_corpus(name:str="speech",  # `speech` or `music` of the mini corpus, or
 
 def _rows(name, root):
     "Rows of a corpus, and what was left out of it: path -> reason."
-    folder = Path(root or data_dir())/name if name in ("speech", "music") else Path(name)
+    shipped = name.removeprefix("mini:") if name.startswith("mini:") or name in ("speech", "music") else ""
+    folder = Path(root or data_dir())/shipped if shipped else Path(name)
     if (folder/"metadata.csv").is_file(): return _table(folder), {}
     if folder.is_dir(): return _scan(folder)
     raise ValueError(f"corpus {name!r} is neither speech nor music nor a folder: {folder} does not exist")

@@ -22,7 +22,8 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 from .corpora import SAMPLE_RATE, normalise
 from .encoders import Heads, load_encoder, make_base, receptive, save_encoder, weights_hash
-from .runs import Profile, Run, cached, data_dir, home, keep_memory, profile as get_profile, use_threads, write_atomic
+from .profiles import Profile, profile as get_profile, with_settings
+from .runs import Run, cached, data_dir, home, keep_memory, use_threads, write_atomic
 from .scale import Crops, merge_quarantines, write_quarantine
 
 # %% ../nbs/02_distill.ipynb #a44c4f4e
@@ -347,7 +348,7 @@ def heard(corpus:str, teacher:str) -> str:
 
 def base_of(p:Profile):
     "θ₀ of a profile: the one saved before, else copied from the teacher that `init` names, and saved."
-    source, shape = getattr(p, f"{p.init}_teacher"), dict(layers=p.student_layers, width=p.student_width, heads=p.student_heads)
+    source, shape = p.teachers[p.init], dict(layers=p.student_layers, width=p.student_width, heads=p.student_heads)
     wants = dict(copied_from=f"{p.init} teacher", source="/".join(Path(source).parts[-2:]), **shape)
     shipped = p.name == "mini" and (p.init, *shape.values()) == ("music", 2, 0, 0)
     folder = data_dir()/"base" if shipped else p.folder/"base"
@@ -369,14 +370,14 @@ def distil(p:Profile,     # teachers, objective, budget, learning rate and audio
     "Distil one student from θ₀ and save it as a plain `HubertModel` that records the hash of its θ₀."
     corpus, steps, state = corpus or p.corpus, steps or p.steps, PartialState()
     folder = Path(out or p.folder/"students"/corpus/(teacher if p.loss == "kd" else f"{teacher}-{p.loss}"))
-    teachers = {n: load_encoder(getattr(p, f"{n}_teacher"), max(p.layers)) for n in (("speech", "music") if teacher in ("ensemble", "average") else (teacher,))}
+    teachers = {n: load_encoder(p.teachers[n], max(p.predict)) for n in (("speech", "music") if teacher in ("ensemble", "average") else (teacher,))}
     with state.main_process_first(): student = base_of(p)
     for m in (student, *teachers.values()): m.set_attn_implementation(p.attention)
     origin = weights_hash(student)
     set_seed(seed)  # of the heads
     kept = Kept(p.cache, p.cache_gb*1e9) if p.cache else None
     if kept and not p.epoch: raise ValueError(f"cache={p.cache} keeps what is heard again, and with epoch=0 nothing is: set epoch to a number of steps")
-    distiller = Distiller(student, teachers, p.layers, loss=p.loss, average=teacher == "average", kept=kept)
+    distiller = Distiller(student, teachers, p.predict, loss=p.loss, average=teacher == "average", kept=kept)
     crops, held_out = crops_of(p, heard(corpus, teacher), seed), validation_crops(p)
     check = lambda: validate(distiller, held_out)
     note = dict(role="student", teacher=teacher, corpus=corpus, steps=steps, seed=seed, profile=p.name, loss=p.loss, short=p.short, epoch=p.epoch, cache=p.cache, normalisation="zero mean, unit variance")
@@ -420,7 +421,7 @@ def crops_of(p:Profile,
              split:str="train"    # or `valid`
             ) -> Crops:
     "The crops a profile's students hear."
-    names = {d: getattr(p, f"{d}_audio") for d in (("speech", "music") if audio == "both" else (audio,))}
+    names = {d: p.audio[d] for d in (p.domains if audio == "both" else (audio,))}
     for d, name in names.items():
         if not name: raise ValueError(f"profile {p.name} has no {d} corpus: set DISTILLTV_{d.upper()} to a folder of audio or to stream:NAME:CONFIG:SPLIT of a `datasets` audio set")
     return Crops(list(names.values()), p.batch, p.seconds, seed, split, **dict(short=p.short, epoch=p.epoch) if split == "train" else {})
@@ -428,8 +429,7 @@ def crops_of(p:Profile,
 # %% ../nbs/02_distill.ipynb #c6ed2f95
 def validation_crops(p:Profile) -> dict: # `speech` and `music`, as far as the profile has them -> `Crops`
     "What is held out: validation files of each corpus; a stream has none of its own."
-    names = {d: getattr(p, f"{d}_audio") for d in ("speech", "music")}
-    return {d: crops_of(p, d, split="valid") for d, name in names.items() if name and not name.startswith("stream:")}
+    return {d: crops_of(p, d, split="valid") for d, name in p.audio.items() if name and not name.startswith("stream:")}
 
 @torch.no_grad()
 def validate(distiller,
@@ -453,15 +453,9 @@ def main(args=None) -> None:
     a.add_argument("--out", default="", help="folder of the student")
     a.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="values of the profile to replace, such as loss=cl")
     o = a.parse_args(args)
-    folder, _ = distil(_with(get_profile(o.profile), o.set), o.teacher, o.corpus, o.steps, o.seed, o.out)
+    try: p = with_settings(get_profile(o.profile), o.set)
+    except ValueError as e: raise SystemExit(f"--set: {e}") from None
+    folder, _ = distil(p, o.teacher, o.corpus, o.steps, o.seed, o.out)
     if PartialState().is_main_process: print(folder)
-
-def _with(p, settings):
-    "The profile with `name=value` replaced, each value of its field's type."
-    for name, value in (s.split("=", 1) for s in settings):
-        kind = type(getattr(p, name, None))
-        if kind not in (int, float, str): raise SystemExit(f"--set {name}={value}: {name} is no setting; use one of {', '.join(k for k, v in vars(p).items() if type(v) in (int, float, str))}")
-        p = replace(p, **{name: kind(value)})
-    return p
 
 if __name__ == "__main__" and "__file__" in globals(): main()

@@ -19,7 +19,8 @@ from pathlib import Path
 import numpy as np, pandas as pd, torch, torchaudio
 import torch.nn.functional as F
 from sklearn.metrics import accuracy_score, average_precision_score, r2_score, roc_auc_score
-from .runs import Run, cached, commit, data_dir, file_hash, home, peak_memory, profile as get_profile, versions, write_atomic, write_json
+from .profiles import profile as get_profile
+from .runs import Run, cached, commit, data_dir, file_hash, home, peak_memory, versions, write_atomic, write_json
 from .corpora import SAMPLE_RATE, AudioError, normalise, segment_audio
 from .encoders import FAMILIES, HOP, WINDOW, hidden_states, load_encoder, random_student, weights_hash
 
@@ -356,7 +357,7 @@ def _shipped_or_run(name, p):
 
 def _named(name, p):
     if name in ("base", "random"): return _shipped_or_run("base", p)
-    return Path({"teacher-speech": get_profile(p).speech_teacher, "teacher-music": get_profile(p).music_teacher}.get(name, name))
+    return Path({f"teacher-{d}": t for d, t in get_profile(p).teachers.items()}.get(name, name))
 
 def _described(encoder, name, role, lam=None, method=None, corpus=None):
     encoder.info = dict(encoder=name, role=role, lam=lam, method=method, corpus=corpus)

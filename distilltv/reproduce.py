@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from .runs import data_dir, file_hash, home, keep_memory, profile as get_profile, root, write_json
+from .profiles import profile as get_profile
+from .runs import data_dir, file_hash, home, keep_memory, root, write_json
 
 # %% ../nbs/06_reproduce.ipynb #454582f5
 @dataclass(frozen=True)

@@ -21,11 +21,12 @@ from scipy import stats
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import HubertConfig, HubertModel
 from .corpora import SAMPLE_RATE
-from .distill import _with, distil
+from .distill import distil
 from .encoders import student_config
 from .merge import check_same
 from .probe import LRS, PREPROCESSING, choose_view, features, find_task, fit_probes
-from .runs import commit, data_dir, profile as get_profile, write_atomic, write_json
+from .profiles import profile as get_profile, with_settings
+from .runs import commit, data_dir, write_atomic, write_json
 from .tasks import PUBLISHED, REFERENCE, SOURCES, Letters
 
 
@@ -498,7 +499,7 @@ SHAPES = {"": "", "2": "", "3": " student_layers=3", "wide": " student_width=153
 @lru_cache
 def _rates(layers):
     # operations a second of audio: a teacher's pass, a student's pass, a student's step
-    base, p = HubertConfig(), _with(get_profile("paper"), SHAPES[layers].split())
+    base, p = HubertConfig(), with_settings(get_profile("paper"), SHAPES[layers].split())
     s = student_config(base, p.student_layers, p.student_width, p.student_heads)
     return operations(base), operations(s), operations(s, backward=True)
 
@@ -574,7 +575,7 @@ def _ours() -> dict:
     view = lambda layers: choose_view(SimpleNamespace(depth=layers+1))
     steps = [t.steps for t in PUBLISHED.values() if t.kind != "ctc"]
     return {"λ": f"{_default(missing, 'lams')} values from 0 to 1", "distillation steps": f"{p.steps:,}", "batch": f"{p.batch} for both", "learning rate": f"{p.lr:g} for both", "crop": f"{p.seconds*SAMPLE_RATE:,.0f} samples ({p.seconds:g} s)",
-            "layers predicted": ", ".join(map(str, p.layers)), "warm-up, clipping, weight decay": f"{p.warmup:.0%}, {p.clip:g}, {p.weight_decay:g}".replace("%", " %"), "precision": p.precision, "seed of distillation": f"{p.seed}, one run",
+            "layers predicted": ", ".join(map(str, p.predict)), "warm-up, clipping, weight decay": f"{p.warmup:.0%}, {p.clip:g}, {p.weight_decay:g}".replace("%", " %"), "precision": p.precision, "seed of distillation": f"{p.seed}, one run",
             "trainer of the endpoints": f"one: {distil.__module__}.{distil.__name__}, with the teacher as a parameter", "audio shorter than a crop": dict(join="joined with others of its folder; no padding", alone="shorter crops; no padding")[p.short],
             "normalisation": PREPROCESSING.split(";")[0] + ", everywhere", "tensors that do not match in a merge": check_same.__doc__, "files of weights": ", ".join({f.suffix[1:] for f in students}),
             "layer that is probed": f"{view(2)} for students, {view(12)} for teachers; either can be asked for", "probe": f"one of {', '.join(LRS)}", "learning rate of a probe": f"the best of {', '.join(f'{r:g}' for r in LRS['linear'])} on validation",

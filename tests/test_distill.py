@@ -9,7 +9,7 @@ from transformers import HubertConfig, HubertModel
 from distilltv import distill, runs
 from distilltv.distill import Distiller, Kept, cl_loss, distil, fit, frame_clock, heard, kd_loss, load_heads, lr_at, match_frames, validate, validation_crops
 from distilltv.encoders import load_encoder, make_base, save_encoder, weights_hash
-from distilltv.runs import profile
+from distilltv.profiles import profile
 from distilltv.scale import Crops
 
 TINY = dict(hidden_size=48, num_hidden_layers=12, num_attention_heads=4, intermediate_size=96, conv_dim=[16]*7,
@@ -426,7 +426,7 @@ def test_a_checkpoint_of_another_corpus_is_refused(tmp_path):
     with pytest.raises(ValueError, match="belongs to a run with"): fit(distiller(), batch_at, tmp_path, P, steps=2, inputs=dict(audio=corpus("e", 1)))
 
 def test_scale_profiles_want_audio_of_yours():
-    with pytest.raises(ValueError, match="profile hub has no music corpus: set DISTILLTV_MUSIC"): distill.crops_of(replace(P, name="hub", music_audio=""), "both")
+    with pytest.raises(ValueError, match="profile hub has no music corpus: set DISTILLTV_MUSIC"): distill.crops_of(replace(P, name="hub", audio=dict(speech="mini:speech")), "both")
 
 def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
     fit(distiller(), batch_at, tmp_path, P, steps=2)
@@ -576,7 +576,7 @@ def test_the_command_distils_checkpoints_of_real_size(tmp_path):
     (tmp_path/"audio/train-clean-100/9.wav").write_text("Dear Sir or Madam")
     env = dict(os.environ, OMP_NUM_THREADS="2", ACCELERATE_USE_CPU="true", HF_HUB_OFFLINE="1", DISTILLTV_HOME=str(tmp_path/"runs"), DISTILLTV_SPEECH=str(tmp_path/"audio"))
     command = "-m distilltv.distill --profile hub --teacher music --corpus speech --steps 2 --set batch=2 seconds=.5 short=alone precision=no validate_every=0"
-    done = subprocess.run([sys.executable, *command.split(), f"speech_teacher={tmp_path}/hubert", f"music_teacher={tmp_path}/mert"], env=env, capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run([sys.executable, *command.split(), f"teachers.speech={tmp_path}/hubert", f"teachers.music={tmp_path}/mert"], env=env, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     folder = tmp_path/"runs/hub/students/speech/music"
     record, log, plain = json.loads((folder/"result.json").read_text()), pd.read_csv(folder/"log.csv"), HubertModel.from_pretrained(folder)
@@ -590,7 +590,7 @@ def test_the_command_distils_checkpoints_of_real_size(tmp_path):
 def test_a_saved_base_of_another_shape_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("DISTILLTV_HOME", str(tmp_path))
     save_encoder(HubertModel(HubertConfig(**TINY)), tmp_path/"teacher")
-    p = replace(P, name="hub", init="speech", speech_teacher=str(tmp_path/"teacher"))
+    p = replace(P, name="hub", init="speech", teachers=P.teachers | dict(speech=str(tmp_path/"teacher")))
     assert distill.base_of(p).config.hidden_size == 48
     for change, says in ((dict(student_layers=3), "'layers': 2.*not.*'layers': 3"), (dict(student_width=96), "'width': 0.*not.*'width': 96"), (dict(init="music"), "'copied_from': 'speech teacher'")):
         with pytest.raises(ValueError, match=f"hub/base holds another θ₀, with .*{says}"): distill.base_of(replace(p, **change))
@@ -604,11 +604,12 @@ def test_the_heads_beside_a_student_give_the_loss_that_was_recorded(tmp_path, mo
     for split in ("train", "dev-clean"):
         (tmp_path/"audio"/split).mkdir(parents=True)
         for i in range(3): sf.write(tmp_path/f"audio/{split}/{i}.wav", noise(i), 16_000)
-    p = replace(P, name="hub", init="speech", speech_teacher=str(tmp_path/"teacher"), music_teacher=str(tmp_path/"teacher"), speech_audio=str(tmp_path/"audio"), music_audio="")
+    p = replace(P, name="hub", init="speech", teachers=dict.fromkeys(("speech", "music"), str(tmp_path/"teacher")),
+                audio=dict(speech=str(tmp_path/"audio")))
     for teacher, heads in dict(speech=["speech"], ensemble=["speech", "music"], average=["average"]).items():
         folder, _ = distil(p, teacher, "speech", steps=2)
         teachers = {n: load_encoder(tmp_path/"teacher") for n in (heads if teacher == "speech" else ("speech", "music"))}
-        again = Distiller(load_encoder(folder), teachers, p.layers, average=teacher == "average")
+        again = Distiller(load_encoder(folder), teachers, p.predict, average=teacher == "average")
         again.heads.load_state_dict(load_heads(folder).state_dict())
         want = json.loads((folder/"result.json").read_text())["metrics"]["valid_speech"]
         assert set(load_heads(folder)) == set(heads) and validate(again, validation_crops(p))["valid_speech"] == pytest.approx(want, rel=1e-3)

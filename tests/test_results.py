@@ -8,7 +8,7 @@ from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_effectsize
 from distilltv import results as R, tasks as T
-from distilltv.runs import profile
+from distilltv.profiles import profile
 
 TASKS = dict(phones="speech", match="speech", pitch="music", key="music")
 
