@@ -109,7 +109,7 @@ def _wrong_domains(p):
     for d, audio in p.audio.items():
         if d not in p.teachers: wrong.append(f"audio names {d!r}, which has no teacher{_nearest(d, p.teachers)}")
         elif not isinstance(audio, str): wrong.append(f"the audio of {d} is {audio!r}, not a folder or stream:NAME:CONFIG:SPLIT")
-    if p.init not in p.teachers: wrong.append(f"init = {p.init!r} is not among the teachers: use one of {', '.join(map(str, p.teachers))}")
+    if p.init not in list(p.teachers): wrong.append(f"init = {p.init!r} is not among the teachers: use one of {', '.join(map(str, p.teachers))}")
     if p.corpus not in ("both", "own", *p.teachers):
         wrong.append(f"corpus = {p.corpus!r} is unknown: use both, own or one of {', '.join(map(str, p.teachers))}")
     return wrong
