@@ -14,7 +14,8 @@ def data(): return json.loads(re.search(r'id="dial-data">(.*?)</script>', page_h
 
 def test_numbers_are_the_results():
     "Of every encoder of the reference run the results' table; of every λ between them the mean of its rows, inside its interval."
-    from distilltv.results import bootstrap, gather, interval, with_means
+    from distilltv.results import gather, with_means
+    from distilltv.statistics import bootstrap, interval
     from distilltv.runs import data_dir
     scores, hits = gather(data_dir()/"results")
     table, run = interval(with_means(bootstrap(hits), scores)), set(scores.encoder)

@@ -7,7 +7,7 @@ from sklearn.metrics import r2_score, roc_auc_score
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_effectsize
-from distilltv import results as R, tasks as T
+from distilltv import figures as F, findings as W, paper as P, results as R, statistics as S, tasks as T
 from distilltv.profiles import profile
 
 TASKS = dict(phones="speech", match="speech", pitch="music", key="music")
@@ -39,38 +39,38 @@ def full(tmp_path_factory):
     root = tmp_path_factory.mktemp("study")
     study(root)
     scores, hits = R.gather(root)
-    return root, scores, hits, R.with_means(R.bootstrap(hits, 500), scores)
+    return root, scores, hits, R.with_means(S.bootstrap(hits, 500), scores)
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 60), st.integers(0, 60))
 def test_mcnemar_is_statsmodels(b, c):
-    assert R.mcnemar(b, c) == pytest.approx(min(1, mcnemar([[10, b], [c, 10]], exact=True).pvalue) if b + c else 1, abs=1e-9)
+    assert S.mcnemar(b, c) == pytest.approx(min(1, mcnemar([[10, b], [c, 10]], exact=True).pvalue) if b + c else 1, abs=1e-9)
 
 @given(st.floats(0, 1), st.floats(0, 1))
-def test_cohen_h_is_statsmodels(p, q): assert R.cohen_h(p, q) == pytest.approx(proportion_effectsize(p, q), abs=1e-9)
+def test_cohen_h_is_statsmodels(p, q): assert S.cohen_h(p, q) == pytest.approx(proportion_effectsize(p, q), abs=1e-9)
 
 def test_bootstrap_of_independent_items_is_the_binomial_interval():
     hits = dict(t=dict(encoder=np.array(["a"]), group=np.arange(300), correct=(np.arange(300) < 90)[None, None]))
-    i = R.interval(R.bootstrap(hits, 4000)).iloc[0]
+    i = S.interval(S.bootstrap(hits, 4000)).iloc[0]
     lo, hi = stats.bootstrap(((np.arange(300) < 90).astype(float),), np.mean, method="percentile", rng=np.random.default_rng(0)).confidence_interval
     assert i.estimate == pytest.approx(.3) and i.lo == pytest.approx(lo, abs=.012) and i.hi == pytest.approx(hi, abs=.012)
 
 def test_grouped_items_widen_the_interval_as_they_must():
     "All four items of a group agree, so there are 75 independent observations and not 300: twice the width."
     right = np.repeat(np.arange(75) < 30, 4)[None, None]
-    width = lambda g: R.interval(R.bootstrap(dict(t=dict(encoder=np.array(["a"]), group=g, correct=right)), 3000)).eval("hi - lo").iloc[0]
+    width = lambda g: S.interval(S.bootstrap(dict(t=dict(encoder=np.array(["a"]), group=g, correct=right)), 3000)).eval("hi - lo").iloc[0]
     assert width(np.arange(300)//4)/width(np.arange(300)) == pytest.approx(2, rel=.1)
 
 def test_seeds_that_disagree_widen_the_interval():
     one = np.stack([np.arange(400) < k for k in (160, 200, 240)])[None]
     same = np.stack([np.arange(400) < 200]*3)[None]
-    sd = lambda c: R.bootstrap(dict(t=dict(encoder=np.array(["a"]), group=np.arange(400), correct=c)), 3000).iloc[1:].std().iloc[0]
+    sd = lambda c: S.bootstrap(dict(t=dict(encoder=np.array(["a"]), group=np.arange(400), correct=c)), 3000).iloc[1:].std().iloc[0]
     binomial, seeds = math.sqrt(.25/400), np.std([.4, .5, .6])/math.sqrt(3)
     assert sd(same) == pytest.approx(binomial, rel=.1) and sd(one) == pytest.approx(math.hypot(binomial, seeds), rel=.15)
 
 def test_encoders_are_redrawn_together():
     c = np.random.default_rng(0).random((1, 1, 200)) < .5
-    d = R.bootstrap(dict(t=dict(encoder=np.array(["a", "b"]), group=np.arange(200), correct=np.concatenate([c, c]))), 200)
+    d = S.bootstrap(dict(t=dict(encoder=np.array(["a", "b"]), group=np.arange(200), correct=np.concatenate([c, c]))), 200)
     assert (d["t", "a"] == d["t", "b"]).all()
 
 def test_overall_is_0_at_logmel_and_1000_at_the_best_teacher(full):
@@ -84,7 +84,7 @@ def test_a_task_where_teachers_do_not_beat_logmel_has_no_scale(tmp_path):
     write_encoder(tmp_path, "logmel", "logmel", dict(speech=.9, music=.2))
     for t in ("speech", "music"): write_encoder(tmp_path, f"teacher-{t}", "teacher", dict(speech=.5, music=.5))
     scores, hits = R.gather(tmp_path)
-    d = R.bootstrap(hits, 10)
+    d = S.bootstrap(hits, 10)
     assert set(R.scale(d, scores).index) == {"pitch", "key"} and len(R.scale(d, scores, "random")) == 0
     assert "above random" not in R.with_means(d, scores)
 
@@ -94,7 +94,7 @@ def test_above_random_is_0_at_random_weights(full):
 
 def test_a_trade_off_is_found_where_there_is_one_and_only_there(full, tmp_path):
     _, scores, _, draws = full
-    says = R.findings(draws, scores, R.paired_tests(full[2], draws, scores))
+    says = W.findings(draws, scores, R.paired_tests(full[2], draws, scores))
     assert says[0].startswith("The trade-off is there.") and any("speech teacher is clearly above" in s for s in says)
     assert any(s.startswith("Significantly better than the ensemble student: ") and "match at 7 of 11 λ (+20.7 points at λ = 1)" in s for s in says)
     assert "\n- **The music teacher is clearly above log-mel, random, speech teacher on the music mean:** 9" in R.bullets(says)
@@ -102,7 +102,7 @@ def test_a_trade_off_is_found_where_there_is_one_and_only_there(full, tmp_path):
     assert beat.startswith("3 of 11 λ beat") and "(λ = 0.4, 0.5, 0.6)" in beat
     study(tmp_path, slope=0.)
     s2, h2 = R.gather(tmp_path)
-    assert "A trade-off is not shown" in R.findings(R.with_means(R.bootstrap(h2, 300), s2), s2)[0]
+    assert "A trade-off is not shown" in W.findings(R.with_means(S.bootstrap(h2, 300), s2), s2)[0]
 
 def test_paired_tests_know_who_is_better(full):
     _, scores, hits, draws = full
@@ -111,15 +111,15 @@ def test_paired_tests_know_who_is_better(full):
     one = t[(t.encoder == "lam-1.00-both") & (t.task == "phones")].iloc[0]
     assert one.difference > .15 and one.p_adjusted < .05 and one.better > .99 and one.effect > 0
     np.testing.assert_allclose(t.p_adjusted, multipletests(t.p, method="fdr_bh")[1], atol=1e-12)
-    assert (t.test == "McNemar").all() and R.chances(draws, "speech mean", ["lam-1.00-both", "lam-0.00-both"]).iloc[0, 1] > .99
+    assert (t.test == "McNemar").all() and S.chances(draws, "speech mean", ["lam-1.00-both", "lam-0.00-both"]).iloc[0, 1] > .99
 
 def test_saved_results_are_read_back_equal(full, tmp_path):
     _, scores, hits, _ = full
     R.save(tmp_path, scores, hits)
     s, h = R.gather(tmp_path)
     assert len(s) == len(scores) and all((h[t]["correct"] == hits[t]["correct"]).all() and (h[t]["encoder"] == hits[t]["encoder"]).all() for t in hits)
-    a, b = (R.bootstrap(x, 50) for x in (hits, h))
-    pd.testing.assert_frame_equal(R.interval(a), R.interval(b), atol=.05)
+    a, b = (S.bootstrap(x, 50) for x in (hits, h))
+    pd.testing.assert_frame_equal(S.interval(a), S.interval(b), atol=.05)
     assert (tmp_path/"predictions.npz").stat().st_size < 100_000
 
 def test_what_is_missing_is_named(tmp_path):
@@ -128,7 +128,7 @@ def test_what_is_missing_is_named(tmp_path):
     scores, hits = R.gather(tmp_path)
     m = R.missing(scores)
     assert "teachers: 0 of 2" in m and "merged (λ): 1 of 11" in m and "lam-0.50-both: 1 of 4 tasks" in m
-    shown = R.table(R.with_means(R.bootstrap(hits, 50), scores), scores)
+    shown = R.table(R.with_means(S.bootstrap(hits, 50), scores), scores)
     assert shown.loc["lam-0.50-both", "pitch"] == "not run" and "music mean" in shown
 
 def test_an_empty_folder_says_what_to_run(tmp_path):
@@ -153,7 +153,7 @@ def test_paper_numbers_have_source_and_confidence():
 def beside():
     "The paper's numbers beside those of the shipped run."
     scores, hits = R.gather(R.data_dir()/"results")
-    return R.paper_table(R.with_means(R.bootstrap(hits, 5), scores), scores)
+    return P.paper_table(R.with_means(S.bootstrap(hits, 5), scores), scores)
 
 def test_a_row_without_a_run_says_command_audio_and_time(beside):
     t = beside
@@ -165,7 +165,7 @@ def test_a_row_without_a_run_says_command_audio_and_time(beside):
     assert ic["first"] == "" and ic.command == "papermill nbs/04_probe.ipynb probe.ipynb -p profile paper -p tasks ic -p encoder teacher-speech" and ic.audio == "Fluent Speech Commands: 19 h"
     # by hand: a HuBERT Base is 14.8 GFLOP a second of audio, 19 h are 68 400 s, an A100 312 TFLOP/s of which .6 to .2 are used
     assert ic.time == f"{68400*14.813e9/(312e12*.6)/60:.2g} to {68400*14.813e9/(312e12*.2)/60:.2g} min" == "0.09 to 0.27 min"
-    assert max(len(v) for c in R.COST for v in run[c]) < 320
+    assert max(len(v) for c in P.COST for v in run[c]) < 320
 
 def test_the_counted_operations_are_those_of_the_layers():
     "Parity with a hand count: the convolutions, the projection, the positional convolution and the layers of a HuBERT."
@@ -179,7 +179,7 @@ def test_the_counted_operations_are_those_of_the_layers():
     same = n + 1    # an even kernel's padding gives a frame more, which is cut off
     total += 2*n*inward*d + 2*same*c.num_conv_pos_embeddings*d*(d//c.num_conv_pos_embedding_groups)
     total += c.num_hidden_layers*(2*n*(4*d*d + 2*d*f) + 2*2*n*n*d)
-    assert abs(R.operations(c, seconds)*seconds/total - 1) < 1e-3
+    assert abs(P.operations(c, seconds)*seconds/total - 1) < 1e-3
 
 def test_commands_of_rows_are_accepted(beside, monkeypatch):
     "Each command's notebook takes its parameters, each distillation its settings, and each encoder is where they write it."
@@ -212,16 +212,16 @@ def test_commands_of_rows_are_accepted(beside, monkeypatch):
         assert set(tasks.split(",")) <= set(T.PUBLISHED)
 
 def test_what_ours_does_is_read_and_not_typed(monkeypatch, tmp_path):
-    t = R.code_table().set_index("what")
+    t = P.code_table().set_index("what")
     assert t.loc["batch", "ours"] == "24 for both" and t.loc["tasks in the average", "ours"].startswith("9: asr")
-    monkeypatch.setattr(R, "get_profile", lambda name: dataclasses.replace(profile(name), batch=7, short="alone"))
-    assert R.code_table().set_index("what").ours[["batch", "audio shorter than a crop"]].tolist() == ["7 for both", "shorter crops; no padding"]
+    monkeypatch.setattr(P, "get_profile", lambda name: dataclasses.replace(profile(name), batch=7, short="alone"))
+    assert P.code_table().set_index("what").ours[["batch", "audio shorter than a crop"]].tolist() == ["7 for both", "shorter crops; no padding"]
     (tmp_path/"x.csv").write_text("what,theirs,source\nbeauty,none,me\n")
-    with pytest.raises(ValueError, match="nothing of ours is read for beauty"): R.code_table(tmp_path/"x.csv")
+    with pytest.raises(ValueError, match="nothing of ours is read for beauty"): P.code_table(tmp_path/"x.csv")
 
 def test_report_writes_everything(full, tmp_path):
     root, *_ = full
-    fig = R.report(root, tmp_path)
+    fig = W.report(root, tmp_path)
     assert fig.exists() and {"scores.csv", "predictions.npz", "table.csv", "tests.csv", "paper.csv", "code.csv", "findings.json", "captions.json", "tradeoff.svg", "tasks.png", "differences.svg"} <= {f.name for f in tmp_path.iterdir()}
     assert "lam-0.50-both" in pd.read_csv(tmp_path/"table.csv").encoder.tolist() and "trade-off is there" in " ".join(json.loads((tmp_path/"findings.json").read_text()))
     assert "3 probe seeds" in json.loads((tmp_path/"captions.json").read_text())["tradeoff"]
@@ -256,7 +256,7 @@ def unlike(tmp_path_factory):
     write_unlike(root, "ensemble-both", "ensemble", .5, corpus="both")
     for lam in (0., .5, 1.): write_unlike(root, f"lam-{lam:.2f}-both", "merged", .3 + .4*lam, lam=lam, corpus="both")
     scores, hits = R.gather(root)
-    return root, scores, hits, R.with_means(R.bootstrap(hits, 1000), scores)
+    return root, scores, hits, R.with_means(S.bootstrap(hits, 1000), scores)
 
 def test_estimates_are_the_scores_that_the_probes_reported(unlike):
     _, scores, hits, draws = unlike
@@ -267,24 +267,24 @@ def test_estimates_are_the_scores_that_the_probes_reported(unlike):
 def test_weighted_scores_are_sklearns(seed):
     rng = np.random.default_rng(seed)
     y, said, w = rng.normal(size=(30, 2)), rng.normal(size=(2, 1, 30, 2)), rng.integers(0, 4, (3, 30)).astype(float)
-    got = R.weighted_score(dict(true_values=y, values=said, metric="r2"), w)
+    got = S.weighted_score(dict(true_values=y, values=said, metric="r2"), w)
     for d in range(3):
         for e in range(2): assert got[d, e, 0] == pytest.approx(r2_score(y, said[e, 0], sample_weight=w[d]))
     tags, tied = (y > 0).astype(float), said.round(0)
-    area = R.weighted_score(dict(true_values=tags, values=tied, metric="roc-auc"), np.ones((1, 30)))
+    area = S.weighted_score(dict(true_values=tags, values=tied, metric="roc-auc"), np.ones((1, 30)))
     for e in range(2): assert area[0, e, 0] == pytest.approx(roc_auc_score(tags, tied[e, 0]))
 
 def test_intervals_of_other_metrics_are_scipys(unlike):
     _, _, hits, _ = unlike
     h, e = hits["asr"], 2
     one = {k: v[[e]][:, :1] if k in ("edits", "values") else v[[e]] if k == "encoder" else v for k, v in h.items()}
-    got = R.interval(R.bootstrap(dict(asr=one), 4000)).iloc[0]
+    got = S.interval(S.bootstrap(dict(asr=one), 4000)).iloc[0]
     rate = lambda edits, words, axis: edits.sum(axis)/words.sum(axis)
     want = stats.bootstrap((one["edits"][0, 0], one["words"]), rate, paired=True, method="percentile", rng=np.random.default_rng(1)).confidence_interval
     assert got.lo == pytest.approx(want.low, abs=.01) and got.hi == pytest.approx(want.high, abs=.01)
     h = hits["mtt"]
     one = dict(encoder=h["encoder"][[e]], metric="roc-auc", group=h["group"], true_values=h["true_values"][:, :1], values=h["values"][[e]][:, :1, :, :1])
-    got = R.bootstrap(dict(mtt=one), 4000).iloc[1:].std().iloc[0]
+    got = S.bootstrap(dict(mtt=one), 4000).iloc[1:].std().iloc[0]
     tag, value = one["true_values"][:, 0], one["values"][0, 0, :, 0]
     want = np.std([roc_auc_score(tag[i], value[i]) for i in np.random.default_rng(1).integers(0, len(tag), (600, len(tag)))])
     assert got == pytest.approx(want, rel=.12)
@@ -306,11 +306,11 @@ def test_effect_and_p_of_a_paired_difference():
     rng = np.random.default_rng(0)
     words, a, b = np.ones(200), rng.normal(0, 1, 200), rng.normal(.25, 1, 200)
     h = dict(t=dict(encoder=np.array(["a", "b"]), metric="wer", group=np.arange(200), words=words, edits=np.stack([a, b])[:, None]))
-    draws = R.bootstrap(h, 4000)
+    draws = S.bootstrap(h, 4000)
     d, want = draws["t", "b"] - draws["t", "a"], b - a
-    assert R.cohen_dz(d, 200) == pytest.approx(want.mean()/want.std(), rel=.05)
-    assert R.bootstrap_p(d) == pytest.approx(stats.ttest_rel(b, a).pvalue, abs=.02) and R.bootstrap_p(-d) == R.bootstrap_p(d)
-    assert R.bootstrap_p(pd.Series([0.]*101)) == 1
+    assert S.cohen_dz(d, 200) == pytest.approx(want.mean()/want.std(), rel=.05)
+    assert S.bootstrap_p(d) == pytest.approx(stats.ttest_rel(b, a).pvalue, abs=.02) and S.bootstrap_p(-d) == S.bootstrap_p(d)
+    assert S.bootstrap_p(pd.Series([0.]*101)) == 1
 
 def test_machines_share_the_work(unlike, tmp_path):
     "Folders of probes, and results that were saved from them, join to what one machine would have had."
@@ -324,9 +324,9 @@ def test_machines_share_the_work(unlike, tmp_path):
     more.to_csv(tmp_path/"one/probes/lam-0.50-both/scores.csv", index=False)
     for both in ((tmp_path/"one", tmp_path/"two"), (tmp_path/"three", tmp_path/"one")):
         s, h = R.gather(*both)
-        a, b = (R.bootstrap(x, 50) for x in (hits, h))
-        pd.testing.assert_frame_equal(R.interval(a).sort_index()[["estimate"]], R.interval(b).sort_index()[["estimate"]])
-        assert len(s) == len(scores) and "commit abc" in R.how_made(s)
+        a, b = (S.bootstrap(x, 50) for x in (hits, h))
+        pd.testing.assert_frame_equal(S.interval(a).sort_index()[["estimate"]], S.interval(b).sort_index()[["estimate"]])
+        assert len(s) == len(scores) and "commit abc" in F.how_made(s)
     with pytest.raises(ValueError, match="'ensemble-both' was scored on asr in more than one folder"): R.gather(tmp_path/"two", tmp_path/"three")
     z = dict(np.load(tmp_path/"one/probes/lam-0.50-both/predictions.npz"))
     np.savez(tmp_path/"one/probes/lam-0.50-both/predictions.npz", **z | {"asr/words": z["asr/words"] + 1})
@@ -341,11 +341,11 @@ def test_what_was_not_run_is_a_state(unlike, tmp_path):
     pd.DataFrame(columns=scores.columns).to_csv(tmp_path/"probes/only/scores.csv", index=False)
     np.savez(tmp_path/"probes/only/predictions.npz")
     scores, hits = R.gather(tmp_path)
-    draws = R.with_means(R.bootstrap(hits, 50), scores)
+    draws = R.with_means(S.bootstrap(hits, 50), scores)
     t = R.table(draws, scores)
     assert (t.sid == "not run").all() and (t.loc["only"] == "not run").all() and not t.isin(["0.0 ± 0.0"]).any().any()
-    assert "sid not run: VoxCeleb1 is not in datasets: fetch it" in R.missing(scores) and "sid" not in R.how_made(scores)
-    assert len(R.paired_tests(hits, draws, scores)) == 12 and R.findings(draws, scores) == []
+    assert "sid not run: VoxCeleb1 is not in datasets: fetch it" in R.missing(scores) and "sid" not in F.how_made(scores)
+    assert len(R.paired_tests(hits, draws, scores)) == 12 and W.findings(draws, scores) == []
     R.save(tmp_path/"out", scores, hits)
     assert R.gather(tmp_path/"out")[0].score.isna().sum() == 3
 
@@ -368,4 +368,4 @@ def test_learning_curves_are_read_from_the_logs(tmp_path):
     c = R.learning(tmp_path)
     assert set(map(tuple, c[["student", "teacher", "layer"]].to_numpy())) == {("speech", "speech", 4), ("speech", "speech", 12), ("ensemble", "speech", 4), ("ensemble", "music", 4)}
     assert c[(c.student == "ensemble") & (c.teacher == "music")].loss.tolist() == [2., 1.5] and len(R.learning(tmp_path/"students")) == 0
-    assert len(R.plot_learning(c).axes) == 2
+    assert len(F.plot_learning(c).axes) == 2
