@@ -97,6 +97,7 @@ def load_corpus(name:str="speech",  # `speech` or `music` of the mini corpus, or
 
 def _rows(name, root):
     "Rows of a corpus, and what was left out of it: path -> reason."
+    name = str(name)
     shipped = name.removeprefix("mini:") if name.startswith("mini:") or name in ("speech", "music") else ""
     folder = Path(root or data_dir())/shipped if shipped else Path(name)
     if (folder/"metadata.csv").is_file(): return _table(folder), {}

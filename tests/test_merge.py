@@ -435,7 +435,7 @@ def dies_after(call, when):
 where, when = sys.argv[3].split()
 if where == "exchange": runs._exchange = dies_after(runs._exchange, when)
 else: os.replace = dies_after(os.replace, when)
-with runs.atomic_folder(sys.argv[1]) as t: (t/"w").write_text("new")
+with runs.atomic_folder(sys.argv[1]) as t: (t/"result.json").write_text("new")
 """
 
 @pytest.mark.parametrize("exchange, dies, left", [
@@ -443,18 +443,18 @@ with runs.atomic_folder(sys.argv[1]) as t: (t/"w").write_text("new")
     ("without", "rename before", "old"), ("without", "rename after", None)])
 def test_killed_between_two_renames(tmp_path, exchange, dies, left):
     if exchange == "with" and sys.platform != "linux": pytest.skip("only Linux exchanges two names in one step")
-    with atomic_folder(tmp_path/"u") as t: (t/"w").write_text("old")
+    with atomic_folder(tmp_path/"u") as t: (t/"result.json").write_text("old")
     subprocess.run([sys.executable, "-c", BETWEEN, str(tmp_path/"u"), exchange, dies], cwd=ROOT)
-    if left: assert (tmp_path/"u/w").read_text() == left # the name was never without a whole folder
-    else: assert (tmp_path/".u.old/w").read_text() == "old" and not (tmp_path/"u").exists()
+    if left: assert (tmp_path/"u/result.json").read_text() == left # the name was never without a whole folder
+    else: assert (tmp_path/".u.old/result.json").read_text() == "old" and not (tmp_path/"u").exists()
     try:
         with atomic_folder(tmp_path/"u") as t:
-            assert (tmp_path/"u/w").read_text() == (left or "old") # the next one finds it, whatever becomes of itself
+            assert (tmp_path/"u/result.json").read_text() == (left or "old") # the next one finds it, whatever becomes of itself
             raise KeyboardInterrupt
     except KeyboardInterrupt: pass
-    assert (tmp_path/"u/w").read_text() == (left or "old")
-    with atomic_folder(tmp_path/"u") as t: (t/"w").write_text("newer")
-    assert (tmp_path/"u/w").read_text() == "newer"
+    assert (tmp_path/"u/result.json").read_text() == (left or "old")
+    with atomic_folder(tmp_path/"u") as t: (t/"result.json").write_text("newer")
+    assert (tmp_path/"u/result.json").read_text() == "newer"
 
 # --- the notebook
 

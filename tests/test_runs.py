@@ -1,0 +1,159 @@
+"Paths, whole files and folders, and whose they are."
+import errno, json, os, shutil, subprocess, sys
+from pathlib import Path
+import pytest
+from distilltv import runs
+from distilltv.runs import atomic_folder, check_replaceable, commit, data_dir, home, root, write_atomic, write_json
+
+ROOT = Path(__file__).resolve().parents[1]
+
+def write(folder, text="new"):
+    with atomic_folder(folder) as t: (t/"distilltv.json").write_text(text, encoding="utf-8")
+
+def left(folder): return sorted(f.name for f in folder.iterdir())
+
+# --- folders: only what this package wrote is replaced
+
+FOREIGN = {"a file of theirs": ["notes.txt"], "a folder of theirs": ["thesis/notes.txt"], "a model of others": ["config.json", "model.safetensors", "README.md"],
+           "theirs beside ours": ["distilltv.json", "model.safetensors", "notes.txt"], "a folder beside ours": ["distilltv.json", "old/model.safetensors"]}
+
+@pytest.mark.parametrize("what", FOREIGN)
+def test_a_folder_of_others_is_refused_by_name(tmp_path, what):
+    for f in FOREIGN[what]:
+        (tmp_path/"models"/f).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path/"models"/f).write_text("three years", encoding="utf-8")
+    with pytest.raises(ValueError, match="models holds .*which distilltv did not write: choose another folder"): write(tmp_path/"models")
+    assert all((tmp_path/"models"/f).read_text(encoding="utf-8") == "three years" for f in FOREIGN[what]) and left(tmp_path) == ["models"]
+
+@pytest.mark.parametrize("ours", [[], ["result.json", "02_distill.ipynb"], ["stamp.json"], ["checkpoint.pt", "log.csv", "best.pt"],
+                                  ["distilltv.json", "config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "recipe.yaml"]])
+def test_a_folder_of_ours_is_replaced(tmp_path, ours):
+    (tmp_path/"u").mkdir()
+    for f in ours: (tmp_path/"u"/f).touch()
+    write(tmp_path/"u")
+    assert left(tmp_path/"u") == ["distilltv.json"] and left(tmp_path) == ["u"]
+
+def test_a_file_is_refused_and_stays(tmp_path):
+    (tmp_path/"file").write_text("mine", encoding="utf-8")
+    with pytest.raises(ValueError, match="file is not a folder"): write(tmp_path/"file")
+    assert (tmp_path/"file").read_text(encoding="utf-8") == "mine" and left(tmp_path) == ["file"]
+
+def test_a_hidden_folder_of_others_is_refused(tmp_path):
+    (tmp_path/".u.old").mkdir()
+    (tmp_path/".u.old/notes.txt").touch()
+    with pytest.raises(ValueError, match=r"\.u\.old holds notes.txt"): write(tmp_path/"u")
+    assert left(tmp_path) == [".u.old"]
+
+def test_what_came_while_it_was_written_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="holds notes.txt"):
+        with atomic_folder(tmp_path/"u") as t:
+            (t/"distilltv.json").touch()
+            (tmp_path/"u").mkdir()
+            (tmp_path/"u/notes.txt").touch()
+    assert left(tmp_path) == ["u"] and left(tmp_path/"u") == ["notes.txt"]
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_is_followed(tmp_path, there):
+    (tmp_path/"disk").mkdir()
+    if there: (tmp_path/"disk/big").mkdir()
+    (tmp_path/"link").symlink_to(tmp_path/"disk/big")
+    for text in ("one", "two"):
+        write(tmp_path/"link", text)
+        assert (tmp_path/"link").is_symlink() and (tmp_path/"disk/big/distilltv.json").read_text(encoding="utf-8") == text
+    assert left(tmp_path) == ["disk", "link"] and left(tmp_path/"disk") == ["big"]
+
+def test_a_file_behind_a_link_is_written(tmp_path):
+    (tmp_path/"disk").mkdir()
+    (tmp_path/"link.json").symlink_to(tmp_path/"disk/a.json")
+    write_json(tmp_path/"link.json", dict(a="ü"))
+    assert (tmp_path/"link.json").is_symlink() and json.loads((tmp_path/"disk/a.json").read_text(encoding="utf-8")) == dict(a="ü")
+
+@pytest.mark.parametrize("code", [errno.EXDEV, errno.EBUSY, errno.EROFS])
+def test_a_folder_that_cannot_be_renamed_is_filled(tmp_path, monkeypatch, code):
+    "As a container's mount point or lower layer: every rename of the folder itself fails."
+    write(tmp_path/"u", "old")
+    (tmp_path/"u/recipe.yaml").touch()
+    replace, u = os.replace, str(tmp_path/"u")
+    def refuse(a, b):
+        if u in (str(a), str(b)): raise OSError(code, os.strerror(code))
+        replace(a, b)
+    monkeypatch.setattr(runs, "_exchange", lambda a, b: False)
+    monkeypatch.setattr(os, "replace", refuse)
+    with atomic_folder(u) as t:
+        for f in ("distilltv.json", "model.safetensors"): (t/f).write_text("new", encoding="utf-8")
+    assert left(tmp_path) == ["u"] and left(tmp_path/"u") == ["distilltv.json", "model.safetensors"]
+    assert (tmp_path/"u/distilltv.json").read_text(encoding="utf-8") == "new"
+
+MOUNTS = """
+cd {0} && mkdir -p lower/lam upper work merged mp && touch lower/lam/distilltv.json
+mount -t overlay overlay -o lowerdir={0}/lower,upperdir={0}/upper,workdir={0}/work merged && mount -t tmpfs none mp || exit 77
+mkdir sealed sealed/out && mount -t tmpfs none sealed && mkdir sealed/out && mount -t tmpfs none sealed/out && mount -o remount,ro sealed || exit 77
+for out in merged/lam mp sealed/out; do
+  {1} -c 'import sys; from distilltv.runs import atomic_folder
+with atomic_folder(sys.argv[1]) as t: (t/"distilltv.json").write_text("new", encoding="utf-8")' $out || exit 1
+  [ "$(ls -A $out)" = distilltv.json ] && [ "$(cat $out/distilltv.json)" = new ] || exit 2
+done
+"""
+
+def test_layers_and_mount_points_of_a_container(tmp_path):
+    if not shutil.which("unshare"): pytest.skip("only Linux has mount namespaces")
+    done = subprocess.run(["unshare", "-m", "bash", "-c", MOUNTS.format(tmp_path, sys.executable)], capture_output=True, text=True, env=os.environ | dict(PYTHONPATH=str(ROOT)))
+    if done.returncode == 77 or "unshare" in done.stderr: pytest.skip("this user may not mount")
+    assert done.returncode == 0, done.stderr
+
+def test_a_file_is_whole_or_absent(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        with write_atomic(tmp_path/"a") as tmp:
+            tmp.write_text("half", encoding="utf-8")
+            raise KeyboardInterrupt
+    assert left(tmp_path) == []
+
+# --- where things are
+
+def asked(what, cwd, **env):
+    command = f"from distilltv import runs; print(runs.{what})"
+    return subprocess.run([sys.executable, "-c", command], cwd=cwd, env=os.environ | env, capture_output=True, text=True, check=True).stdout.strip()
+
+def repository(folder, *files):
+    folder.mkdir()
+    for f in ("x", *files):
+        (folder/f).parent.mkdir(exist_ok=True)
+        (folder/f).write_text("[DEFAULT]\nlib_name = other\n", encoding="utf-8")
+    git = ["git", "-C", str(folder), "-c", "user.email=a@b", "-c", "user.name=n"]
+    for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "x"]): subprocess.run([*git, *command], check=True)
+    return folder
+
+def test_another_project_is_not_taken_for_this_one(tmp_path):
+    other = repository(tmp_path/"other", "settings.ini", "nbs/00_runs.ipynb")
+    here = asked("commit()", ROOT, PYTHONPATH=str(ROOT))
+    assert asked("commit()", other, PYTHONPATH=str(ROOT)) in (here, here.rstrip("+"), here.rstrip("+")+"+") != ""
+    assert asked("data_dir()", other, PYTHONPATH=str(ROOT), DISTILLTV_DATA="") == str(ROOT/"data/mini")
+
+def test_an_installed_package_records_no_commit_of_others(tmp_path):
+    "Neither that of the working directory, nor that of a repository whose environment it is installed into."
+    thesis = repository(tmp_path/"thesis")
+    shutil.copytree(ROOT/"distilltv", thesis/".venv/distilltv", ignore=shutil.ignore_patterns("__pycache__"))
+    assert asked("commit()", thesis, PYTHONPATH=str(thesis/".venv")) == "unknown"
+    assert asked("root()", ROOT/"nbs", PYTHONPATH=str(thesis/".venv")) == str(ROOT)   # the clone around the working directory
+    assert asked("root()", thesis, PYTHONPATH=str(thesis/".venv")) == str(thesis)
+
+def test_home_is_what_was_asked_for(tmp_path, monkeypatch):
+    for name, f in (("DISTILLTV_HOME", home), ("DISTILLTV_DATA", data_dir)):
+        monkeypatch.setenv(name, "~/runs")
+        assert f() == Path.home()/"runs"
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv(name, f"relative-{name}")
+        assert f() == tmp_path/f"relative-{name}"
+        monkeypatch.chdir("/")
+        assert f() == tmp_path/f"relative-{name}"       # as it was when the first was written
+        monkeypatch.setenv(name, "~no-such-user/runs")
+        with pytest.raises(ValueError, match=f"{name}=~no-such-user/runs: there is no such user's home"): f()
+        monkeypatch.setenv(name, "")
+        assert f() == root()/dict(DISTILLTV_HOME="runs", DISTILLTV_DATA="data/mini")[name]
+
+def test_text_is_utf8_in_any_locale(tmp_path):
+    code = "import sys; from distilltv.runs import atomic_folder, root, write_json; write_json(sys.argv[1], dict(a='\\u03b8')); print(ascii(str(root())))"
+    env = os.environ | dict(PYTHONPATH=str(ROOT), LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+    done = subprocess.run([sys.executable, "-X", "warn_default_encoding", "-W", "error::EncodingWarning:distilltv.runs", "-c", code, str(tmp_path/"a.json")], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path/"a.json").read_text(encoding="utf-8")) == dict(a="θ")
