@@ -1,5 +1,5 @@
 "The dial, in a real browser: mouse and keyboard turn it, its numbers are the results', and it asks nobody for anything."
-import json, os, re, shutil, subprocess, time, urllib.request
+import base64, io, json, re, shutil, subprocess, time, urllib.request
 from pathlib import Path
 import pandas as pd, pytest
 
@@ -7,40 +7,39 @@ ROOT = Path(__file__).resolve().parent.parent
 CHROME = next((p for p in map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome")) if p), None)
 
 def page_html(page="dial", id="dial"):
-    cells = json.loads((ROOT/f"nbs/{page}.ipynb").read_text())["cells"]
+    cells = json.loads((ROOT/f"nbs/{page}.ipynb").read_text(encoding="utf-8"))["cells"]
     return next("".join(o["data"]["text/html"]) for c in cells for o in c.get("outputs", []) if f'id="{id}"' in "".join(o.get("data", {}).get("text/html", "")))
 
 def data(): return json.loads(re.search(r'id="dial-data">(.*?)</script>', page_html(), re.S)[1].replace("<\\/", "</"))
 
-def test_numbers_are_the_results():
-    "Of every encoder of the reference run the results' table; of every λ between them the mean of its rows, inside its interval."
-    from distilltv.results import gather, with_means
-    from distilltv.statistics import bootstrap, interval
-    from distilltv.runs import data_dir
-    scores, hits = gather(data_dir()/"results")
-    table, run = interval(with_means(bootstrap(hits), scores)), set(scores.encoder)
-    fine = pd.read_csv(data_dir()/"results/dial/scores.csv").groupby(["encoder", "task"]).score.mean()
-    domain, checked, between = scores.drop_duplicates("task").set_index("task").domain, 0, 0
-    for e in data()["encoders"]:
-        for task, shown in e["scores"].items():
-            checked += 1
-            if e["name"] in run: assert shown == pytest.approx(table.loc[(task, e["name"]), ["estimate", "lo", "hi"]].astype(float).tolist(), abs=1e-5)
-            else:
-                of = [task] if task in domain else list(domain.index[domain == task.removesuffix(" mean")])
-                assert shown[0] == pytest.approx(fine[e["name"]][of].mean(), abs=1e-5) and shown[1] <= shown[0] <= shown[2]
-                between += 1
-        assert e["page"] is None if e["name"] not in run else (ROOT/"nbs"/e["page"]).resolve().with_suffix(".ipynb").exists(), f"the mark of {e['name']} leads to no run"
-    assert data()["lams"] == [round(.02*i, 2) for i in range(51)] and between == 40*len(data()["tasks"]) and checked > 500
+def every(d): return [*d["sweep"], *([d["ensemble"]] if d["ensemble"] else [])]
 
-def test_the_fine_grid_meets_the_reference_run():
-    "The same weights at the eleven λ they share, and the same score for every task and probe seed."
+def test_numbers_are_the_results():
+    "Of the eleven λ and the ensemble student: the results' table, and a run that ships."
+    from distilltv.results import gather, with_means
     from distilltv.runs import data_dir
-    made, fine, run = json.loads((data_dir()/"results/dial/dial.json").read_text()), *(pd.read_csv(data_dir()/f"results/{f}scores.csv") for f in ("dial/", ""))
-    both = fine.merge(run, on=["encoder", "task", "probe", "seed", "metric"], suffixes=("", "_run"))
-    assert both.encoder.nunique() == 11 and len(both) == 11*(6*3 + 1)
-    assert both.score.tolist() == pytest.approx(both.score_run.tolist(), abs=1e-12)
-    assert all(made["hashes"][f"{l:.2f}"] == h for l, h in zip(both.lam, both.weights_hash))
-    assert len(fine) == 51*(6*3 + 1) and not any(c.endswith("+") or c == "unknown" for c in made["commits"])
+    from distilltv.statistics import bootstrap, interval
+    scores, hits = gather(data_dir()/"results")
+    table, d = interval(with_means(bootstrap(hits), scores)), data()
+    assert [e["lam"] for e in d["sweep"]] == [round(.1*i, 1) for i in range(11)] and d["ensemble"]
+    for e in every(d):
+        assert set(e["scores"]) == set(d["tasks"]) and {"speech mean", "music mean"} < set(d["tasks"])
+        for task, shown in e["scores"].items(): assert shown == pytest.approx(table.loc[(task, e["name"]), ["estimate", "lo", "hi"]].astype(float).tolist(), abs=1e-5)
+        assert (ROOT/"nbs"/e["page"]).resolve().with_suffix(".ipynb").exists(), f"{e['name']} leads to no run"
+
+def test_examples_are_of_these_students_and_can_be_heard():
+    from distilltv.runs import data_dir
+    import soundfile
+    made, scores = json.loads((data_dir()/"results/dial/dial.json").read_text(encoding="utf-8")), pd.read_csv(data_dir()/"results/scores.csv")
+    d, hashes = data(), scores.drop_duplicates("encoder").set_index("encoder").weights_hash
+    assert made["hashes"] == {e["name"]: hashes[e["name"]] for e in every(d)}, "other students: papermill nbs/dial.ipynb out.ipynb -p make full"
+    assert len({x["title"].split(":")[0] for x in d["examples"]}) >= 3
+    for x in d["examples"]:
+        assert set(x["answers"]) == {e["name"] for e in every(d)} and x["credit"] and "GPL" not in x["credit"]
+        assert all(a["right"] == (a["heard"] == x["truth"]) for a in x["answers"].values())
+        assert x["answers"][d["sweep"][0]["name"]]["right"] != x["answers"][d["sweep"][-1]["name"]]["right"], f"{x['title']} does not flip"
+        wav, rate = soundfile.read(io.BytesIO(base64.b64decode(x["audio"])))
+        assert rate == 16000 and abs(wav).max() > .001, x["title"]
 
 class Browser:
     "Chromium over its debugging protocol."
@@ -65,6 +64,18 @@ class Browser:
             if message.get("id") == self.id: return message.get("result", {})
             self.events.append(message)
 
+    def open(self, url, ready="true"):
+        "Go to a page, and wait until it is loaded and an expression is true."
+        self.call("Page.navigate", url=url)
+        until = time.time()+60
+        while not self.js(f"document.readyState === 'complete' && !!({ready})"):
+            assert time.time() < until, f"{url} was not ready in a minute"
+            time.sleep(.1)
+
+    def errors(self):
+        "What went wrong in the page, as its console has it."
+        return [e for e in self.events if e["method"] == "Runtime.exceptionThrown" or (e["method"] == "Log.entryAdded" and e["params"]["entry"]["level"] == "error")]
+
     def js(self, code): return self.call("Runtime.evaluate", expression=code, returnByValue=True)["result"].get("value")
 
     def key(self, name, code, shift=False):
@@ -81,64 +92,79 @@ class Browser:
 @pytest.mark.parametrize("size", ["1200,1000", "390,800"])
 def test_turning_it(tmp_path, size):
     pytest.importorskip("websocket")
-    (tmp_path/"dial.html").write_text(f'<!doctype html><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>dial</title><body>{page_html()}')
+    (tmp_path/"dial.html").write_text(f'<!doctype html><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>dial</title><body>{page_html()}', encoding="utf-8")
     d, b = data(), Browser(tmp_path/"profile", size)
     try:
-        b.call("Page.navigate", url=(tmp_path/"dial.html").as_uri())
-        until = time.time()+60
-        while not b.js('document.querySelectorAll(".dial .task").length') and time.time() < until: time.sleep(.2)
+        b.open((tmp_path/"dial.html").as_uri(), "document.querySelectorAll('.dial .task').length")
 
-        def check(k):
-            assert b.js('document.getElementById("dial-now").textContent') == f"λ = {d['lams'][k]:.2f}"
+        def check(e):
+            assert b.js('document.getElementById("dial-now").textContent') == ("ensemble student" if e["lam"] is None else f"λ = {e['lam']:.1f}")
             shown = json.loads(b.js('JSON.stringify([...document.querySelectorAll(".dial .task")].map(r => [r.children[0].textContent, r.children[2].textContent]))'))
-            encoder = next(e for e in d["encoders"] if e["name"] == d["sweep"][k])
             for task, text in shown:
-                s = encoder["scores"][task]
                 value, half = map(float, text.split(" ± "))
-                assert value == pytest.approx(100*s[0], abs=.051) and half == pytest.approx(50*(s[2]-s[1]), abs=.051)
-            assert len(shown) == len(d["tasks"])
+                estimate, lo, hi = e["scores"][task]
+                assert value == pytest.approx(100*estimate, abs=.051) and half == pytest.approx(50*(hi-lo), abs=.051)
+            assert [t for t, _ in shown] == d["tasks"]
             said = json.loads(b.js('JSON.stringify([...document.querySelectorAll(".dial .said")].map(p => p.textContent))'))
-            assert [x["right"][k] for x in d["examples"]] == [s.endswith("✓") for s in said]
-            return b.js('[...document.querySelectorAll(".dial .you")].map(c => c.getAttribute("cx") + " " + c.getAttribute("cy"))[0]')
+            assert [x["answers"][e["name"]]["right"] for x in d["examples"]] == [s.endswith("✓") for s in said]
+            assert b.js('document.getElementById("dial-run").getAttribute("href")') == e["page"]
 
-        last, middle = len(d["lams"])-1, len(d["lams"])//2
-        places = [check(middle)]
+        sweep, last = d["sweep"], len(d["sweep"]) - 1
+        sum_of = lambda e: e["scores"]["speech mean"][0] + e["scores"]["music mean"][0]
+        best = max(range(len(sweep)), key=lambda i: sum_of(sweep[i]))
+        check(sweep[best])
         b.js('document.getElementById("dial-lam").focus()')
-        b.key("ArrowRight", 39)
-        places.append(check(middle+1))
-        for name, code, shift, by in (("PageUp", 33, False, 5), ("ArrowRight", 39, True, 5), ("ArrowLeft", 37, True, -5), ("PageDown", 34, False, -5), ("ArrowLeft", 37, False, -1)):
-            middle += by
-            b.key(name, code, shift)
-            check(middle+1)
-        b.key("Home", 36)
-        places.append(check(0))
-        b.key("End", 35)
-        places.append(check(last))
+        for name, code, at in (("Home", 36, 0), ("ArrowRight", 39, 1), ("ArrowRight", 39, 2), ("ArrowLeft", 37, 1), ("End", 35, last)):
+            b.key(name, code)
+            check(sweep[at])
+            assert f"{sweep[at]['lam']:.1f}" in b.js('document.getElementById("dial-lam").getAttribute("aria-valuetext")')
         box = json.loads(b.js('JSON.stringify(document.getElementById("dial-lam").getBoundingClientRect())'))
         b.click(box["x"] + 4, box["y"] + box["height"]/2)
-        places.append(check(0))
-        assert len(set(places)) == 4 and places[2] == places[4]
+        check(sweep[0])
+        for text, e in (("All speech", sweep[last]), ("All music", sweep[0]), ("Best mean", sweep[best]), ("Ensemble", d["ensemble"])):
+            b.js(f'[...document.querySelectorAll("#dial-presets button")].find(x => x.textContent === "{text}").click()')
+            check(e)
+            pressed = json.loads(b.js('JSON.stringify([...document.querySelectorAll("#dial-presets [aria-pressed=true]")].map(x => x.textContent))'))
+            assert text in pressed
 
+        assert b.js('document.querySelectorAll("audio").length') == len(d["examples"])
+        assert not b.js('document.querySelectorAll("svg a").length'), "Quarto's script fails on links inside of SVG"
         assert b.js("document.documentElement.scrollWidth <= innerWidth"), "the page is wider than the screen"
-        wrong = [e for e in b.events if e["method"] == "Runtime.exceptionThrown" or (e["method"] == "Log.entryAdded" and e["params"]["entry"]["level"] == "error")]
-        assert not wrong
+        assert not b.errors()
         asked = [e["params"]["request"]["url"] for e in b.events if e["method"] == "Network.requestWillBeSent"]
         assert all(u.startswith(("file:", "data:")) for u in asked), asked
     finally: b.close()
 
+# where the browser finds a link at its own centre
+ON_TOP = """JSON.stringify([...document.querySelectorAll("SELECTOR")].map(a => {
+    a.scrollIntoView({ block: "center" });
+    const r = a.getBoundingClientRect(), at = document.elementFromPoint(r.x + r.width/2, r.y + r.height/2)?.closest("a");
+    return [a.getAttribute("href"), at ? at.getAttribute("href") : null]; }))"""
+
+@pytest.mark.skipif(not CHROME, reason="no Chromium or Chrome here")
+@pytest.mark.parametrize("size", ["1200,1000", "390,800"])
+def test_every_point_opens_its_run(tmp_path, size):
+    pytest.importorskip("websocket")
+    (tmp_path/"dial.html").write_text(f'<!doctype html><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>dial</title><body>{page_html()}', encoding="utf-8")
+    b = Browser(tmp_path/"profile", size)
+    try:
+        b.open((tmp_path/"dial.html").as_uri(), "document.querySelectorAll('.dial .task').length")
+        links = json.loads(b.js(ON_TOP.replace("SELECTOR", ".dial .plot a")))
+    finally: b.close()
+    assert all(href == hit for href, hit in links), [l for l in links if l[0] != l[1]]
+    assert {h for h, _ in links} == {e["page"] for e in data()["sweep"]} and len(links) == 2*len(data()["sweep"])
+
 @pytest.mark.skipif(not CHROME, reason="no Chromium or Chrome here")
 def test_the_marks_of_the_headline_figure_lead_to_their_runs(tmp_path):
     pytest.importorskip("websocket")
-    (tmp_path/"gallery.html").write_text(f'<!doctype html><meta charset="utf-8"><title>runs</title><body>{page_html("gallery", "runs-figure")}')
+    (tmp_path/"gallery.html").write_text(f'<!doctype html><meta charset="utf-8"><title>runs</title><body>{page_html("gallery", "runs-figure")}', encoding="utf-8")
     b = Browser(tmp_path/"profile", "1200,1000")
     try:
-        b.call("Page.navigate", url=(tmp_path/"gallery.html").as_uri())
-        until = time.time()+60
-        while not b.js('document.querySelectorAll("#runs-figure a").length') and time.time() < until: time.sleep(.2)
-        hit = json.loads(b.js("""JSON.stringify([...document.querySelectorAll("#runs-figure a")].map(a => {
-            const r = a.querySelector("use").getBoundingClientRect(), at = document.elementFromPoint(r.x + r.width/2, r.y + r.height/2);
-            return [a.getAttribute("href"), !!at && !!at.closest("a")]; }))"""))
+        b.open((tmp_path/"gallery.html").as_uri(), "document.querySelectorAll('#runs-figure a').length")
+        links = json.loads(b.js(ON_TOP.replace("SELECTOR", "#runs-figure a")))
+        assert not b.js('document.querySelectorAll("svg a").length')
     finally: b.close()
-    scored = {e["name"] for e in data()["encoders"] if e["page"]}
-    assert {Path(href).stem.removeprefix("probe-") for href, on_top in hit if on_top} == scored
-    for href, _ in hit: assert (ROOT/"nbs"/href).resolve().with_suffix(".ipynb").exists(), href
+    assert all(href == hit for href, hit in links), [l for l in links if l[0] != l[1]]
+    scored = set(pd.read_csv(ROOT/"data/mini/results/scores.csv").encoder)
+    assert {Path(href).stem.removeprefix("probe-") for href, _ in links} == scored
+    for href, _ in links: assert (ROOT/"nbs"/href).resolve().with_suffix(".ipynb").exists(), href
