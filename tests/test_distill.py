@@ -6,21 +6,24 @@ from datasets import Audio, Dataset
 from torch.nn import functional as F
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import HubertConfig, HubertModel
-from distilltv import distill, runs
-from distilltv.distill import Distiller, Kept, cl_loss, distil, fit, frame_clock, heard, kd_loss, load_heads, lr_at, match_frames, validate, validation_crops
+from distilltv import distill, training
+from distilltv.distill import base_of, crops_of, distil, listens_to, load_heads, student_folder, validate, validation_crops
 from distilltv.encoders import load_encoder, make_base, save_encoder, weights_hash
-from distilltv.profiles import profile
+from distilltv.objective import Distiller, cl_loss, frame_clock, kd_loss, match_frames
+from distilltv.profiles import Profile, profile, record
+from distilltv.runs import data_dir
 from distilltv.scale import Crops
+from distilltv.training import TargetCache, TimeLeft, fit, lr_at
 
 TINY = dict(hidden_size=48, num_hidden_layers=12, num_attention_heads=4, intermediate_size=96, conv_dim=[16]*7,
             num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=4)
 
 STILL = dict(hidden_dropout=0., attention_dropout=0., activation_dropout=0., feat_proj_dropout=0.)
 
-def distiller(names=("speech",), loss="kd", average=False, **config):
+def distiller(names=("speech",), loss="kd", **config):
     torch.manual_seed(0)
     teachers = {n: HubertModel(HubertConfig(**TINY | config)).eval().requires_grad_(False) for n in names}
-    return Distiller(make_base(teachers[names[0]]), teachers, loss=loss, average=average)
+    return Distiller(make_base(teachers[names[0]]), teachers, loss=loss)
 
 def test_loss_equals_numpy():
     rng = np.random.default_rng(0)
@@ -65,9 +68,9 @@ def padded(lengths, fill=float("nan")):
     return items, wav, torch.tensor(lengths)
 
 @pytest.mark.parametrize("lengths", [(4000, 4000, 4000), (4000, 2500, 4000, 3333, 2500)])
-@pytest.mark.parametrize("names, average", [(("speech",), False), (("speech", "music"), False), (("speech", "music"), True)])
-def test_loss_of_a_padded_batch_is_the_mean_over_its_items(lengths, names, average):
-    d = distiller(names, average=average).eval()
+@pytest.mark.parametrize("names", [("speech",), ("speech", "music"), ("speech", "music", "sound")])
+def test_loss_of_a_padded_batch_is_the_mean_over_its_items(lengths, names):
+    d = distiller(names).eval()
     items, wav, n = padded(lengths)
     got, alone = d(wav, n), [d(x[None]) for x in items]
     for k in got: torch.testing.assert_close(got[k], torch.stack([a[k] for a in alone]).mean(), rtol=1e-5, atol=1e-5)
@@ -93,23 +96,13 @@ def test_the_correlation_loss_pools_lengths_to_the_shortest():
     torch.testing.assert_close(d(wav, n)["loss"].item(), correlation_loss(p.astype(np.float64), h.astype(np.float64), w=1.).mean(), rtol=1e-4, atol=0)
 
 def test_ensemble_loss_is_the_sum_over_teachers():
-    d = distiller(("speech", "music")).eval()
-    out = d(torch.randn(2, 4000))
-    by = {n: torch.stack([out[f"{n}_{l}"] for l in (4, 8, 12)]).mean() for n in ("speech", "music")}
-    torch.testing.assert_close(out["loss"], by["speech"]+by["music"])
-
-def test_averaged_targets_have_one_head_set():
-    d = distiller(("speech", "music"), average=True).eval()
-    wav = torch.randn(2, 4000)
-    mean = torch.stack([d.targets(t, wav) for t in d._teachers.values()]).mean(0)
-    want = kd_loss(d.heads["average"](d.student(wav).last_hidden_state), mean)
-    assert list(d.heads) == ["average"]
-    torch.testing.assert_close(d(wav)["loss"], want.mean())
+    names = ("speech", "music", "sound")
+    out = distiller(names).eval()(torch.randn(2, 4000))
+    torch.testing.assert_close(out["loss"], sum(torch.stack([out[f"{n}_{l}"] for l in (4, 8, 12)]).mean() for n in names))
 
 def test_teachers_that_cannot_be_used_are_named():
-    small, wide = (HubertModel(HubertConfig(**TINY | c)) for c in (dict(num_hidden_layers=2), dict(hidden_size=96)))
-    with pytest.raises(ValueError, match="speech teacher has 2 layers, so layer 12"): Distiller(make_base(small), dict(speech=small))
-    with pytest.raises(ValueError, match="different widths"): Distiller(make_base(wide), dict(speech=wide, music=HubertModel(HubertConfig(**TINY))), average=True)
+    small = HubertModel(HubertConfig(**TINY | dict(num_hidden_layers=2)))
+    with pytest.raises(ValueError, match="speech teacher has 2 layers, so layer 12.*`predict`"): Distiller(make_base(small), dict(speech=small))
 
 def test_frames_are_matched_by_their_times():
     "A linear function of time, sampled at 75 frames a second, read off at 50; same clocks are cropped and untouched."
@@ -202,8 +195,28 @@ def test_schedule_warms_up_and_ends_near_zero():
     lr = [lr_at(k, 100, 1., .1) for k in range(100)]
     assert lr[0] == pytest.approx(.1) and max(lr) == 1 and np.argmax(lr) in (9, 10) and lr[-1] == pytest.approx(1/90)
 
-@pytest.mark.parametrize("corpus,teacher,audio", [("speech", "music", "speech"), ("own", "music", "music"), ("own", "ensemble", "both"), ("both", "speech", "both")])
-def test_heard(corpus, teacher, audio): assert heard(corpus, teacher) == audio
+THREE = Profile("three", dict.fromkeys(("speech", "music", "sound"), "folder"), steps=100)
+ALL = THREE.domains
+
+@pytest.mark.parametrize("corpus, who, audio", [("speech", "music", ("speech",)), ("own", "music", ("music",)), ("own", "ensemble", ALL),
+                                                ("both", "speech", ALL), ("both", "ensemble", ALL)])
+def test_whose_audio_a_student_listens_to(corpus, who, audio): assert listens_to(replace(THREE, corpus=corpus), who) == audio
+
+@pytest.mark.parametrize("who, asked, name", [
+    ("sound", {}, "both/sound"), ("sound", dict(seed=0, steps=100), "both/sound"), ("ensemble", dict(corpus="own"), "own/ensemble"),
+    ("sound", dict(seed=2), "both/sound-seed2"), ("ensemble", dict(steps=200), "both/ensemble-2x"),
+    ("ensemble", dict(steps=200, seed=1), "both/ensemble-2x-seed1"), ("sound", dict(steps=30), "both/sound-30steps")])
+def test_a_student_has_a_folder_for_what_decides_it(tmp_path, monkeypatch, who, asked, name):
+    monkeypatch.setenv("DISTILLTV_HOME", str(tmp_path))
+    assert student_folder(THREE, who, **asked) == tmp_path/"three/students"/name
+    assert student_folder(replace(THREE, seed=7), who, **asked | dict(seed=0)) == student_folder(THREE, who, **asked | dict(seed=0))
+    assert student_folder(replace(THREE, seed=7), who, **asked | dict(seed=None)).name.endswith("-seed7")
+    assert student_folder(replace(THREE, loss="cl"), "sound", seed=3).name == "sound-cl-seed3"
+
+def test_what_a_profile_lacks_is_a_sentence():
+    with pytest.raises(ValueError, match="teacher = 'spech' is unknown to profile three: use speech, music, sound or ensemble"): student_folder(THREE, "spech")
+    with pytest.raises(ValueError, match="corpus = 'birds' is unknown: use both, own or one of speech, music, sound"): distil(THREE, "sound", corpus="birds")
+    with pytest.raises(ValueError, match="profile three has no audio of sound: write a folder.*under .audio."): distil(replace(THREE, audio={}), "sound", corpus="sound")
 
 def batch_at(step): return torch.randn(2, 4000, generator=torch.Generator().manual_seed(step))
 P = replace(profile("mini"), batch=2, seconds=.25)
@@ -234,11 +247,16 @@ def test_accumulated_pieces_make_the_same_gradient():
     grads = []
     for pieces in (1, 2):
         d = distiller(**STILL)
-        losses = distill._backward(Accelerator(), d, torch.cat([batch_at(0), batch_at(1)]), pieces)
+        losses = training._backward(Accelerator(), d, torch.cat([batch_at(0), batch_at(1)]), pieces)
         grads.append(torch.cat([q.grad.flatten() for q in d.parameters()]))
         assert not losses["loss"].requires_grad
     torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-7)
     with pytest.raises(ValueError, match="batch of 2 .* 3 pieces: choose a multiple of 3"): fit(distiller(), batch_at, "unused", replace(P, accumulate=3), steps=1)
+
+def test_pieces_of_a_batch_have_another_correlation_loss_and_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="loss=cl compares the crops of a batch.*use accumulate=1"):
+        fit(distiller(loss="cl"), lambda k: torch.cat([batch_at(k), batch_at(k+1)]), tmp_path, replace(P, batch=4, accumulate=2), steps=1)
+    assert not list(tmp_path.iterdir())
 
 def test_best_and_last_checkpoints_can_both_be_continued(tmp_path):
     scores = iter([3., 1., 2.])
@@ -266,40 +284,40 @@ def test_batches_prepared_ahead_and_a_compiled_model_train_the_same(tmp_path):
     fit(compiled, batch_at, tmp_path/"c", replace(P, compile="eager"), steps=5)
     assert weights_hash(plain) == weights_hash(other)
     torch.testing.assert_close(plain.state_dict(), compiled.state_dict())
-    assert list(distill._ahead(str, range(2, 7), 3)) == list("23456")
+    assert list(training._ahead(str, range(2, 7), 3)) == list("23456")
 
-# --- targets that are kept
+# --- targets that are cached
 
-def kept_run(folder, kept, turns=3, **config):
+def cached_run(folder, cache, turns=3, **config):
     "Two batches, heard in each of some epochs."
     d = distiller(**config)
-    d.kept = kept
+    d.cache = cache
     fit(d, lambda k: batch_at(k % 2), folder, P, steps=2*turns)
     return d
 
-def test_kept_targets_train_the_same_student_and_are_read_from_the_second_epoch_on(tmp_path):
-    kept = Kept("float32", 1e9, tmp_path/"targets")
-    plain, cached = kept_run(tmp_path/"a", None), kept_run(tmp_path/"b", kept)
-    assert weights_hash(plain) == weights_hash(cached) and (kept.made, kept.read) == (2, 4)
-    later = Kept("float32", 1e9, tmp_path/"targets")
-    assert weights_hash(kept_run(tmp_path/"c", later)) == weights_hash(plain) and (later.made, later.read) == (0, 6)
+def test_cached_targets_train_the_same_student_and_are_read_from_the_second_epoch_on(tmp_path):
+    cache = TargetCache("float32", 1e9, tmp_path/"targets")
+    plain, cached = cached_run(tmp_path/"a", None), cached_run(tmp_path/"b", cache)
+    assert weights_hash(plain) == weights_hash(cached) and (cache.made, cache.read) == (2, 4)
+    later = TargetCache("float32", 1e9, tmp_path/"targets")
+    assert weights_hash(cached_run(tmp_path/"c", later)) == weights_hash(plain) and (later.made, later.read) == (0, 6)
 
 def test_half_precision_gives_one_student_whether_targets_were_there_or_not(tmp_path):
-    full, half = Kept("float32", 1e9, tmp_path/"targets"), Kept("float16", 1e9, tmp_path/"targets")
-    one = kept_run(tmp_path/"a", full)
-    two, three = kept_run(tmp_path/"b", half), kept_run(tmp_path/"c", half)
+    full, half = TargetCache("float32", 1e9, tmp_path/"targets"), TargetCache("float16", 1e9, tmp_path/"targets")
+    one = cached_run(tmp_path/"a", full)
+    two, three = cached_run(tmp_path/"b", half), cached_run(tmp_path/"c", half)
     assert weights_hash(two) == weights_hash(three) != weights_hash(one) and (half.made, half.read) == (2, 10)
     sizes = sorted(f.stat().st_size for f in (tmp_path/"targets").glob("*.npy"))
     assert len(sizes) == 4 and sizes[0]*1.9 < sizes[-1]
 
-def test_kept_targets_stay_within_their_bound_and_the_longest_unused_go_first(tmp_path):
+def test_cached_targets_stay_within_their_bound_and_the_longest_unused_go_first(tmp_path):
     d, folder = distiller(), tmp_path/"targets"
-    d.kept = Kept("float32", 1e9, folder)
+    d.cache = TargetCache("float32", 1e9, folder)
     teacher = d._teachers["speech"]
     d.targets(teacher, batch_at(0))
     size = next(folder.glob("*.npy")).stat().st_size
-    d.kept.most = 3.5*size
-    file = lambda k: folder/f"{d.kept.key(teacher, batch_at(k), d.layers)}.npy"
+    d.cache.most = 3.5*size
+    file = lambda k: folder/f"{d.cache.key(teacher, batch_at(k), d.layers)}.npy"
     for i, k in enumerate((1, 2, 0, 3, 0, 4)):          # 0 is used again and again
         d.targets(teacher, batch_at(k))
         os.utime(file(k), (i, i))
@@ -311,17 +329,17 @@ def test_kept_targets_stay_within_their_bound_and_the_longest_unused_go_first(tm
                          ids=["cut", "empty", "another", "one bit"])
 def test_damaged_targets_are_computed_again(tmp_path, damage):
     d = distiller()
-    d.kept = Kept("float32", 1e9, tmp_path/"targets")
+    d.cache = TargetCache("float32", 1e9, tmp_path/"targets")
     teacher = d._teachers["speech"]
     first = d.targets(teacher, batch_at(0))
     file = next((tmp_path/"targets").glob("*.npy"))
     file.write_bytes(damage(whole := file.read_bytes()))
-    assert torch.equal(d.targets(teacher, batch_at(0)), first) and d.kept.made == 2 and file.read_bytes() == whole
-    assert torch.equal(d.targets(teacher, batch_at(0)), first) and d.kept.made == 2
+    assert torch.equal(d.targets(teacher, batch_at(0)), first) and d.cache.made == 2 and file.read_bytes() == whole
+    assert torch.equal(d.targets(teacher, batch_at(0)), first) and d.cache.made == 2
 
-def test_kept_targets_are_keyed_by_all_that_decides_them(tmp_path):
+def test_cached_targets_are_keyed_by_all_that_decides_them(tmp_path):
     "Weights, configuration, attention, sampling rate, layers, numbers, samples."
-    kept, layers = Kept("float32", 1e9, tmp_path), (4, 8, 12)
+    cache, layers = TargetCache("float32", 1e9, tmp_path), (4, 8, 12)
     def teacher(rate=16_000, seed=0, **config):
         torch.manual_seed(seed)
         t = HubertModel(HubertConfig(**TINY | config)).eval()
@@ -331,33 +349,41 @@ def test_kept_targets_are_keyed_by_all_that_decides_them(tmp_path):
     relu.load_state_dict(teacher().state_dict())        # the same weights in another configuration
     eager = teacher()
     eager.set_attn_implementation("eager")
-    keys = [kept.key(t, batch_at(0), layers) for t in (teacher(), relu, eager, teacher(24_000), teacher(seed=1))]
-    keys += [kept.key(teacher(), batch_at(1), layers), kept.key(teacher(), batch_at(0), (4, 8)), Kept("float16", 1, tmp_path).key(teacher(), batch_at(0), layers)]
-    with torch.autocast("cpu", torch.bfloat16): keys.append(kept.key(teacher(), batch_at(0), layers))
-    assert len(set(keys)) == 9 and kept.key(teacher(), batch_at(0), layers) == keys[0]
+    keys = [cache.key(t, batch_at(0), layers) for t in (teacher(), relu, eager, teacher(24_000), teacher(seed=1))]
+    keys += [cache.key(teacher(), batch_at(1), layers), cache.key(teacher(), batch_at(0), (4, 8)), TargetCache("float16", 1, tmp_path).key(teacher(), batch_at(0), layers)]
+    with torch.autocast("cpu", torch.bfloat16): keys.append(cache.key(teacher(), batch_at(0), layers))
+    assert len(set(keys)) == 9 and cache.key(teacher(), batch_at(0), layers) == keys[0]
 
-def test_what_cannot_be_kept_is_a_sentence(tmp_path):
-    with pytest.raises(ValueError, match="cache = 'half' is unknown; use float32 or float16"): Kept("half", 1)
+def test_what_cannot_be_cached_is_a_sentence(tmp_path):
+    with pytest.raises(ValueError, match="cache = 'half' is unknown; use float32 or float16"): TargetCache("half", 1)
     with pytest.raises(ValueError, match="cache=float32 keeps what is heard again, and with epoch=0 nothing is"): distil(replace(P, cache="float32"), "speech", out=tmp_path)
     with pytest.raises(ValueError, match="do not fit float16: use cache=float32"):
-        Kept("float16", 1e9, tmp_path)(distiller()._teachers["speech"], batch_at(0), (4,), lambda: torch.full((1, 2, 3, 4), 1e6))
+        TargetCache("float16", 1e9, tmp_path)(distiller()._teachers["speech"], batch_at(0), (4,), lambda: torch.full((1, 2, 3, 4), 1e6))
     assert not list(tmp_path.glob("*.npy"))
     d = distiller()
-    d.kept = Kept("float32", 1e9, tmp_path/"targets")
-    assert fit(d, Named({2}), tmp_path/"run", P, steps=4, patience=2).attrs["skipped"] == [2] and d.kept.made == 3
+    d.cache = TargetCache("float32", 1e9, tmp_path/"targets")
+    assert fit(d, Named({2}), tmp_path/"run", P, steps=4, patience=2).attrs["skipped"] == [2] and d.cache.made == 3
 
-def test_half_precision_trains_about_the_same(tmp_path):
-    from accelerate.state import AcceleratorState
-    logs = []
-    for precision in ("no", "bf16"):
-        AcceleratorState._reset_state()
-        logs.append(fit(distiller(**STILL), batch_at, tmp_path/precision, replace(P, precision=precision), steps=3, log_every=1))
-    AcceleratorState._reset_state()
-    np.testing.assert_allclose(logs[1].loss, logs[0].loss, rtol=.02)
-    assert (logs[1].loss != logs[0].loss).any()
+def test_runs_of_several_precisions_in_one_process(tmp_path):
+    "In either order, and again with one module: half precision trains about the same, and single precision to the bit."
+    def run(precision, d): return fit(d, batch_at, tmp_path/str(len(list(tmp_path.iterdir()))), replace(P, precision=precision), steps=3, log_every=1)
+    trained = {}
+    for precision in ("bf16", "no", "bf16", "no"):
+        d = distiller(**STILL)
+        log = run(precision, d)
+        again = trained.setdefault(precision, (weights_hash(d), log))
+        assert again[0] == weights_hash(d)
+    half, single = trained["bf16"][1], trained["no"][1]
+    np.testing.assert_allclose(half.loss, single.loss, rtol=.02)
+    assert (half.loss != single.loss).any()
+    one, fresh = distiller(**STILL), distiller(**STILL)
+    run("bf16", one)
+    fresh.load_state_dict(one.state_dict())
+    run("no", one), run("no", fresh)
+    assert weights_hash(one) == weights_hash(fresh)
 
 def test_a_tracker_that_is_not_installed_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(distill.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(training.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pip install trackio"): fit(distiller(), batch_at, tmp_path, replace(P, log_with="trackio"), steps=1)
 
 def test_tensorboard_holds_what_the_log_holds(tmp_path):
@@ -411,8 +437,8 @@ def test_a_checkpoint_keeps_the_loss_scaler(tmp_path):
     one.scaler.scale(d(batch_at(0))["loss"]).backward()
     next(d.parameters()).grad.fill_(torch.inf)
     one.scaler.step(optimiser), one.scaler.update()
-    distill._save(tmp_path, True, False, one, batch_at, d, optimiser, dict(settings=dict(steps=2), step=1, log=[], skipped=[0]))
-    assert distill._resume(tmp_path/"checkpoint.pt", dict(steps=2), e, other, two, batch_at) == (1, [], [0])
+    training._save(tmp_path, True, False, one, batch_at, d, optimiser, dict(settings=dict(steps=2), step=1, log=[], skipped=[0]))
+    assert training._resume(tmp_path/"checkpoint.pt", dict(steps=2), e, other, two, batch_at) == (1, [], [0])
     assert two.scaler.state_dict() == one.scaler.state_dict() and two.scaler.get_scale() == 2.**8
 
 def test_a_checkpoint_of_another_corpus_is_refused(tmp_path):
@@ -425,20 +451,57 @@ def test_a_checkpoint_of_another_corpus_is_refused(tmp_path):
     fit(distiller(), batch_at, tmp_path, P, steps=2, inputs=dict(audio=corpus("d", 2)))
     with pytest.raises(ValueError, match="belongs to a run with"): fit(distiller(), batch_at, tmp_path, P, steps=2, inputs=dict(audio=corpus("e", 1)))
 
-def test_scale_profiles_want_audio_of_yours():
-    with pytest.raises(ValueError, match="profile hub has no music corpus: set DISTILLTV_MUSIC"): distill.crops_of(replace(P, name="hub", audio=dict(speech="mini:speech")), "both")
+def test_time_left_counts_what_is_computed_once():
+    "While targets are made, once they are read, with validations, and where an earlier run has left them."
+    clock = TimeLeft(1000, once=100, check_every=200)
+    for _ in range(10): clock.step(.5, making=.3)
+    clock.check(20.)
+    assert clock.seconds(9) == pytest.approx(990*.2 + 90*.3 + 5*20) and clock.text(9) == "5 min 25 s"
+    for _ in range(200): clock.step(.2)
+    assert clock.seconds(209) == pytest.approx(790*.2 + 4*20) and clock.seconds(999) == 0
+    short = TimeLeft(10, once=100)
+    short.step(1., making=.5)
+    assert short.seconds(0) == pytest.approx(9*1.)
+    for k, says in ((0, "0 s"), (59, "59 s"), (60, "1 min 00 s"), (3725, "1 h 02 min")):
+        clock = TimeLeft(2)
+        clock.step(k)
+        assert clock.text(0) == says
 
-def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
-    fit(distiller(), batch_at, tmp_path, P, steps=2)
-    with pytest.raises(ValueError, match="belongs to a run with"): fit(distiller(), batch_at, tmp_path, P, steps=4)
-    with pytest.raises(ValueError, match="belongs to a run with"): fit(distiller(), batch_at, tmp_path, P, steps=2, inputs=dict(base="other"))
+def test_scale_profiles_want_audio_of_yours():
+    "Named by the domain, not by the variable: any profile may lack it. For the shipped ones the variable is named too."
+    p = replace(P, name="hub", audio=dict(speech="mini:speech"))
+    with pytest.raises(ValueError, match="profile hub has no audio of music: write a folder.*or into DISTILLTV_MUSIC"): crops_of(p, p.domains)
+
+def test_a_checkpoint_of_other_settings_is_refused_by_name(tmp_path, monkeypatch):
+    "Whatever decides the result: the profile, the objective, what goes in, and the libraries that compute."
+    def go(says=None, p=P, steps=2, **more):
+        d = distiller()
+        d.settings |= more.pop("settings", {})
+        if says is None: return fit(d, batch_at, tmp_path, p, steps, **more)
+        with pytest.raises(ValueError, match=f"checkpoint.pt belongs to a run with {says}: go on with the old values"): fit(d, batch_at, tmp_path, p, steps, **more)
+    go()
+    go("steps = 2, not 4", steps=4)
+    go("inputs.base = None, not 'other'", inputs=dict(base="other"))
+    go(r"layers = \[4, 8, 12\], not \[1, 2\]", settings=dict(layers=[1, 2]))
+    for name, old, new in (("lr", .001, .005), ("warmup", .07, .9), ("clip", 5., .1), ("weight_decay", .01, 5.), ("seed", 0, 1), ("batch", 2, 4),
+                           ("seconds", .25, .5), ("precision", "no", "bf16"), ("short", "join", "alone"), ("epoch", 0, 9), ("validate_every", 0, 1)):
+        go(f"{name} = {old!r}, not {new!r}", replace(P, **{name: new}))
+    go("clip = 5.0, not 1.0; lr = 0.001, not 0.1; seed = 0, not 3; and 1 more", replace(P, lr=.1, clip=1., seed=3, warmup=.5))
+    go(p=replace(P, log_with="tensorboard", slurm=dict(distil=dict(hours=1))))   # neither decides anything
+    monkeypatch.setattr(training, "record", lambda p: (r := record(p)) | dict(versions=r["versions"] | dict(torch="1.0")))
+    go(f"versions.torch = '{torch.__version__.partition('+')[0]}.*', not '1.0'")
 
 def test_the_command_takes_the_notebooks_parameters(monkeypatch, capsys):
     seen = []
     monkeypatch.setattr(distill, "distil", lambda *a: seen.append(a) or ("folder", None))
-    distill.main("--profile mini --teacher average --corpus own --steps 3 --seed 1 --out here --set loss=cl accumulate=2".split())
-    assert seen == [(replace(profile("mini"), loss="cl", accumulate=2), "average", "own", 3, 1, "here")] and capsys.readouterr().out == "folder\n"
-    with pytest.raises(SystemExit, match="los is no setting; use one of name, .*loss"): distill.main(["--set", "los=cl"])
+    distill.main("--profile mini --teacher ensemble --corpus own --steps 3 --seed 1 --out here --set loss=cl accumulate=2".split())
+    assert seen == [(replace(profile("mini"), loss="cl", accumulate=2), "ensemble", "own", 3, 1, "here")] and capsys.readouterr().out == "folder\n"
+    distill.main([])
+    assert seen[1] == (profile("mini"), "speech", "", 0, None, "")
+    for wrong in (["--set", "los=cl"], ["--set", "lr"], ["--profile", "nowhere.toml"]):
+        with pytest.raises(SystemExit): distill.main(wrong)
+    said = capsys.readouterr().err
+    assert "los is no setting; use one of name, " in said and "lr = '' cannot be read as float" in said and "nowhere.toml is not a file" in said
 
 # --- killed, and in two processes
 
@@ -462,7 +525,7 @@ def train(rank, world, port, job):
     crops = Deadly(job["audio"], p.batch, p.seconds, short=job["short"], epoch=job["epoch"])
     if rank == 0: crops.kill_at = job["kill_at"]
     d = distiller(loss=job["loss"], **STILL if job["still"] else {{}})
-    if job["epoch"]: d.kept = Kept("float32", 3e5, job["folder"] + "/targets")
+    if job["epoch"]: d.cache = TargetCache("float32", 3e5, job["folder"] + "/targets")
     log = fit(d, crops, job["folder"], p, steps=7, save_every=2, log_every=1)
     torch.save(d.state_dict(), f"{{job['folder']}}/weights-{{rank}}.pt")
 
@@ -548,7 +611,7 @@ def two_corpora(tmp_path_factory):
 ALONE = dict(short="alone", seconds=2., epoch=3)
 
 def test_batches_of_several_lengths_in_two_processes_and_killed(tmp_path, train, two_corpora):
-    "Two epochs with targets that are kept, in a space too small for all of them."
+    "Two epochs with cached targets, in a space too small for all of them."
     jobs = dict(world=2, still=True, **ALONE)
     assert train(tmp_path/"killed", *two_corpora, kill_at=np.random.default_rng().integers(2, 7), **jobs)[0] == -signal.SIGKILL
     (_, killed), (_, whole) = (train(tmp_path/d, *two_corpora, **jobs) for d in ("killed", "whole"))
@@ -578,7 +641,7 @@ def test_the_command_distils_checkpoints_of_real_size(tmp_path):
     command = "-m distilltv.distill --profile hub --teacher music --corpus speech --steps 2 --set batch=2 seconds=.5 short=alone precision=no validate_every=0"
     done = subprocess.run([sys.executable, *command.split(), f"teachers.speech={tmp_path}/hubert", f"teachers.music={tmp_path}/mert"], env=env, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
-    folder = tmp_path/"runs/hub/students/speech/music"
+    folder = tmp_path/"runs/hub/students/speech/music-2steps"
     record, log, plain = json.loads((folder/"result.json").read_text()), pd.read_csv(folder/"log.csv"), HubertModel.from_pretrained(folder)
     assert done.stdout.strip() == str(folder) and sum(p.numel() for p in plain.parameters()) == 23_491_200
     assert weights_hash(plain) != record["inputs"]["base"] == weights_hash(load_encoder(tmp_path/"runs/hub/base"))
@@ -591,27 +654,95 @@ def test_a_saved_base_of_another_shape_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("DISTILLTV_HOME", str(tmp_path))
     save_encoder(HubertModel(HubertConfig(**TINY)), tmp_path/"teacher")
     p = replace(P, name="hub", init="speech", teachers=P.teachers | dict(speech=str(tmp_path/"teacher")))
-    assert distill.base_of(p).config.hidden_size == 48
-    for change, says in ((dict(student_layers=3), "'layers': 2.*not.*'layers': 3"), (dict(student_width=96), "'width': 0.*not.*'width': 96"), (dict(init="music"), "'copied_from': 'speech teacher'")):
-        with pytest.raises(ValueError, match=f"hub/base holds another θ₀, with .*{says}"): distill.base_of(replace(p, **change))
+    assert base_of(p).config.hidden_size == 48
+    torch.manual_seed(1)
+    save_encoder(HubertModel(HubertConfig(**TINY)), tmp_path/"another")
+    another = replace(p, teachers=p.teachers | dict(speech=str(tmp_path/"another")))
+    for changed, says in ((replace(p, student_layers=3), "layers = 2, not 3"), (replace(p, student_width=96), "width = 0, not 96"), (another, "teacher_hash = '")):
+        with pytest.raises(ValueError, match=f"hub/base holds another θ₀, with {says}"): base_of(changed)
     monkeypatch.setenv("DISTILLTV_HOME", str(tmp_path/"wide"))
-    wide = distill.base_of(replace(p, student_width=96, student_heads=2)).config
+    wide = base_of(replace(p, student_width=96, student_heads=2)).config
     assert (wide.hidden_size, wide.num_attention_heads) == (96, 2)
 
-def test_the_heads_beside_a_student_give_the_loss_that_was_recorded(tmp_path, monkeypatch):
+def test_a_base_belongs_to_its_teachers_weights_and_not_to_their_place(tmp_path, monkeypatch):
+    "A teacher that has moved is the same; another one in the same place is not. The mini profile has its θ₀ shipped, unless its teacher is another."
     monkeypatch.setenv("DISTILLTV_HOME", str(tmp_path))
-    save_encoder(HubertModel(HubertConfig(**TINY)), tmp_path/"teacher")
-    for split in ("train", "dev-clean"):
-        (tmp_path/"audio"/split).mkdir(parents=True)
-        for i in range(3): sf.write(tmp_path/f"audio/{split}/{i}.wav", noise(i), 16_000)
-    p = replace(P, name="hub", init="speech", teachers=dict.fromkeys(("speech", "music"), str(tmp_path/"teacher")),
-                audio=dict(speech=str(tmp_path/"audio")))
-    for teacher, heads in dict(speech=["speech"], ensemble=["speech", "music"], average=["average"]).items():
-        folder, _ = distil(p, teacher, "speech", steps=2)
-        teachers = {n: load_encoder(tmp_path/"teacher") for n in (heads if teacher == "speech" else ("speech", "music"))}
-        again = Distiller(load_encoder(folder), teachers, p.predict, average=teacher == "average")
+    save_encoder(HubertModel(HubertConfig(**TINY)), tmp_path/"a/teacher")
+    p = Profile("three", dict(sound=str(tmp_path/"a/teacher")), licence="CC-BY-4.0")
+    first = weights_hash(base_of(p))
+    (tmp_path/"a").rename(tmp_path/"b")
+    moved = replace(p, teachers=dict(sound=str(tmp_path/"b/teacher")))
+    assert weights_hash(base_of(moved)) == first and base_of(moved).distilltv["licence"] == "CC-BY-4.0"
+    save_encoder(HubertModel(HubertConfig(**TINY | dict(hidden_size=96))), tmp_path/"b/teacher")
+    with pytest.raises(ValueError, match="three/base holds another θ₀, with teacher_hash"): base_of(moved)
+    assert weights_hash(base_of(profile("mini"))) == weights_hash(load_encoder(data_dir()/"base")) and not (tmp_path/"mini").exists()
+    other = replace(profile("mini"), init="speech")
+    assert weights_hash(base_of(other)) == weights_hash(load_encoder(tmp_path/"mini/base")) != weights_hash(load_encoder(data_dir()/"base"))
+
+@pytest.fixture(scope="module")
+def tiny_three(tmp_path_factory):
+    "A profile of three domains: tiny teachers, noise to train on, noise to validate on."
+    top = tmp_path_factory.mktemp("three")
+    for i, d in enumerate(ALL):
+        torch.manual_seed(i)
+        save_encoder(HubertModel(HubertConfig(**TINY)), top/f"teachers/{d}")
+        for j, split in enumerate(("train", "dev-clean")):
+            (top/f"audio/{d}/{split}").mkdir(parents=True)
+            for k in range(3): sf.write(top/f"audio/{d}/{split}/{k}.wav", noise(100*i+10*j+k), 16_000)
+    return Profile("three", {d: str(top/f"teachers/{d}") for d in ALL}, {d: str(top/f"audio/{d}") for d in ALL}, steps=4, batch=3, seconds=.25, lr=1e-3)
+
+def test_students_of_three_domains(tmp_path, monkeypatch, tiny_three):
+    "Each endpoint and the ensemble; the heads beside a student give the loss that was recorded, and its parts."
+    monkeypatch.setenv("DISTILLTV_HOME", str(tmp_path))
+    p, hashes = replace(tiny_three, validate_every=2), set()
+    for who, domains in {**{d: (d,) for d in ALL}, "ensemble": ALL}.items():
+        folder, log = distil(p, who)
+        assert folder == tmp_path/f"three/students/both/{who}" and set(load_heads(folder)) == set(domains)
+        hashes.add(weights_hash(student := load_encoder(folder)))
+        assert student.distilltv["base_hash"] == weights_hash(base_of(p)) and "licence" not in student.distilltv
+        again = Distiller(student, {d: load_encoder(p.teachers[d]) for d in domains}, p.predict)
         again.heads.load_state_dict(load_heads(folder).state_dict())
-        want = json.loads((folder/"result.json").read_text())["metrics"]["valid_speech"]
-        assert set(load_heads(folder)) == set(heads) and validate(again, validation_crops(p))["valid_speech"] == pytest.approx(want, rel=1e-3)
+        want, found = json.loads((folder/"result.json").read_text())["metrics"], validate(again, validation_crops(p))
+        assert set(found) == {f"valid_{a}" + (f"/{d}_{l}" if l else "") for a in ALL for d in domains for l in (0, 4, 8, 12)}
+        for k, v in found.items(): assert v == pytest.approx(want[k], rel=1e-3)
+        for a in ALL: assert found[f"valid_{a}"] == pytest.approx(sum(found[f"valid_{a}/{d}_{l}"] for d in domains for l in (4, 8, 12))/3)
+        assert set(found) | {"validation", "gradient"} <= set(log) and log["valid_sound"].notna().tolist()[-1]
+        assert log.validation.dropna().iloc[-1] == pytest.approx(np.mean([log[f"valid_{a}"].iloc[-1] for a in ALL]))
+    assert len(hashes) == 4
+
+def test_a_seed_is_one_thing_and_is_recorded_as_used(tmp_path, monkeypatch, tiny_three):
+    "From the profile, from a call or from `--set`: the same student, in a folder of its own; records say what was used."
+    monkeypatch.setenv("DISTILLTV_HOME", str(tmp_path))
+    monkeypatch.setattr(distill, "get_profile", lambda name: tiny_three)
+    def made(folder): return json.loads((folder/"distilltv.json").read_text()), json.loads((folder/"result.json").read_text())["parameters"]
+    ways = [distil(tiny_three, "sound", seed=3, out=tmp_path/"a")[0], distil(replace(tiny_three, seed=3), "sound", out=tmp_path/"b")[0]]
+    for out, more in dict(c=["--seed", "3"], d=["--set", "seed=3", "lr=1e-3"]).items():
+        distill.main(["--teacher", "sound", "--out", str(tmp_path/out), *more])
+        ways.append(tmp_path/out)
+    assert len({made(f)[0]["weights_hash"] for f in ways}) == 1
+    plain, _ = distil(tiny_three, "sound")
+    assert plain.name == "sound" and made(plain)[0]["weights_hash"] != made(ways[0])[0]["weights_hash"]
+    other, _ = distil(replace(tiny_three, lr=9e-3, warmup=.5, clip=1.), "sound", seed=3, out=tmp_path/"e")
+    for f, seed, lr in ((plain, 0, 1e-3), *((w, 3, 1e-3) for w in ways), (other, 3, 9e-3)):
+        for record in made(f): assert (record["seed"], record["lr"], record["steps"], record["predict"]) == (seed, lr, 4, [4, 8, 12])
+    assert [made(other)[1][k] for k in ("warmup", "clip", "batch", "seconds")] == [.5, 1, 3, .25]
+    assert distil(tiny_three, "sound", seed=3)[0].name == "sound-seed3"
+
+def test_two_runs_side_by_side_share_a_cache_that_is_bounded(tmp_path, tiny_three):
+    "Students of one seed need each other's targets; each is what it would be alone, and the folder stays within its bound."
+    p = replace(tiny_three, epoch=3, steps=9, cache="float16", cache_gb=5e-5)
+    code = ("import sys; sys.path.insert(0, sys.argv[1]); from test_distill import *\n"
+            "distil(Profile(**json.loads(sys.argv[2])), 'ensemble', out=sys.argv[3])")
+    from dataclasses import asdict
+    def start(home, out):
+        env = dict(os.environ, OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", DISTILLTV_HOME=str(home))
+        return subprocess.Popen([sys.executable, "-c", code, os.path.dirname(__file__), json.dumps(asdict(p)), out], env=env, stderr=subprocess.DEVNULL)
+    runs = [start(tmp_path/"alone", tmp_path/"one"), start(tmp_path/"shared", tmp_path/"two"), start(tmp_path/"shared", tmp_path/"three")]
+    assert [r.wait(300) for r in runs] == [0, 0, 0]
+    assert len({weights_hash(load_encoder(tmp_path/f)) for f in ("one", "two", "three")}) == 1
+    assert sum(f.stat().st_size for f in (tmp_path/"shared/cache/targets").iterdir()) <= 5e4
+
+def test_a_student_without_heads_is_a_sentence(tmp_path, tiny_three):
+    folder, _ = distil(tiny_three, "sound", out=tmp_path/"sound")
     (folder/"heads.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="no heads.safetensors.*02_distill"): load_heads(folder)
