@@ -14,13 +14,13 @@ from pathlib import Path
 from .profiles import SHIPPED, Profile, profile as get_profile, record
 from .runs import data_dir, file_hash, home, root
 
-# %% ../nbs/06b_grid.ipynb #91ec36ba
+# %% ../nbs/06b_grid.ipynb #e73bf74c
 @dataclass(frozen=True)
 class GridRun:
     "One papermill run of the grid."
     stage:str        # `distil`, `merge`, `probe` or `results`
     name:str         # what is run, unique in its stage: `speech`, `lam-0.40`
-    notebook:str     # file name under `nbs/`
+    notebook:str     # file name under `nbs/`, or a path
     parameters:dict  # what papermill passes
     out:str          # folder of its results, under the folder of runs
     needs:tuple=()   # runs whose results it reads, as `stage/name`
@@ -30,7 +30,7 @@ class GridRun:
     @property
     def folder(self) -> Path: return home()/self.out
     @property
-    def executed(self) -> Path: return self.folder/self.notebook
+    def executed(self) -> Path: return self.folder/Path(self.notebook).name
     @property
     def profile(self) -> Profile:
         "The profile as it is now, read again; `None` if the run has none."
@@ -121,7 +121,7 @@ def _probes(p, c, distil, merge, common):
 
 def _base(p): return ("{data}/base",) if p.name == "mini" else ()
 
-# %% ../nbs/06b_grid.ipynb #398ecfb5
+# %% ../nbs/06b_grid.ipynb #8f8838e7
 SHOWING = ("style", "statistics", "results", "figures", "paper", "findings")    # count for the stage `results` only
 
 def _draws(source): return re.search(r"^#\|\s*fig-", source, re.M)
@@ -135,14 +135,14 @@ def _cells(path, drawing):
 
 @lru_cache(maxsize=None)
 def _read_code(path, size, changed, drawing):
-    "What a notebook or module runs, without comments and layout; and the modules of this package that it names."
+    "Hash of what a notebook or module runs, without comments and layout; and the modules of this package that it names."
     code, named = [], set()
     for source in _cells(Path(path), drawing):
         try: tree = ast.parse(source)
         except SyntaxError: code.append(source); continue    # take it as it stands
         code.append(ast.unparse(tree))
         for node in ast.walk(tree): named |= _modules_in(node)
-    return "\n".join(code), frozenset(named)
+    return hashlib.sha256("\n".join(code).encode()).hexdigest(), frozenset(named)
 
 def _modules_in(node):
     "Names after `distilltv.` or `.` in an import."
@@ -153,9 +153,9 @@ def _modules_in(node):
     module = (node.module or "") if node.level else rest
     return {module.split(".")[0]} if module else {a.name for a in node.names}
 
-def code_of(notebook:str,       # file name under `nbs/`
+def code_of(notebook:str,       # file name under `nbs/`, or a path
             showing:bool=False  # with what only shows results
-           ) -> dict:           # file -> its code
+           ) -> dict:           # file -> hash of its code
     "The code that a notebook runs: its own, and that of the modules it imports, directly or not."
     waiting, found = [root()/"nbs"/notebook], {}
     while waiting:

@@ -8,6 +8,7 @@ __all__ = ['SHIPPED', 'RESERVED', 'STAGES', 'NEEDS', 'Profile', 'profile', 'reco
 # %% ../nbs/00b_profiles.ipynb #8299fb5e
 import difflib, json, os, re, sys
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import lru_cache
 from importlib import metadata, resources
 from pathlib import Path
 from .runs import Choice, Integer, Number, Text, data_dir, home
@@ -223,6 +224,7 @@ def record(p:Profile # an experiment
     values["teachers"] = {d: f"mini:{t.removeprefix(shipped)}" if t.startswith(shipped) else t for d, t in p.teachers.items()}
     return json.loads(json.dumps(values | dict(versions={n: _version(n) for n in _COMPUTE})))
 
+@lru_cache(maxsize=None)
 def _version(package):
     try: return metadata.version(package)
     except metadata.PackageNotFoundError: return None

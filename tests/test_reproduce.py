@@ -2,7 +2,9 @@
 import json, os, signal, subprocess, sys, time
 from pathlib import Path
 import pytest
-from distilltv import reproduce as r
+from distilltv import reproduce as command
+from distilltv.grid import GridRun, code_of, digest, fresh, grid, key, simplex, stamp
+from distilltv.runner import Progress, alone, run_stale
 from distilltv.runs import root
 
 SLOW = "import time; time.sleep(1.5)\n"
@@ -27,7 +29,6 @@ def repo(tmp_path, monkeypatch):
     "A repository of three small notebooks: `make` writes x, `square` squares it, `total` sums the squares."
     (tmp_path/"nbs").mkdir()
     (tmp_path/"distilltv").mkdir()
-    (tmp_path/"settings.ini").touch()
     (tmp_path/"distilltv/helper.py").write_text("def square(x): return x*x\n")
     notebook(tmp_path/"nbs/make.ipynb", "value = x", name="", x=0)
     notebook(tmp_path/"nbs/square.ipynb", SLOW + "value = int(Path(f'runs/{of}/number.txt').read_text())**2  # import distilltv", name="", of="")
@@ -36,13 +37,15 @@ def repo(tmp_path, monkeypatch):
     monkeypatch.setenv("DISTILLTV_HOME", str(tmp_path/"runs"))
     return tmp_path
 
-def cells(xs=(1, 2)):
-    make = [r.Cell("make", f"m{i}", "make.ipynb", dict(name=f"m{i}", x=x), f"m{i}") for i, x in enumerate(xs)]
-    square = [r.Cell("square", f"s{i}", "square.ipynb", dict(name=f"s{i}", of=f"m{i}"), f"s{i}", (f"make/m{i}",)) for i in range(len(xs))]
-    return [*make, *square, r.Cell("total", "t", "total.ipynb", dict(name="t", of=" ".join(c.name for c in square)), "t", tuple(c.id for c in square))]
+def at(notebook): return str(Path.cwd()/"nbs"/notebook)
+
+def small(xs=(1, 2)):
+    make = [GridRun("make", f"m{i}", at("make.ipynb"), dict(name=f"m{i}", x=x), f"m{i}") for i, x in enumerate(xs)]
+    square = [GridRun("square", f"s{i}", at("square.ipynb"), dict(name=f"s{i}", of=f"m{i}"), f"s{i}", (f"make/m{i}",)) for i in range(len(xs))]
+    return [*make, *square, GridRun("total", "t", at("total.ipynb"), dict(name="t", of=" ".join(c.name for c in square)), "t", tuple(c.id for c in square))]
 
 def ran(repo):
-    "Names of the cells run since the last call, sorted."
+    "Names of the runs since the last call, sorted."
     log = repo/"runs/log"
     names = sorted(log.read_text().split()) if log.exists() else []
     log.unlink(missing_ok=True)
@@ -55,94 +58,95 @@ def edit(path, old, new):
     path.write_text(path.read_text().replace(old, new))
 
 def test_only_the_stale_runs(repo):
-    assert r.reproduce(cells()) == {} and total(repo) == 5
+    assert run_stale(small()) == {} and total(repo) == 5
     assert ran(repo) == "m0 m1 s0 s1 t".split()
 
     began = time.time()
-    assert r.reproduce(cells()) == {} and ran(repo) == []
+    assert run_stale(small()) == {} and ran(repo) == []
     assert time.time()-began < 1
 
-    r.reproduce(cells((1, 3)))                                  # a parameter
+    run_stale(small((1, 3)))                                  # a parameter
     assert ran(repo) == "m1 s1 t".split() and total(repo) == 10
     edit(repo/"nbs/total.ipynb", "value = sum", "value = 1+sum")   # code
-    r.reproduce(cells((1, 3)))
+    run_stale(small((1, 3)))
     assert ran(repo) == ["t"] and total(repo) == 11
     edit(repo/"nbs/square.ipynb", "# import", "# a comment: import")
-    r.reproduce(cells((1, 3)))
+    run_stale(small((1, 3)))
     assert ran(repo) == []
 
     (repo/"runs/s0/number.txt").unlink()                        # a lost result; the same again leaves `total` fresh
-    r.reproduce(cells((1, 3)))
+    run_stale(small((1, 3)))
     assert ran(repo) == ["s0"]
     (repo/"runs/s0/number.txt").write_text("7")                 # a result somebody changed
-    r.reproduce(cells((1, 3)))
+    run_stale(small((1, 3)))
     assert ran(repo) == ["s0"] and total(repo) == 11
 
 def test_modules_and_data_are_inputs(repo, monkeypatch):
     monkeypatch.setenv("DISTILLTV_DATA", str(repo/"data"))
+    monkeypatch.setattr("distilltv.grid.root", lambda: repo)
     (repo/"data").mkdir()
     (repo/"data/a.txt").write_text("1")
     notebook(repo/"nbs/use.ipynb", "from distilltv import helper\nvalue = 0", name="")
-    cell = r.Cell("use", "u", "use.ipynb", dict(name="u"), "u", inputs=("{data}/a.txt",))
-    keys = [r.key(cell, {})]
+    cell = GridRun("use", "u", at("use.ipynb"), dict(name="u"), "u", inputs=("{data}/a.txt",))
+    keys = [key(cell, {})]
     for path, text in ((repo/"distilltv/helper.py", "def square(x): return x**2\n"), (repo/"data/a.txt", "two")):
         path.write_text(text)
-        keys.append(r.key(cell, {}))
+        keys.append(key(cell, {}))
     assert len(set(keys)) == 3
     (repo/"distilltv/helper.py").write_text("# a square\ndef square(x):\n    return x**2\n")
-    assert r.key(cell, {}) == keys[-1]
+    assert key(cell, {}) == keys[-1]
 
 @pytest.mark.parametrize("after", [.5, 2.5, 4.])
 def test_killed_and_started_again(repo, after):
     "SIGKILL leaves no kernel behind, and the same command ends with the same numbers."
-    code = f"import sys; sys.path[:0] = [{str(Path(__file__).parent)!r}]\nfrom test_reproduce import *\nr.reproduce(cells())"
+    code = f"import sys; sys.path[:0] = [{str(Path(__file__).parent)!r}]\nfrom test_reproduce import *\nrun_stale(small())"
     run = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(root_of_package())},
                            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     time.sleep(after)
     run.send_signal(signal.SIGKILL)
     run.wait()
-    done = [c for c in cells() if r.fresh(c, {c.id: c for c in cells()})]
+    done = [c for c in small() if fresh(c, {c.id: c for c in small()})]
     time.sleep(1.5)     # kernels notice within a second that their parent is gone
     ran(repo)
-    assert r.reproduce(cells()) == {} and total(repo) == 5
+    assert run_stale(small()) == {} and total(repo) == 5
     assert not {c.name for c in done} & set(ran(repo))
 
-def root_of_package(): return Path(r.__file__).parent.parent
+def root_of_package(): return Path(command.__file__).parent.parent
 
 def test_a_failure_is_named_and_the_others_go_on(repo):
-    failed = r.reproduce(cells((1, "two")))
+    failed = run_stale(small((1, "two")))
     assert set(failed) == {"square/s1", "total/t"}
     assert "ValueError: invalid literal" in failed["square/s1"] and "runs/s1/square.ipynb" in failed["square/s1"]
     assert "An Exception was encountered" in (repo/"runs/s1/square.ipynb").read_text()
     assert failed["total/t"] == "not run, because square/s1 failed"
     assert (repo/"runs/s0/number.txt").read_text() == "1"
     ran(repo)
-    assert r.reproduce(cells((1, 2))) == {} and total(repo) == 5 and ran(repo) == "m1 s1 t".split()
+    assert run_stale(small((1, 2))) == {} and total(repo) == 5 and ran(repo) == "m1 s1 t".split()
 
 def test_a_dead_kernel_is_a_failure(repo):
     notebook(repo/"nbs/make.ipynb", "import os; os._exit(9)", name="", x=0)
-    failed = r.reproduce(cells((1,)))
+    failed = run_stale(small((1,)))
     assert "DeadKernelError" in failed["make/m0"] and failed["square/s0"] == "not run, because make/m0 failed"
 
 def test_a_bare_assert_shows_its_line(repo):
     notebook(repo/"nbs/make.ipynb", "value = x\nassert value > 5", name="", x=0)
-    assert "AssertionError: assert value > 5" in r.reproduce(cells((1,)))["make/m0"]
+    assert "AssertionError: assert value > 5" in run_stale(small((1,)))["make/m0"]
 
 def test_nothing_made_is_a_failure(repo):
     (repo/"nbs/make.ipynb").write_text((repo/"nbs/total.ipynb").read_text().replace("(out/'number.txt')", "(out/'.hidden')").replace("of.split()", "[]").replace("of = ", "x = "))
-    assert "left nothing in runs/m0" in r.reproduce(cells((1,)))["make/m0"]
+    assert "left nothing in runs/m0" in run_stale(small((1,)))["make/m0"]
 
 def test_leftovers_of_other_code_are_cleared_but_a_killed_run_may_continue(repo):
-    r.reproduce(cells((1,)))
+    run_stale(small((1,)))
     (repo/"runs/m0/checkpoint").write_text("half")
-    r.reproduce(cells((1,)))
+    run_stale(small((1,)))
     assert (repo/"runs/m0/checkpoint").exists()
     (repo/"runs/m0/checkpoint").write_text("half again")
-    r.reproduce(cells((9,)))
+    run_stale(small((9,)))
     assert not (repo/"runs/m0/checkpoint").exists()
 
 def test_two_at_once_are_refused(repo):
-    with r._alone(repo/"runs"), pytest.raises(RuntimeError, match="another `distilltv reproduce` is writing to"): r.reproduce(cells())
+    with alone(repo/"runs"), pytest.raises(RuntimeError, match="another `distilltv reproduce` is writing to"): run_stale(small())
 
 def cli(*args, cwd, **env):
     return subprocess.run([sys.executable, "-c", "import sys; from distilltv.reproduce import main; sys.exit(main(sys.argv[1:]))", *args], cwd=cwd, text=True, capture_output=True,
@@ -151,7 +155,7 @@ def cli(*args, cwd, **env):
 def test_command_line(tmp_path, repo):
     assert "reproduce" in cli("--help", cwd=repo).stdout and "start + lam" in cli("reproduce", "--help", cwd=repo).stdout
     wrong = cli("reproduce", "--profile", "maxi", cwd=repo)
-    assert wrong.returncode == 2 and "'mini'" in wrong.stderr and "Traceback" not in wrong.stderr
+    assert wrong.returncode == 2 and "use one of mini, hub, paper, or the path" in wrong.stderr and "Traceback" not in wrong.stderr
     few = cli("reproduce", "--jobs", "0", cwd=repo)
     assert few.returncode == 2 and "--jobs 0 is too few" in few.stderr
     none = cli("merge", "nothing.yaml", "out", cwd=repo)
@@ -169,7 +173,7 @@ def test_checking_imports_nothing_heavy():
 
 def test_grid_passes_only_parameters_the_notebooks_have():
     import papermill
-    for cell in r.grid("mini"):
+    for cell in grid("mini"):
         path = root()/"nbs"/cell.notebook
         known = papermill.inspect_notebook(str(path))
         assert set(cell.parameters) <= set(known), f"{cell.id} passes {set(cell.parameters)-set(known)} to {path.name}"
