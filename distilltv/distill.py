@@ -11,7 +11,6 @@ import argparse, json
 from dataclasses import replace
 from pathlib import Path
 import torch
-from accelerate import PartialState
 from accelerate.utils import gather_object, set_seed
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -19,7 +18,7 @@ from .encoders import Heads, load_encoder, make_base, save_encoder, weights_hash
 from .objective import Distiller
 from .profiles import Profile, profile as get_profile, record, with_settings
 from .runs import Run, data_dir, use_threads, write_atomic
-from .scale import Crops, merge_quarantines, write_quarantine
+from .scale import Crops, merge_quarantines, processes, write_quarantine
 from .training import TargetCache, fit
 
 # %% ../nbs/02_distill.ipynb #3dc1d800
@@ -131,7 +130,7 @@ def distil(p:Profile,     # teachers, audio, objective, budget and seed
     """Distil one student from θ₀ and save it as a plain `HubertModel` that records the hash of its θ₀. A `ValueError`
     says what is wrong with teachers, audio or profile, before anything is written."""
     folder = Path(out or student_folder(p, who, corpus, seed, steps))
-    p, state = _asked(p, corpus, steps, seed), PartialState()
+    p, state = _asked(p, corpus, steps, seed), processes()
     if p.cache and not p.epoch:
         raise ValueError(f"cache={p.cache} keeps what is heard again, and with epoch=0 nothing is: "
                          "set epoch to a number of steps")
@@ -201,6 +200,6 @@ def main(args:list=None # arguments; default those of the command line
         p = with_settings(get_profile(o.profile), o.set)
         folder, _ = distil(p, o.teacher or p.domains[0], o.corpus, o.steps, o.seed, o.out)
     except (ValueError, OSError, FloatingPointError) as e: a.error(str(e))
-    if PartialState().is_main_process: print(folder)
+    if processes().is_main_process: print(folder)
 
 if __name__ == "__main__" and "__file__" in globals(): main()
