@@ -82,7 +82,7 @@ def klass(m, c):
 def page(path):
     m = Module(path)
     intro = ast.get_docstring(m.tree) or ""
-    head = f'---\ntitle: distilltv.{m.name}\ndescription: "{intro}"\n---\n\nThe chapter [{Path(m.chapter).stem}](../{m.chapter}) explains and tests what is listed here.\n\n'
+    head = f'---\ntitle: "{m.name.capitalize()} (distilltv.{m.name})"\ndescription: "{intro}"\n---\n\nThe chapter [{Path(m.chapter).stem}](../{m.chapter}) explains and tests what is listed here.\n\n'
     parts = [function(m, n, 2) if isinstance(n, ast.FunctionDef) else klass(m, n) for n in m.tree.body
              if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and n.name in m.public]
     return re.sub(r"\n{3,}", "\n\n", head + "".join(parts)).rstrip() + "\n"

@@ -1,4 +1,4 @@
-"""README.md from nbs/index.ipynb, without Quarto: `python .ci/readme.py` writes it, `--check` fails if it is out of date.
+"""README.md from nbs/index.ipynb and, below it, nbs/use.ipynb, without Quarto: `python .ci/readme.py` writes it, `--check` fails if it is out of date.
 
 Prose is copied; a code cell shows its source unless it says `#| echo: false`, then its outputs; `#| hide` drops both.
 Links and pictures are relative to nbs/ in the notebook and to the repository in the README. A figure's caption, which only
@@ -32,7 +32,7 @@ def parts(cells):
         if "#| echo: false" not in source: yield f"```python\n{code}\n```"
         yield from map(output, c["outputs"])
 
-def found(pattern, file): return re.search(pattern, (root/file).read_text())[1]
+def found(pattern, file): return re.search(pattern, (root/file).read_text(encoding="utf-8"))[1]
 
 def badges():
     "Badges whose words come from the files that decide them."
@@ -46,16 +46,21 @@ def badges():
                      f"[![licence {licence}]({static('licence', licence, 'green')})](LICENSE)",
                      f"[![paper: Interspeech 2025]({static('paper', 'Interspeech 2025', 'b31b1b')})](https://doi.org/{doi})"])
 
-def readme():
-    cells = json.loads((root/"nbs/index.ipynb").read_text())["cells"]
-    text = "\n\n".join(p.strip() for p in parts(cells))
-    text = re.sub(r"^:::.*\n?", "", text, flags=re.M)                                     # Quarto's divs
+def prose(name):
+    "A page as Markdown of the repository's root: without what only Quarto reads."
+    text = "\n\n".join(p.strip() for p in parts(json.loads((root/f"nbs/{name}.ipynb").read_text(encoding="utf-8"))["cells"]))
+    text = re.sub(r"^:::.*\n?", "", text, flags=re.M)                                     # divs
+    text = re.sub(r" ?\[@[\w; @-]+\]", "", text)                                          # citations
+    text = re.sub(r"^: (.*?) *\{#tbl-[^}]*\}$", r"<sub>\1</sub>", text, flags=re.M)         # captions of tables
     text = re.sub(r'!\[([^\]]*)\]\(([^)]*)\)\{[^}]*fig-alt="([^"]*)"[^}]*\}', r"![\3](\2)\n\n<sub>\1</sub>", text)
-    text = re.sub(r"(\]\()([^)\s]+)(\))(?:\{[^}]*\})?", relink, text)                     # Markdown links, Quarto's attributes off
-    text = re.sub(r'((?:src|href)=")([^"]+)(")', relink, text)
-    title, rest = text.split("\n", 1)
-    return f"<!-- made from nbs/index.ipynb by .ci/readme.py: edit that -->\n{title}\n\n{badges()}\n{rest}\n"
+    text = re.sub(r"(\]\()([^)\s]+)(\))(?:\{[^}]*\})?", relink, text)                     # Markdown links, attributes off
+    return re.sub(r'((?:src|href)=")([^"]+)(")', relink, text)
+
+def readme():
+    title, rest = prose("index").split("\n", 1)
+    use = re.sub(r"^# .*\n\n> .*\n", "", prose("use"), count=1)    # the title and what it is about: its sections say no less
+    return f"<!-- made from nbs/index.ipynb and nbs/use.ipynb by .ci/readme.py: edit those -->\n{title}\n\n{badges()}\n{rest}\n\n{use.strip()}\n"
 
 if __name__ == "__main__":
-    if "--check" not in sys.argv: (root/"README.md").write_text(readme())
-    elif (root/"README.md").read_text() != readme(): sys.exit("README.md is out of date: run `python .ci/readme.py`")
+    if "--check" not in sys.argv: (root/"README.md").write_text(readme(), encoding="utf-8")
+    elif (root/"README.md").read_text(encoding="utf-8") != readme(): sys.exit("README.md is out of date: run `python .ci/readme.py`")
