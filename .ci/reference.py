@@ -2,7 +2,7 @@
 
 Copies from runs/mini to data/mini: the results, the three students, and of every executed notebook the parameters and the
 run itself, with links that work from its new place, so that each number on the site can be followed to the run that made it.
-The dial's fine grid is scored from the same students, about twenty minutes; what was scored before is kept. Then the pages that read the results are executed and cleaned, and README.md is made from one of them.
+The examples of the dial are chosen anew where the students are new. Then the pages that read the results are executed and cleaned, and README.md is made from one of them.
 """
 import base64, io, json, os, posixpath, re, shutil, subprocess, sys, tempfile
 from pathlib import Path
@@ -59,7 +59,7 @@ def relink(text):
     fix = lambda m: m[0] if re.match(r"[a-z]+:|#|/", m[1]) else f"]({posixpath.normpath(posixpath.join('../../../nbs', m[1]))})"
     return re.sub(r"\]\(([^)\s]+)\)", fix, text)
 
-PAGES = "index honesty gallery dial 03c_path 05_results".split()    # those that show what data/mini/results says
+PAGES = "index use honesty gallery dial ten_minutes claims 03c_path 05_results".split()    # those that show what data/mini/results says
 
 def execute(names, **env):
     "Run notebooks in place, as their authors do, and clean them."
@@ -80,7 +80,7 @@ def main():
             files = ["config.json", "model.safetensors", "preprocessor_config.json", "distilltv.json"]
             for f in files + ["heads.safetensors"]*(c.name != "ensemble"): shutil.copy(c.folder/f, to/"students"/c.name) # the ensemble has no path to measure
     known = json.loads((to/"results/dial/dial.json").read_text())["hashes"].values()
-    if not set(pd.read_csv(to/"results/scores.csv").query("role == 'merged'").weights_hash) <= set(known):  # other students: the λ between, and the examples, again
+    if not set(pd.read_csv(to/"results/scores.csv").query("role == 'merged'").weights_hash) <= set(known):  # other students: other examples
         (home()/"mini/dial").mkdir(parents=True, exist_ok=True)
         subprocess.run([Path(sys.executable).parent/"papermill", "dial.ipynb", home()/"mini/dial/dial.ipynb", "-p", "make", "full"], cwd=root()/"nbs", check=True)
     shutil.rmtree(to/"runs", ignore_errors=True)
