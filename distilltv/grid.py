@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LAMBDAS', 'SHOWING', 'GridRun', 'expand', 'simplex', 'merge_weights', 'grid', 'code_of', 'digest', 'key', 'stamp',
-           'fresh']
+           'fresh', 'state']
 
 # %% ../nbs/06b_grid.ipynb #f34a90c5
 import ast, hashlib, itertools, json, os, re
@@ -227,3 +227,10 @@ def fresh(run:GridRun, # the run
     "Whether a run's results are there and up to date."
     s = stamp(run)
     return bool(s.get("made")) and s["made"] == digest(run.folder) and s.get("key") == key(run, runs)
+
+def state(run:GridRun, # the run
+          runs:dict,   # id -> run, for those it needs
+         ) -> str:
+    "How a run is: `up to date`, `begun` or `to run`."
+    if fresh(run, runs): return "up to date"
+    return "begun" if stamp(run) and not stamp(run).get("made") else "to run"

@@ -8,8 +8,8 @@ __all__ = ['main']
 # %% ../nbs/06_reproduce.ipynb #2755f32a
 import argparse, json, os, signal, sys, threading
 from pathlib import Path
-from .grid import digest, fresh, grid, key, stamp  # two of them for whoever asks about a run from Python
-from .profiles import profile as get_profile
+from .grid import digest, fresh, grid, key, stamp, state  # some of them for whoever asks about a run from Python
+from .profiles import STAGES, profile as get_profile
 from .runner import run_stale, shown
 from .runs import home, keep_memory, root
 
@@ -60,6 +60,17 @@ def main(argv:list=None, # arguments; default those of the command line
     r = commands.add_parser("reproduce", help="run what is stale of the whole grid, print the results", description=_REPRODUCE, formatter_class=raw)
     _grid_options(r)
     r.add_argument("--jobs", type=int, default=min(2, os.cpu_count()), help="notebooks to run side by side, one thread each (default: %(default)s)")
+    s = r.add_argument_group("on a Slurm cluster", "Give the same command again to go on: jobs still there are followed.")
+    s.add_argument("--slurm", action="store_true",
+                   help="submit each run as a job once what it needs is done (pip install 'distilltv[slurm]')")
+    known = dict(partition="partition", account="account to charge", constraint="features that a node must have")
+    for name, says in known.items():
+        s.add_argument(f"--slurm-{name}", default="", metavar=name.upper(),
+                       help=f"{says}, for all stages (default: the profile's [slurm.STAGE], else Slurm's)")
+    s.add_argument("--slurm-time", type=float, default=0., metavar="HOURS",
+                   help="hours after which a job goes back into the queue and continues, for all stages")
+    s.add_argument("--slurm-jobs", type=int, default=0, metavar="N",
+                   help="at most so many jobs of ours in the queue at one time (default: no limit)")
     _grid_options(commands.add_parser("status", help="what is up to date and what is stale", description=_STATUS))
     m = commands.add_parser("merge", help="make the encoder that a recipe describes", description=_MERGE, formatter_class=raw)
     m.add_argument("recipe", type=Path, help="the recipe; paths in it are relative to its folder")
@@ -87,12 +98,32 @@ def _reproduce(args, parser):
     if args.jobs < 1: parser.error(f"--jobs {args.jobs} is too few; use 1 or more")
     os.chdir(root())
     if threading.current_thread() is threading.main_thread(): signal.signal(signal.SIGINT, _stop)
-    try: failed = run_stale(runs, args.jobs)
+    try: failed = _by_jobs(p, runs, args) if args.slurm else _here(runs, args.jobs)
     except (RuntimeError, ValueError, OSError) as e: parser.error(str(e))
     if failed: print(f"\n{len(failed)} of {len(runs)} runs are missing:", *(f"{i}: {why}" for i, why in failed.items()), sep="\n", file=sys.stderr)
     else: _print_results(runs[-1].folder)
     print(f"executed notebooks: {shown(home()/p.name)}/*/")
     return 1 if failed else 0
+
+def _slurm():
+    from distilltv import slurm    # needed on clusters only
+    return slurm
+
+def _were_jobs(): return (home()/"slurm-jobs").is_dir()
+
+def _here(runs, jobs):
+    "Run what is stale on this machine, if no jobs of an earlier command will write to the same folders."
+    numbers = _slurm().alive(runs) if _were_jobs() else []
+    if numbers: raise RuntimeError(f"Slurm jobs of these runs are in the queue ({', '.join(numbers)}): "
+                                   "give --slurm again to follow them, or cancel them with scancel")
+    return run_stale(runs, jobs)
+
+def _by_jobs(p, runs, args):
+    "Run what is stale as jobs of a Slurm cluster."
+    given = dict(partition=args.slurm_partition, account=args.slurm_account,
+                 constraint=args.slurm_constraint, hours=args.slurm_time)
+    needs = {s: _slurm().needs_of(p, s, **{k: v for k, v in given.items() if v}) for s in STAGES}
+    return _slurm().drive(runs, needs, args.slurm_jobs)
 
 def _print_results(out):
     import pandas as pd
@@ -106,14 +137,10 @@ def _stop(*_):
     os._exit(130)
 
 # %% ../nbs/06_reproduce.ipynb #790095b2
-def _state(run, runs):
-    "`up to date`, `begun` or `to run`."
-    return "up to date" if fresh(run, runs) else "begun" if stamp(run) and not stamp(run).get("made") else "to run"
-
 def _status(args, parser):
     p, runs = _runs_of(args, parser)
     by_id = {r.id: r for r in runs}
-    try: states = {r.id: _state(r, by_id) for r in runs}
+    try: states = _slurm().states(runs) if _were_jobs() else {r.id: state(r, by_id) for r in runs}
     except (ValueError, OSError) as e: parser.error(str(e))
     print(f"profile {p.name}: {', '.join(p.domains)}; {args.seeds} distillation seed{'s'*(args.seeds > 1)}; runs in {shown(p.folder)}")
     for stage in dict.fromkeys(r.stage for r in runs):

@@ -39,20 +39,26 @@ def _clear(run):
         if not any(d.iterdir()): d.rmdir()
     (run.folder/"stamp.json").unlink()
 
-def execute(run:GridRun, # the run
-            runs:dict,   # id -> run, for those it needs
-           ) -> None:
-    "Run one notebook with papermill, and stamp its folder; a `RunError` says what went wrong."
+def _papermill(run):
+    "Run the notebook of a run."
     import papermill
-    papermill.iorw.papermill_io.get_handler("local").cwd(os.getcwd())    # it swaps this global around each run: keep it one value in all threads
-    k, began = key(run, runs), time.time()
-    if stamp(run).get("key", k) != k: _clear(run)
-    found = stamp(run).get("found", _names(run.folder))    # a run that continues keeps the list of its beginning
-    write_json(run.folder/"stamp.json", dict(key=k, found=found))
+    # papermill swaps this global around each run: keep it one value in all threads
+    papermill.iorw.papermill_io.get_handler("local").cwd(os.getcwd())
     parameters = {n: expand(v) for n, v in run.parameters.items()}
     try: papermill.execute_notebook(str(root()/"nbs"/run.notebook), str(run.executed), parameters, progress_bar=False,
                                     extra_arguments=["--log-level=50"])   # else each kernel warns about its own transport
     except Exception as e: raise RunError(f"{_last_line(e)}\n  open {shown(run.executed)}") from e
+
+def execute(run:GridRun,    # the run
+            runs:dict,      # id -> run, for those it needs
+            how=_papermill  # what is called with the run; by default its notebook is run with papermill
+           ) -> None:
+    "Do one run, and stamp its folder; a `RunError` says what went wrong."
+    k, began = key(run, runs), time.time()
+    if stamp(run).get("key", k) != k: _clear(run)
+    found = stamp(run).get("found", _names(run.folder))    # a run that continues keeps the list of its beginning
+    write_json(run.folder/"stamp.json", dict(key=k, found=found))
+    how(run)
     made = digest(run.folder)
     if made == "absent": raise RunError(f"{run.notebook} ended well but left nothing in {shown(run.folder)}")
     files = sorted(set(_names(run.folder)) - set(found))
@@ -172,11 +178,11 @@ class Progress:
 
 # %% ../nbs/06c_runner.ipynb #f1ee540e
 @contextmanager
-def alone(folder:Path):
+def alone(folder:Path, shared=False): # the folder; whether others may hold it at the same time
     "Hold the lock of a folder of runs."
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder/".lock", "w", encoding="utf-8") as f:
-        try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try: fcntl.flock(f, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError: raise RuntimeError(f"another `distilltv reproduce` is writing to {folder}; "
             "wait for it, stop it, or choose another folder with --home") from None
         except OSError as e: print(f"{folder} cannot be locked ({e.strerror}): start only one `distilltv reproduce` there at a time")
