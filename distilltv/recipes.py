@@ -6,115 +6,207 @@
 __all__ = ['recipe_student', 'merge_recipe', 'push_to_hub']
 
 # %% ../nbs/03b_recipes.ipynb #7457f005
-import json
+import reprlib
 from fractions import Fraction
 from pathlib import Path
-import yaml
-from .merge import ByName, TaskVector, load_student, merge, options_of
+import re, yaml
+from .merge import TaskVector, load_student, merge, options_of
 from .rules import FAMILY, RULES
+from .weights import ByName, check_dtype, finite, read_json
 
 # %% ../nbs/03b_recipes.ipynb #1c4d57ce
 _KEYS = {"merge_method", "base_model", "models", "parameters", "dtype", "out_dtype", "hashes", "facts"}
-_SHARED = {"seed", "lambda", "normalize", "rescale", "int8_mask", "t", "weight"}
+_SHARED = {"seed", "lambda", "normalize", "rescale", "int8_mask", "weight"}
 _NORMALIZES = {"linear", "ties", "della"} # mergekit divides by the sum of weights in these
 _RESCALES = {"dare_linear", "dare_ties", "della_linear", "della"} # and makes up for what was dropped in these
 
+def _yaml(file):
+    "What a YAML file says, read without references, and without keys that stand twice."
+    text = Path(file).read_text(encoding="utf-8")
+    todo, seen = [yaml.compose(text, Loader=yaml.SafeLoader)], set()
+    while todo:
+        node = todo.pop()
+        if id(node) in seen: raise ValueError("it uses references (& and *): write each value out")
+        seen.add(id(node))
+        if isinstance(node, yaml.SequenceNode): todo += node.value
+        if isinstance(node, yaml.MappingNode):
+            keys = [k.value for k, _ in node.value if isinstance(k, yaml.ScalarNode)]
+            if twice := [k for k in keys if keys.count(k) > 1]: raise ValueError(f"{twice[0]} stands twice: keep one")
+            todo += [v for pair in node.value for v in pair]
+    return yaml.safe_load(text)
+
+def _kind(file, where, value, kind, needs):
+    "The value, or a `ValueError` that says what it should be."
+    if not isinstance(value, kind): raise ValueError(f"{file}: {where} is {reprlib.repr(value)}; it must be {needs}")
+    return value
+
 def _read(file):
-    try: r = yaml.safe_load(Path(file).read_text())
-    except yaml.YAMLError as e: raise ValueError(f"{file} is not YAML: {e}") from None
+    "What a recipe says, every key known and of the right kind; a `ValueError` names the file and the key."
+    try: r = _yaml(file)
+    except OSError: raise
+    except Exception as e: # PyYAML raises exceptions of many kinds for values that are not what they seem
+        raise ValueError(f"{file} is not YAML that can be read ({type(e).__name__}: {str(e)[:300]})") from None
     if not isinstance(r, dict) or "merge_method" not in r: raise ValueError(f"{file} is no merge recipe; it needs merge_method and models")
-    method = r["merge_method"]
-    if method not in ("linear", *RULES): raise ValueError(f"{file}: merge_method {method!r} is unknown; use one of linear, {', '.join(RULES)}")
-    if extra := set(r) - _KEYS: raise ValueError(f"{file}: {', '.join(sorted(extra))} cannot be honoured; a recipe has {', '.join(sorted(_KEYS))}")
-    allowed = _SHARED | set(options_of(method))
-    for ps in (r.get("parameters") or {}, *(m.get("parameters") or {} for m in r.get("models") or [])):
-        if extra := set(ps) - allowed: raise ValueError(f"{file}: {method} has no parameter {', '.join(sorted(extra))}; it has {', '.join(sorted(allowed))}")
+    method = _kind(file, "merge_method", r["merge_method"], str, "the name of a rule")
+    if method not in ("linear", *RULES):
+        raise ValueError(f"{file}: merge_method {reprlib.repr(method)} is unknown; use one of linear, {', '.join(RULES)}")
+    if extra := set(map(str, r)) - _KEYS:
+        raise ValueError(f"{file}: {', '.join(sorted(extra))} cannot be honoured; a recipe has {', '.join(sorted(_KEYS))}")
+    r = {k: v for k, v in r.items() if v is not None}
+    for k in ("parameters", "hashes", "facts"): _kind(file, k, r.setdefault(k, {}), dict, "a table of names and values")
+    for k in ("base_model", *r["hashes"]): _kind(file, k, k, str, "a path; put it in quotes")
+    if "base_model" in r: _kind(file, "base_model", r["base_model"], str, "the path of a model; put it in quotes")
+    for k, h in r["hashes"].items(): _kind(file, f"the hash of {k}", h, str, "text; put it in quotes")
+    for k in r["facts"]: _kind(file, "a fact's name", k, str, "text; put it in quotes")
+    r["models"] = [_model(file, m) for m in _kind(file, "models", r.get("models", []), list, "a list of models")]
+    names = [m["model"] for m in r["models"]]
+    if len(set(names)) != len(names) or not names: raise ValueError(f"{file}: models must name at least one folder, each once")
+    allowed = _SHARED | set(options_of(method)) | ({"t"} if method == "slerp" else set())
+    for ps in (r["parameters"], *(m["parameters"] for m in r["models"])):
+        if extra := set(map(str, ps)) - allowed:
+            raise ValueError(f"{file}: {method} has no parameter {', '.join(sorted(extra))}; it has {', '.join(sorted(allowed))}")
+    for k in ("normalize", "rescale", "int8_mask"):
+        if k in r["parameters"]: _kind(file, k, r["parameters"][k], bool, "true or false")
     return r
 
-# %% ../nbs/03b_recipes.ipynb #9ee04fb9
-def _number(w): return Fraction(w) if isinstance(w, str) else w
+def _model(file, m):
+    "One entry of a recipe's models, with a path and a table of parameters."
+    _kind(file, "a model", m, dict, "a table such as {model: ../speech, parameters: {weight: 0.4}}")
+    if extra := set(map(str, m)) - {"model", "parameters"}:
+        raise ValueError(f"{file}: a model has {', '.join(sorted(extra))}; it has model and parameters, and a weight stands under parameters")
+    path = _kind(file, "model", m.get("model"), str, "the path of a model; put it in quotes")
+    return dict(model=path, parameters=_kind(file, f"parameters of {path}", m.get("parameters") or {}, dict, "a table of names and values"))
 
-def _meaning(w, layers):
+# %% ../nbs/03b_recipes.ipynb #9ee04fb9
+def _number(w, what):
+    "A recipe's number, exact: `0.5`, `5e-1` (text in YAML 1.1) and `1/3` are taken; a `ValueError` for what is no finite number."
+    try:
+        if isinstance(w, str) and len(w) < 4000:
+            if re.fullmatch(r"\s*[+-]?\d+\s*/\s*\d+\s*", w): w = Fraction(w.replace(" ", ""))
+            else: w = float(w) if "e" in w.lower() else Fraction(w)
+            float(w)
+    except (ValueError, ZeroDivisionError, OverflowError): pass # `finite` says what is wrong
+    return w if isinstance(w, int) and not isinstance(w, bool) else finite(w, what)
+
+def _meaning(w, layers, what="weight"):
     "A recipe's weight as a number or a `ByName`."
-    if not isinstance(w, list): return _number(w)
-    if all(isinstance(v, dict) for v in w):
-        out = {}
-        for v in w:
-            key, inner = v.get("filter") or "", _meaning(v["value"], layers)
-            if isinstance(inner, ByName): raise ValueError(f"filter {key!r} has a list over depth; give it one number")
-            out.setdefault("" if key == "*" else key, inner)
-        return ByName(out)
+    if not isinstance(w, list): return _number(w, what)
+    if not w: raise ValueError(f"{what} is an empty list; give a number")
+    if all(isinstance(v, dict) for v in w): return _filtered(w, what)
+    values = [float(_number(v, f"an entry of {what}")) for v in w]
     from numpy import interp
     at = [i/max(layers-1, 1)*(len(w)-1) for i in range(layers)]
-    by_layer = {f"layers.{i}.": float(interp(at[i], range(len(w)), w)) for i in range(layers)}
-    return ByName({f"encoder.{k}": v for k, v in by_layer.items()} | {"": w[0]})
+    by_layer = {f"encoder.layers.{i}.": float(interp(at[i], range(len(w)), values)) for i in range(layers)}
+    return ByName(by_layer | {"": values[0]})
+
+def _filtered(w, what):
+    "A list of filters as a `ByName`; the first that fits a tensor decides."
+    out = {}
+    for v in w:
+        if not {"value"} <= set(v) <= {"value", "filter"}: raise ValueError(f"an entry of {what} has other keys than filter and value; leave them out")
+        key = v.get("filter") or ""
+        if not isinstance(key, str): raise ValueError(f"the filter {reprlib.repr(key)} of {what} is no text; put it in quotes")
+        if isinstance(v["value"], list): raise ValueError(f"filter {key!r} has a list over depth; give it one number")
+        key = "" if key == "*" else key
+        if key in out or "" in out: raise ValueError(f"the filter {key!r} of {what} is never used: an earlier one fits; leave it out")
+        out[key] = _number(v["value"], f"{what} of filter {key!r}")
+    return ByName(out)
 
 # %% ../nbs/03b_recipes.ipynb #1553b6d5
+def _places(file):
+    "A function from a recipe's path to where it lies: beside the file, behind links, else beside the link."
+    def at(path):
+        if path.startswith("in memory/"):
+            raise ValueError(f"{file}: {path[10:]} was a model in memory and lies in no folder; save it with save_encoder and name that folder")
+        tried = [folder/Path(path).expanduser() for folder in (file.resolve().parent, file.parent)]
+        return next((p for p in tried if p.exists()), file.parent/path)
+    return at
+
+def _options(r, students):
+    "The rule's options that a recipe gives, the same for all models."
+    method, shared = r["merge_method"], r["parameters"]
+    given = {m["model"]: shared | m["parameters"] for m in r["models"] if m["model"] in students}
+    for k in sorted({k for ps in given.values() for k in ps} - {"weight"}):
+        if len({reprlib.repr(ps.get(k)) for ps in given.values()}) > 1: raise ValueError(f"{k} differs between models; give all the same")
+    for k, sets, right in (("normalize", _NORMALIZES, "linear task_arithmetic"), ("rescale", _RESCALES, "")):
+        if shared.get(k, method in sets) != (method in sets) and method not in right.split():
+            raise ValueError(f"{method} with {k}: {shared[k]} is not offered; leave {k} out")
+    known, first = options_of(method), next(iter(given.values()))
+    options = {k: float(_number(first[k], k)) if isinstance(first[k], str) else first[k] for k in known if k in first}
+    if "density" in known and method in FAMILY: options.setdefault("density", 1.) # mergekit's default
+    return options
+
+def _weights(r, students, base, layers):
+    "The weight of each model, with mergekit's meaning of `t` and `normalize`."
+    method, shared = r["merge_method"], r["parameters"]
+    if "t" in shared:
+        if len(students) != 2 or r.get("base_model") not in students: raise ValueError("slerp takes two models, one of them the base_model")
+        t = _meaning(shared["t"], layers, "t")
+        return {m: 1-t if m == r["base_model"] else t for m in students}
+    weights = {m["model"]: _meaning((shared | m["parameters"]).get("weight", 1.), layers, f"weight of {m['model']}")
+               for m in r["models"] if m["model"] in students}
+    by_name = [m for m, w in weights.items() if isinstance(w, ByName)]
+    if shared.get("normalize", method == "linear") and method in ("linear", "task_arithmetic"):
+        if by_name: raise ValueError("weights by name need normalize: false")
+        total = sum(map(Fraction, weights.values()))
+        if not total: raise ValueError("the weights add up to 0 and cannot be normalised; give others, or set normalize: false")
+        weights = {m: Fraction(w)/total for m, w in weights.items()}
+    if base is None: # a mean of models
+        if method != "linear": raise ValueError(f"{method} needs a base_model")
+        if by_name: raise ValueError("weights by name need a base_model, and the method task_arithmetic")
+        if (total := sum(map(Fraction, weights.values()))) != 1:
+            raise ValueError(f"weights of a linear merge add up to {float(total):g}, not 1; set normalize: true")
+    return weights
+
 def recipe_student(file,       # a recipe; its paths are relative to its folder
                    trust=False # take models that record no θ₀ as trained from `base_model`
-                  ):
-    "The student that a recipe describes, nothing computed yet, and the recipe."
-    file = Path(file)
-    r = _read(file)
-    method, shared, at = r["merge_method"], r.get("parameters") or {}, lambda p: file.parent/p
-    models = [m["model"] for m in r.get("models") or []]
-    if len(set(models)) != len(models) or not models: raise ValueError(f"{file}: models must name at least one folder, each once")
+                  ) -> tuple:  # the `Student` and what the recipe says
+    "The student that a recipe describes, nothing computed yet; a `ValueError` names the recipe and what is wrong in it."
+    file = Path(file).expanduser()
+    r, at = _read(file), _places(file)
+    names = [m["model"] for m in r["models"]]
     base = load_student(at(r["base_model"])) if "base_model" in r else None
-    origin = base.origin if base else load_student(at(models[0])).origin
-    students = {m: load_student(at(m), origin if trust else None) for m in models if m != r.get("base_model") or "t" in shared}
-    for path, h in (r.get("hashes") or {}).items():
-        if (now := load_student(at(path)).hash) != h: raise ValueError(f"{file}: {path} has the hash {now[:16]}, not {h[:16]}: it is not the model this recipe was made from")
-
-    layers = next(iter(students.values())).config.get("num_hidden_layers", 1)
-    given = {m["model"]: shared | (m.get("parameters") or {}) for m in r["models"]}
-    one = {k for m in students for k in given[m]} - {"weight"}
-    for k in one:
-        if len({str(given[m].get(k)) for m in students}) > 1: raise ValueError(f"{file}: {k} differs between models; give all the same")
-    options = {k: v for k, v in given[next(iter(students))].items() if k in options_of(method)}
-    if method in FAMILY and "density" in options_of(method): options.setdefault("density", 1.) # mergekit's default
-    weights = {m: _meaning(given[m].get("weight", 1.), layers) for m in students}
-    if shared.get("normalize", method in _NORMALIZES) != (method in _NORMALIZES) and method not in ("linear", "task_arithmetic"):
-        raise ValueError(f"{file}: {method} with normalize: {shared['normalize']} is not offered; leave normalize out")
-
-    if shared.get("rescale", method in _RESCALES) != (method in _RESCALES):
-        raise ValueError(f"{file}: {method} with rescale: {shared['rescale']} is not offered; leave rescale out")
-
-    if method == "slerp" and "t" in shared:
-        if len(students) != 2 or base is None: raise ValueError(f"{file}: slerp takes two models, one of them the base_model")
-        t = _meaning(shared["t"], layers)
-        weights = {m: 1-t if m == r["base_model"] else t for m in students}
-    elif shared.get("normalize", method == "linear") and method in ("linear", "task_arithmetic"):
-        if any(isinstance(w, ByName) for w in weights.values()): raise ValueError(f"{file}: weights by name need normalize: false")
-        total = sum(map(Fraction, weights.values()))
-        weights = {m: Fraction(w)/total for m, w in weights.items()}
-    if base is None: # a mean of models: the first, plus its differences to the others
-        if method != "linear": raise ValueError(f"{file}: {method} needs a base_model")
-        base = students[models[0]]
-        if sum(map(Fraction, weights.values())) != 1: raise ValueError(f"{file}: weights of a linear merge add up to {float(sum(weights.values())):g}, not 1; set normalize: true")
-    vectors = {m: TaskVector.between(base, s) for m, s in students.items()}
-    return merge(base, vectors, weights, method, scale=_number(shared.get("lambda", 1.)), seed=shared.get("seed", 0), **options), r
+    origin = base.origin if base else load_student(at(names[0])).origin
+    wanted = [m for m in names if m != r.get("base_model") or "t" in r["parameters"]]
+    if not wanted: raise ValueError(f"{file}: models name nothing but the base_model; add a model to merge")
+    students = {m: load_student(at(m), origin if trust else None) for m in wanted}
+    for path, h in r["hashes"].items():
+        if (now := load_student(at(path)).hash) != h:
+            raise ValueError(f"{file}: {path} has the hash {now[:16]}, not {h[:16]}: it is not the model this recipe was made from")
+    try:
+        for k in ("dtype", "out_dtype"):
+            if k in r: check_dtype(r[k])
+        layers = next(iter(students.values())).config.get("num_hidden_layers", 1)
+        options, weights = _options(r, students), _weights(r, students, base, layers if isinstance(layers, int) else 1)
+        start = base or students[names[0]] # a mean of models: the first, plus its differences to the others
+        vectors = {m: TaskVector.between(start, s) for m, s in students.items()}
+        scale, seed = _number(r["parameters"].get("lambda", 1.), "lambda"), r["parameters"].get("seed", 0)
+        return merge(start, vectors, weights, r["merge_method"], scale=scale, seed=seed, **options), r
+    except ValueError as e: raise ValueError(f"{file}: {e}") from None
 
 def merge_recipe(file,       # the recipe
                  out,        # folder to write, whole or not at all
                  trust=False # take models that record no θ₀ as trained from `base_model`
-                ) -> dict:
-    "Make the model that a recipe describes; returns its record. The same recipe and inputs give the same bytes."
+                ) -> dict:   # the record of the merged folder
+    "Make the model that a recipe describes. The same recipe and inputs give the same bytes."
     student, r = recipe_student(file, trust)
-    return student.save_pretrained(out, dtype=r.get("out_dtype") or r.get("dtype") or "float32", **(r.get("facts") or {}))
+    try: return student.save_pretrained(out, dtype=r.get("out_dtype", r.get("dtype", "float32")), **r["facts"])
+    except ValueError as e: raise ValueError(f"{Path(file)}: {e}") from None
 
 # %% ../nbs/03b_recipes.ipynb #1d30efb2
 def push_to_hub(folder,       # a merged folder
                 repo_id:str,  # such as `me/speech-music`
                 private=True, # visible to you alone
                 api=None      # a `huggingface_hub.HfApi`; made with your login where none is given
-               ) -> str:
-    "Upload a merged folder to the Hugging Face hub; returns the address of the commit."
-    folder, wanted = Path(folder), ("distilltv.json", "recipe.yaml", "README.md", "config.json", "model.safetensors")
-    if lacking := [f for f in wanted if not (folder/f).exists()]: raise ValueError(f"{folder} holds no {', '.join(lacking)}; only a saved merge can be pushed")
+               ) -> str:      # address of the commit
+    "Upload a merged folder to the Hugging Face hub; a `ValueError` if it is not a whole one."
+    folder, wanted = Path(folder).expanduser(), ("distilltv.json", "recipe.yaml", "README.md", "config.json", "model.safetensors")
+    if lacking := [f for f in wanted if not (folder/f).exists()]:
+        raise ValueError(f"{folder} holds no {', '.join(lacking)}; only a saved merge can be pushed")
     if api is None:
         from huggingface_hub import HfApi
         api = HfApi()
-    record = json.loads((folder/"distilltv.json").read_text())
+    record = read_json(folder/"distilltv.json")
     api.create_repo(repo_id, private=private, exist_ok=True)
     return str(api.upload_folder(folder_path=folder, repo_id=repo_id, allow_patterns=[*wanted, "preprocessor_config.json"],
                                  commit_message=f"Merge by {record['rule']}, weights {record['weights_hash'][:16]}"))
