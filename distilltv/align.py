@@ -22,8 +22,9 @@ def permuted(tensors:dict, # name → array
             ) -> dict:
     "The same network with hidden units and heads in another order."
     out = dict(tensors)
-    def move(name, rows, axis):
-        for end in ("weight", "bias")[:1 if axis else 2]: out[name+end] = np.take(out[name+end], rows, axis if end == "weight" else 0)
+    def move(name, rows, axis): # a bias goes with the rows
+        out[name+"weight"] = np.take(out[name+"weight"], rows, axis)
+        if axis == 0: out[name+"bias"] = np.take(out[name+"bias"], rows, 0)
     for (layer, kind), order in orders.items():
         f, a = _F.format(layer), _A.format(layer)
         if kind == "units":
@@ -40,7 +41,9 @@ def activations(model, # a `HubertModel`
                ) -> dict:
     "`{(layer, 'units'): [frames, units], (layer, 'heads'): [frames, heads × size]}` on that audio."
     caught, hooks = {}, []
-    def catch(key): return lambda module, args: caught.setdefault(key, []).append(args[0].detach().flatten(0, -2).numpy())
+    def catch(key):
+        def hook(module, args): caught.setdefault(key, []).append(args[0].detach().flatten(0, -2).numpy())
+        return hook
     for i, layer in enumerate(model.encoder.layers):
         hooks.append(layer.feed_forward.output_dense.register_forward_pre_hook(catch((i, "units"))))
         hooks.append(layer.attention.out_proj.register_forward_pre_hook(catch((i, "heads"))))
@@ -114,20 +117,26 @@ def input_grams(model, # a `HubertModel`
 
 # %% ../nbs/03d_align.ipynb #b034ba34
 def merge_with_data(models:dict,  # `{"speech": HubertModel, "music": HubertModel}`
-                    weights:dict, # a number for each
+                    weights:dict, # a number for each; they are divided by their sum
                     audio:dict,   # for each, batches [batch, samples] of its own domain
                     rule:str,     # `fisher`, `regmean` or `permute`
-                   ):
-    "A merged `HubertModel`; `permute` aligns every model with the first and averages."
+                   ):             # the merged `HubertModel`, in eval mode
+    "Merge by what models do on audio; `permute` aligns every model with the first and averages."
     import copy
-    if rule not in ("fisher", "regmean", "permute"): raise ValueError(f"rule {rule!r} is unknown; use fisher, regmean or permute")
-    if not set(models) == set(weights) == set(audio): raise ValueError("models, weights and audio must have the same names")
-    names, w = list(models), [weights[d]/sum(weights.values()) for d in models]
+    if rule not in ("fisher", "regmean", "permute"):
+        raise ValueError(f"rule {rule!r} is unknown; use fisher, regmean or permute")
+    if not set(models) == set(weights) == set(audio):
+        raise ValueError("models, weights and audio must have the same names")
+    total = sum(weights.values())
+    if not total: raise ValueError("the weights add up to 0 and cannot be shares; give others")
+    names, w = list(models), [weights[d]/total for d in models]
     states = [{n: t.detach().double().numpy() for n, t in models[d].state_dict().items()} for d in names]
     if rule == "permute":
-        both, first = [b for d in names for b in audio[d]], models[names[0]]
-        states = [s if d == names[0] else permuted(s, align(models[d], first, both), first.config.num_attention_heads) for d, s in zip(names, states)]
-    infos = [fisher_information(models[d], audio[d]) if rule == "fisher" else input_grams(models[d], audio[d]) if rule == "regmean" else {} for d in names]
+        first, heard = models[names[0]], [b for d in names for b in audio[d]]
+        for i, d in enumerate(names[1:], 1):
+            states[i] = permuted(states[i], align(models[d], first, heard), first.config.num_attention_heads)
+    look = dict(fisher=fisher_information, regmean=input_grams).get(rule)
+    infos = [look(models[d], audio[d]) if look else {} for d in names]
     def one(n):
         ts = [s[n] for s in states]
         if n not in infos[0]: return sum(k*t for k, t in zip(w, ts))

@@ -5,13 +5,15 @@
 # %% auto #0
 __all__ = ['provenance', 'model_card', 'merged_name']
 
-# %% ../nbs/03g_cards.ipynb #d84b789b
+# %% ../nbs/03g_cards.ipynb #b21fba56
 from fractions import Fraction
 from pathlib import Path
 from .runs import versions
 
 # %% ../nbs/03g_cards.ipynb #ea348898
-def _numbers_of(weight): return [float(Fraction(w)) for w in ([v["value"] for v in weight] if isinstance(weight, list) else [weight])]
+def _numbers_of(weight):
+    values = [v["value"] for v in weight] if isinstance(weight, list) else [weight]
+    return [float(Fraction(w)) for w in values]
 
 def _weights_of(recipe):
     "`{path: weight}` of a recipe's models; `t` is the weight of the model that is not the base."
@@ -27,8 +29,10 @@ def provenance(recipe:dict,   # from `merge.recipe`
               ) -> dict:
     "What `distilltv.json` says of a merged student."
     weight = _weights_of(recipe)
-    inputs = [dict(path=p, hash=h, weight=weight.get(p, "base"), licence=licences[h]) for p, h in recipe["hashes"].items()]
-    beyond = any(not 0 <= k <= 1 for w in (*weight.values(), recipe["parameters"].get("lambda", 1.)) for k in _numbers_of(w))
+    found = recipe["hashes"].items()
+    inputs = [dict(path=p, hash=h, weight=weight.get(p, "base"), licence=licences[h]) for p, h in found]
+    scale = recipe["parameters"].get("lambda", 1.)
+    beyond = any(not 0 <= k <= 1 for w in (*weight.values(), scale) for k in _numbers_of(w))
     return dict(kind="merged", rule=recipe["merge_method"], base_hash=origin, inputs=inputs, extrapolation=beyond,
                 versions=versions(), commit=made_at)
 
@@ -42,17 +46,19 @@ def model_card(record:dict # what `distilltv.json` holds
     "The folder's README: what was merged from what, and how to open it."
     rows = "\n".join(map(_card_row, record["inputs"]))
     facts = ", ".join(f"{k} = {record[k]}" for k in ("method", "lam", "weights", "corpus", "profile") if k in record)
-    note = "\nA weight or the scale lies outside [0, 1]: this is an **extrapolation** beyond the students.\n" if record["extrapolation"] else ""
+    beyond = "\nA weight or the scale lies outside [0, 1]: this is an **extrapolation** beyond the students.\n"
+    note = beyond if record["extrapolation"] else ""
     scores = [f"| {t} | {s} |" for t, s in record.get("scores", {}).items()]
     scores = "\n".join(["\n| task | score |\n|---|---|", *scores, ""]) if scores else ""
     made, at = record["versions"], record["commit"]
+    rule = f"`{record['rule']}`" + (f" ({facts})" if facts else "")
     return f"""---
 library_name: transformers
 tags: [audio, speech, music, hubert, model-merging, task-arithmetic]
 ---
 # A merged encoder for speech and music
 
-One `HubertModel` made by adding task vectors to the start that the students share, by the rule `{record["rule"]}`{f" ({facts})" if facts else ""}.
+One `HubertModel` made by adding task vectors to the start that the students share, by the rule {rule}.
 {note}
 | input | weight | hash | licence |
 |---|---|---|---|
@@ -67,7 +73,7 @@ encoder = HubertModel.from_pretrained("this folder")
 ```
 """
 
-# %% ../nbs/03g_cards.ipynb #55dca192
+# %% ../nbs/03g_cards.ipynb #147d039b
 def merged_name(method:str, # merge rule
                 weights,    # λ, the weight of the first of two domains, or `{domain: weight}`
                ) -> str:    # such as `linear-lam-0.40` or `ties-speech-0.4-music-0.4-sound-0.2`

@@ -18,7 +18,8 @@ from .cards import model_card, provenance
 from .profiles import profile as get_profile
 from .rules import FAMILY, RULES, apply_rule, blocks
 from .runs import Fingerprint, atomic_folder, commit, data_dir, write_atomic
-from .weights import Checkpoint, Loaded, check_dtype, check_same, finite, parts, read_json, spread, write_weights
+from .weights import (Checkpoint, Loaded, check_dtype, check_same, finite, parts, read_json, spread,
+                               write_weights)
 
 # %% ../nbs/03e_algebra.ipynb #2f81a052
 class Combination:
@@ -42,7 +43,8 @@ class Combination:
 
     def _sum(self, name, w, dtype):
         try: terms = [(np.ravel(c[name]), float(k)) for c, k in w.items()]
-        except OverflowError: raise ValueError(f"a weight of {self} is larger than a float64 can be; use smaller ones") from None
+        except OverflowError:
+            raise ValueError(f"a weight of {self} is larger than a float64 can be; use smaller ones") from None
         out = np.empty(next(iter(self.terms)).layout[name][1], dtype)
         flat = out.reshape(-1)
         for b in blocks(flat.size): # block by block, the float64 sum stays in the cache
@@ -56,16 +58,18 @@ class Combination:
         check_same(next(iter(self.terms)), next(iter(other.terms)))
         def weight(x, c, n): return x.terms[c][n] if c in x.terms else 0
         terms = [*self.terms, *(c for c in other.terms if c not in self.terms)]
-        return kind({c: {n: weight(self, c, n) + sign*weight(other, c, n) for n in self.names} for c in terms}, self.origin)
+        added = {c: {n: weight(self, c, n) + sign*weight(other, c, n) for n in self.names} for c in terms}
+        return kind(added, self.origin)
 
-    def __str__(self): return " + ".join(str(c) if isinstance(c, Ruled) else c.folder.name for c in self.terms)
+    def __str__(self): return " + ".join(c.folder.name if isinstance(c, (Checkpoint, Loaded)) else str(c) for c in self.terms)
     def __repr__(self): return f"{type(self).__name__}({self}, θ₀ {self.origin[:8]})"
 
 def _other_start(a, b):
     "Why two sums cannot be added."
     silent = [str(c) for c in (*a.terms, *b.terms) if "base_hash" not in c.record and c.hash in (a.origin, b.origin)]
-    return (f"{a} and {b} start from different θ₀ ({a.origin[:8]} and {b.origin[:8]}); only students distilled from one and the same base "
-            "can be merged" + (f" (no base_hash is recorded in distilltv.json of {', '.join(silent)})" if silent else ""))
+    note = f" (no base_hash is recorded in distilltv.json of {', '.join(silent)})" if silent else ""
+    return (f"{a} and {b} start from different θ₀ ({a.origin[:8]} and {b.origin[:8]}); only students distilled from "
+            f"one and the same base can be merged{note}")
 
 # %% ../nbs/03e_algebra.ipynb #8261ef08
 class TaskVector(Combination):
@@ -85,7 +89,8 @@ class TaskVector(Combination):
         return self if isinstance(other, (int, float)) and other == 0 else NotImplemented # `sum` begins with 0
     def __radd__(self, other):
         return as_student(other) + self if hasattr(other, "state_dict") else self + other # a loaded model plus a vector
-    def __sub__(self, other): return self._plus(other, -1, TaskVector) if isinstance(other, TaskVector) else NotImplemented
+    def __sub__(self, other):
+        return self._plus(other, -1, TaskVector) if isinstance(other, TaskVector) else NotImplemented
     def __mul__(self, k): # a number, a list over depth or a `ByName`
         if isinstance(k, Combination): return NotImplemented
         k = spread(k, self.names)
@@ -99,8 +104,8 @@ class TaskVector(Combination):
             names=None   # tensors to include (default: all)
            ) -> float:
         "Inner product, in float64."
-        a, b = self, other
-        return float(sum(np.vdot(np.asarray(a[n], np.float64), np.asarray(b[n], np.float64)) for n in names or self.names))
+        def exact(t): return np.asarray(t, np.float64)
+        return float(sum(np.vdot(exact(self[n]), exact(other[n])) for n in names or self.names))
 
     def norm(self, names=None # tensors to include (default: all)
             ) -> float:
@@ -161,7 +166,8 @@ def as_student(model,          # a `Student`, a model folder, or a loaded `trans
     elif isinstance(model, (str, os.PathLike)): c = Checkpoint(model)
     else: raise TypeError(f"a model folder, a HubertModel or a Student is needed, not {type(model).__name__}")
     start = c.record.get("base_hash") or origin or c.hash
-    if not isinstance(start, str): raise ValueError(f"{c}: base_hash in distilltv.json is {start!r}, not a hash; save the model again")
+    if not isinstance(start, str):
+        raise ValueError(f"{c}: base_hash in distilltv.json is {start!r}, not a hash; save the model again")
     return Student({c: dict.fromkeys(c.layout, Fraction(1))}, start)
 
 def load_student(folder,         # a model folder
@@ -180,8 +186,9 @@ class Ruled:
         self.weights = [spread(w, self.layout) for w in weights]
     def __getitem__(self, name):
         deltas = [np.asarray(v[name], np.float64) for v in self.vectors]
-        return apply_rule(self.rule, deltas, [float(w[name]) for w in self.weights], name=name, seed=self.seed,
-                          base=np.asarray(self.base[name], np.float64) if self.rule == "slerp" else None, **self.options)
+        base = np.asarray(self.base[name], np.float64) if self.rule == "slerp" else None
+        weights = [float(w[name]) for w in self.weights]
+        return apply_rule(self.rule, deltas, weights, base=base, name=name, seed=self.seed, **self.options)
     def __str__(self): return f"{self.rule}({', '.join(map(str, self.vectors))})"
 
 def options_of(rule # one of `RULES`
@@ -191,22 +198,26 @@ def options_of(rule # one of `RULES`
     return {n: p.default for n, p in ps.items() if n not in ("t", "rng", "_")}
 
 def _checked(rule, count, weights, seed, options, names):
-    "All options of a rule; a `ValueError` for one that it does not have, out of range, or weights that it does not use."
+    "All options of a rule; a `ValueError` for one that it lacks or out of range, or for weights that it does not use."
     known = options_of(rule)
     for o in options:
-        if o not in known: raise ValueError(f"rule {rule} has no option {o!r}" + (f"; it has {', '.join(known)}" if known else ""))
+        if o not in known:
+            raise ValueError(f"rule {rule} has no option {o!r}" + (f"; it has {', '.join(known)}" if known else ""))
     if not (isinstance(seed, int) and not isinstance(seed, bool) and seed >= 0):
         raise ValueError(f"seed is {seed!r}; give a whole number of at least 0")
-    if rule in FAMILY: FAMILY[rule][0](np.zeros(1), rng=np.random.default_rng(0), **known | options) # refuses what is out of range
-    if rule == "slerp" and count != 2: raise ValueError(f"slerp merges two models, not {count}; use task_arithmetic or ties for more")
+    # refuses what is out of range
+    if rule in FAMILY: FAMILY[rule][0](np.zeros(1), rng=np.random.default_rng(0), **known | options)
+    if rule == "slerp" and count != 2:
+        raise ValueError(f"slerp merges two models, not {count}; use task_arithmetic or ties for more")
     if rule == "model_stock" and count < 2: raise ValueError("model_stock needs at least two models; give another")
     if rule == "model_stock" and any(spread(w, names) != spread(weights[0], names) for w in weights):
-        raise ValueError("model_stock takes its models as equals; give all of them the same weight, or leave the weights out")
+        raise ValueError("model_stock takes its models as equals; "
+                         "give all of them the same weight, or leave the weights out")
     return known | options
 
 def merge(base,              # θ₀: a `Student`, its folder, or a loaded `HubertModel`
-          vectors:dict,      # `{"speech": vector, "music": vector, …}`, any number; a student stands for its vector from `base`
-          weights:dict=None, # a weight for each of the same names: a number, a list over depth or a `ByName`; none: 1 each
+          vectors:dict,      # `{"speech": vector, "music": vector, …}`, any number; a student stands for its vector
+          weights:dict=None, # for each of the same names a number, a list over depth or a `ByName`; none: 1 each
           rule:str="task_arithmetic", # one of `rules.RULES`, or `linear`
           scale:float=1.,    # of the merged task vector
           seed:int=0,        # for rules that draw at random
@@ -217,7 +228,8 @@ def merge(base,              # θ₀: a `Student`, its folder, or a loaded `Hube
     if not vectors: raise ValueError("there are no task vectors to merge; give at least one")
     if set(weights) != set(vectors):
         raise ValueError(f"weights are given for {sorted(weights)} but vectors for {sorted(vectors)}; name the same")
-    if rule != "linear" and rule not in RULES: raise ValueError(f"merge rule {rule!r} is unknown; use one of linear, {', '.join(RULES)}")
+    if rule != "linear" and rule not in RULES:
+        raise ValueError(f"merge rule {rule!r} is unknown; use one of linear, {', '.join(RULES)}")
     rule = "task_arithmetic" if rule == "linear" else rule
     vectors = {d: v if isinstance(v, TaskVector) else TaskVector.between(base, v) for d, v in vectors.items()}
     options = _checked(rule, len(vectors), [weights[d] for d in vectors], seed, options, base.names)
@@ -237,13 +249,15 @@ def _weight(ws): # {tensor: fraction} → a number, or a list of values by part
     return [dict(filter=n, value=plain(w)) for n, w in ws.items()]
 
 def _ruled_inputs(student, ruled):
-    "The checkpoint that a rule's vectors start from, and the model and weights of each; an error if it is no single rule."
+    "The checkpoint that a rule's vectors start from, and the weights of each model; an error if it is no single rule."
     r, start = ruled[0], list(ruled[0].base.terms)
     ends = [next((c for c in v.terms if c != start[0]), start[0]) for v in r.vectors]
     plain = all(set(v.terms) <= {c, start[0]} and set(v.terms[c].values()) <= {1, 0} for v, c in zip(r.vectors, ends))
     others = {c for c in student.terms if c not in ruled}
-    if len(ruled) > 1 or len(start) > 1 or others != set(start) or not plain or isinstance(_weight(student.terms[r]), list):
-        raise ValueError(f"{student} is a merge of merges, which one recipe cannot say; save the inner merge first and load it as a student")
+    single = len(ruled) == len(start) == 1 and others == set(start)
+    if not single or not plain or isinstance(_weight(student.terms[r]), list):
+        raise ValueError(f"{student} is a merge of merges, which one recipe cannot say; "
+                         "save the inner merge first and load it as a student")
     return start[0], dict(zip(ends, r.weights))
 
 def recipe(student, # a merged student
@@ -253,14 +267,16 @@ def recipe(student, # a merged student
     ruled = [c for c in student.terms if isinstance(c, Ruled)]
     inputs = {c: ws for c, ws in student.terms.items() if c not in ruled}
     base = next((c for c in inputs if c.hash == student.origin), None)
-    out = dict(merge_method="task_arithmetic", parameters={}) if base else dict(merge_method="linear", parameters=dict(normalize=False))
+    out = dict(merge_method="task_arithmetic" if base else "linear", parameters={} if base else dict(normalize=False))
     if ruled:
         r = ruled[0]
         base, models = _ruled_inputs(student, ruled)
         inputs = {base: None} | models
-        out = dict(merge_method=r.rule, parameters=r.options | dict(seed=r.seed) | {"lambda": _weight(student.terms[r])})
+        options = r.options | {"seed": r.seed, "lambda": _weight(student.terms[r])}
+        out = dict(merge_method=r.rule, parameters=options)
         if base in models: return _between_two(r, out, base, models, folder) # SLERP whose base is one of its models
-    order = list(inputs) if ruled else sorted(inputs, key=str) # a sum is written in one order; a random rule needs its own
+    # a sum is written in one order; a random rule needs its own
+    order = list(inputs) if ruled else sorted(inputs, key=str)
     path = {c: _path(c, folder) for c in order}
     return out | (dict(base_model=path[base]) if base else {}) | dict(
         models=[dict(model=path[c], parameters=dict(weight=_weight(inputs[c]))) for c in path if c is not base],
@@ -272,8 +288,8 @@ def _between_two(r, out, base, models, folder):
     other = next(c for c in models if c is not base)
     t = {n: w/(w + models[base][n]) for n, w in models[other].items()}
     path = {c: _path(c, folder) for c in (base, other)}
-    return out | dict(parameters=out["parameters"] | dict(t=_weight(t)), base_model=path[base], models=[dict(model=p) for p in path.values()],
-                      hashes={p: c.hash for c, p in path.items()})
+    return dict(merge_method=r.rule, parameters=out["parameters"] | dict(t=_weight(t)), base_model=path[base],
+                models=[dict(model=p) for p in path.values()], hashes={p: c.hash for c, p in path.items()})
 
 def _path(checkpoint, folder):
     "Where a checkpoint lies, seen from a folder, links followed."
@@ -282,28 +298,34 @@ def _path(checkpoint, folder):
 
 # %% ../nbs/03e_algebra.ipynb #b769e30a
 def _preprocessor(checkpoints, config):
-    "The inputs' preprocessor_config.json, which must say the same; the attention mask follows the norm of the front end."
+    "The inputs' preprocessor_config.json, which must agree; the attention mask follows the norm of the front end."
     read = {c: c.folder/"preprocessor_config.json" for c in sorted(checkpoints, key=str)}
     found = {c: read_json(f) for c, f in read.items() if f.exists()}
     masked = dict(return_attention_mask=config.get("feat_extract_norm") == "layer")
     first = next(iter(found.items()), None)
     for c, p in found.items():
         if p | masked != first[1] | masked:
-            raise ValueError(f"preprocessor_config.json differs between {first[0]} and {c}; encoders that want other audio cannot be merged")
+            raise ValueError(f"preprocessor_config.json differs between {first[0]} and {c}; "
+                             "encoders that want other audio cannot be merged")
     return first and first[1] | masked
 
 class _Plain(yaml.SafeDumper):
     def ignore_aliases(self, data): return True # a recipe says everything where it belongs
 
+def _json(table): return json.dumps(table, indent=1, default=str) + "\n"
+
 def _papers(record, steps):
     "What lies beside the weights, `{file: text}`: record, recipe and card."
-    text = yaml.dump(steps, Dumper=_Plain, sort_keys=False)
-    return {"distilltv.json": json.dumps(record, indent=1, default=str) + "\n", "recipe.yaml": text, "README.md": model_card(record)}
+    return {"distilltv.json": _json(record), "recipe.yaml": yaml.dump(steps, Dumper=_Plain, sort_keys=False),
+            "README.md": model_card(record)}
 
 def _licences(student):
     "`{hash: licence}` of the checkpoints of a student."
-    leaves = {c for s in student.terms for c in ([c for v in s.vectors for c in v.terms] if isinstance(s, Ruled) else [s])}
-    return {c.hash: c.record.get("licence", "not recorded") for c in leaves}
+    found = {}
+    for term in student.terms:
+        leaves = [c for v in term.vectors for c in v.terms] if isinstance(term, Ruled) else [term]
+        found |= {c.hash: c.record.get("licence", "not recorded") for c in leaves}
+    return found
 
 _RECORD = {"kind", "rule", "base_hash", "inputs", "extrapolation", "versions", "commit", "weights_hash", "dtype"}
 
@@ -311,12 +333,14 @@ def save_all(students:dict,       # `{folder to write: student}`, of one archite
              dtype:str="float32", # stored type: float32, float64, float16 or bfloat16
              facts:dict={}        # what else to record, for each folder
             ) -> dict:            # `{folder: record}`
-    "Write students as folders that `HubertModel.from_pretrained` opens, each whole or not at all, reading each input once."
+    "Write students as folders that `HubertModel.from_pretrained` opens, each whole or not at all; inputs are read once."
     check_dtype(dtype)
     for f in facts.values():
-        if taken := _RECORD & set(f): raise ValueError(f"{', '.join(sorted(taken))} is recorded by itself; give the fact another name")
+        if taken := _RECORD & set(f):
+            raise ValueError(f"{', '.join(sorted(taken))} is recorded by itself; give the fact another name")
     place = {f: Path(f).expanduser() for f in students}
-    if len({os.path.realpath(p) for p in place.values()}) < len(place): raise ValueError("two students would be written to one folder; name another")
+    if len({os.path.realpath(p) for p in place.values()}) < len(place):
+        raise ValueError("two students would be written to one folder; name another")
     first, records, made_at = next(iter(students.values())), {}, commit()
     prep = _preprocessor({c for s in students.values() for c in s.terms}, first.config)
     with ExitStack() as stack:
@@ -326,10 +350,12 @@ def save_all(students:dict,       # `{folder to write: student}`, of one archite
         for f, s in students.items():
             more = facts.get(f, {})
             steps = recipe(s, place[f]) | dict(dtype=dtype, facts=more)
-            records[f] = provenance(steps, s.origin, _licences(s), made_at) | more | dict(weights_hash=hashes[tmp[f]/"model.safetensors"], dtype=dtype)
-            configs = {"config.json": s.config | dict(dtype=dtype)} | ({"preprocessor_config.json": prep} if prep else {})
-            files = {n: json.dumps(c, indent=1, default=str) + "\n" for n, c in configs.items()} | _papers(records[f], steps)
-            for n, text in files.items(): (tmp[f]/n).write_text(text, encoding="utf-8") # flushed to disk with the folder
+            made = dict(weights_hash=hashes[tmp[f]/"model.safetensors"], dtype=dtype)
+            records[f] = provenance(steps, s.origin, _licences(s), made_at) | more | made
+            files = {"config.json": _json(s.config | dict(dtype=dtype))} | _papers(records[f], steps)
+            if prep: files["preprocessor_config.json"] = _json(prep)
+            # flushed to disk with the folder
+            for n, text in files.items(): (tmp[f]/n).write_text(text, encoding="utf-8")
     return records
 
 # %% ../nbs/03e_algebra.ipynb #91b7d2f5
@@ -363,6 +389,8 @@ def find_students(profile="mini", # name or path of a profile, or a `Profile`
         on = {read_json(shipped[d]/"distilltv.json").get("corpus") for d in p.domains}
         if on == {corpus}: return shipped
     lacking = next(d for d, f in mine.items() if not (f/"model.safetensors").is_file())
-    raise FileNotFoundError(f"there are not all students of profile {p.name} distilled on {corpus!r} ({mine[lacking]} holds no model); make them with "
-        f"papermill nbs/02_distill.ipynb out.ipynb -p profile {profile if isinstance(profile, (str, Path)) else p.name} -p corpus {corpus} "
-        f"-p teacher {p.domains[0]} (and again with {', '.join(p.domains[1:])})")
+    said = profile if isinstance(profile, (str, Path)) else p.name
+    again = f" (and again with {', '.join(p.domains[1:])})" if p.domains[1:] else ""
+    raise FileNotFoundError(f"there are not all students of profile {p.name} distilled on {corpus!r} ({mine[lacking]} holds "
+                            f"no model); make them with papermill nbs/02_distill.ipynb out.ipynb -p profile {said} "
+                            f"-p corpus {corpus} -p teacher {p.domains[0]}{again}")

@@ -15,11 +15,12 @@ from .weights import ByName
 # %% ../nbs/03c_path.ipynb #2bfcf7a5
 def sweep(make,    # function: λ → student, such as `lambda l: base + l*speech + (1-l)*music`
           lams,    # the λ to make
-          folder,  # each goes to `folder/lam-<λ>`
+          folder,  # each goes to `folder/lam-<λ>`, with as many digits as λ has
           dtype:str="float32" # stored type
          ) -> dict:           # `{λ: its folder}`
     "Write one encoder for each λ, reading each input once."
-    folders = {float(l): Path(folder)/f"lam-{l:g}" for l in lams}
+    def name(l): return f"{l:g}" if float(f"{l:g}") == l else repr(l)
+    folders = {l: Path(folder)/f"lam-{name(l)}" for l in (float(l) + 0. for l in lams)} # -0.0 is 0.0
     save_all({folders[l]: make(l) for l in folders}, dtype, {f: dict(lam=l) for l, f in folders.items()})
     return folders
 
@@ -28,16 +29,20 @@ class Dial:
     "A loaded encoder that moves to another λ in place: `dial(.4)`."
     def __init__(self, speech, # the student at λ = 1
                  music,        # the student at λ = 0
-                 lam:float=.5,
-                 device="cpu"):
+                 lam:float=.5, # where it stands at first
+                 device="cpu"): # of torch, such as `cuda`
         import torch
-        if speech.origin != music.origin: raise ValueError(f"{speech} and {music} start from different θ₀; there is no path between them")
+        if speech.origin != music.origin:
+            raise ValueError(f"{speech} and {music} start from different θ₀; there is no path between them")
         self.model = music.model().to(device).requires_grad_(False)
         params = dict(self.model.named_parameters())
-        if set(params) != set(self.model.state_dict()): raise ValueError("the model has buffers besides its parameters; they cannot be interpolated")
-        self.ends = [torch.cat([torch.from_numpy(np.array(s[n], np.float32)).flatten() for n in params]).to(device) for s in (music, speech)]
+        if set(params) != set(self.model.state_dict()):
+            raise ValueError("the model has buffers besides its parameters; they cannot be interpolated")
+        def flat(student): return np.concatenate([np.asarray(student[n], np.float32).ravel() for n in params])
+        self.ends = [torch.from_numpy(flat(student)).to(device) for student in (music, speech)]
         self.flat = torch.empty_like(self.ends[0])
-        for p, view in zip(params.values(), self.flat.split([p.numel() for p in params.values()])): p.data = view.view_as(p)
+        views = self.flat.split([p.numel() for p in params.values()])
+        for p, view in zip(params.values(), views): p.data = view.view_as(p)
         self(lam)
     def __call__(self, lam:float): # share of speech; returns the model, which is always the same object
         import torch
@@ -48,14 +53,23 @@ class Dial:
 OBJECTIVES = dict(mean=lambda s: float(np.mean(list(s.values()))), worst=lambda s: float(min(s.values())))
 
 def objective(wish # `mean`, `worst`, or a weight for each domain such as `{"speech": 2, "music": 1}`
-             ):
-    "A function from `{domain: score}` to the number to maximise."
-    if isinstance(wish, dict): return lambda s: float(sum(w*s[d] for d, w in wish.items())/sum(wish.values()))
-    if wish not in OBJECTIVES: raise ValueError(f"objective {wish!r} is unknown; use {', '.join(OBJECTIVES)} or a dict with a weight for each domain")
-    return OBJECTIVES[wish]
+             ):   # function: `{domain: score}` → number
+    "The number to maximise, as a function of the domains' scores; a `ValueError` for an unknown wish or domain."
+    if not isinstance(wish, dict):
+        if wish in OBJECTIVES: return OBJECTIVES[wish]
+        raise ValueError(f"objective {wish!r} is unknown; "
+                         f"use {', '.join(OBJECTIVES)} or a dict with a weight for each domain")
+    total = sum(wish.values())
+    if not total > 0:
+        raise ValueError(f"the weights of the objective add up to {total}; give weights that add up to more than 0")
+    def weighted(s):
+        if extra := set(wish) - set(s):
+            raise ValueError(f"the objective names {', '.join(sorted(extra))}; scores are of {', '.join(s)}")
+        return float(sum(w*s[d] for d, w in wish.items())/total)
+    return weighted
 
 def pareto(scores # array [choices, domains], higher is better
-          ) -> np.ndarray:
+          ) -> np.ndarray: # [choices], whether it is on the front
     "Which choices no other choice beats: at least as good everywhere and better somewhere."
     s = np.asarray(scores, float)
     return np.array([not ((s >= x).all(1) & (s > x).any(1)).any() for x in s])
@@ -63,8 +77,8 @@ def pareto(scores # array [choices, domains], higher is better
 # %% ../nbs/03c_path.ipynb #b8a8b9ee
 def choose_lam(score,        # function: λ → `{domain: validation score}`
                lams=tuple(i/10 for i in range(11)), # the grid
-               wish="mean"   # see `objective`
-              ):
+                wish="mean"   # see `objective`
+              ) -> tuple:   # λ and a data frame, one row for each λ
     "The best λ of a grid, and a table with each λ's scores, objective, place on the Pareto front and seconds."
     import pandas as pd
     aim, rows = objective(wish), []
@@ -78,11 +92,11 @@ def choose_lam(score,        # function: λ → `{domain: validation score}`
 
 def choose_by_part(score,         # function: `ByName` → `{domain: validation score}`
                    lam:float,     # where to begin, from `choose_lam`
-                   parts,         # the parts that may leave it: names as in a `ByName`, or several under one: `{"front": ["conv_layers", "projection"]}`
+                   parts,         # what may leave it: names as in a `ByName`, or `{"front": ["conv_layers", "projection"]}`
                    wish="mean",   # see `objective`
                    steps=(-.2, .2), # moves to try
                    margin:float=0., # gain below which a move is not kept
-                  ):
+                  ) -> tuple:       # `ByName` and a data frame, one row for each move
     "λ for each part by greedy moves from one λ, and a table of all moves tried, with the seconds each took."
     import pandas as pd
     aim, groups = objective(wish), parts if isinstance(parts, dict) else {p: [p] for p in parts}
@@ -92,18 +106,23 @@ def choose_by_part(score,         # function: `ByName` → `{domain: validation 
         for step in steps:
             began, trial = time.perf_counter(), ByName(now | {k: round(now[k] + step, 6) for k in groups[p]})
             got = aim(score(trial))
-            rows.append(dict(part=p, lam=trial[groups[p][0]], objective=got, kept=got > best + margin, seconds=time.perf_counter()-began))
+            rows.append(dict(part=p, lam=trial[groups[p][0]], objective=got, kept=got > best + margin,
+                             seconds=time.perf_counter()-began))
             if got > best + margin: now, best = trial, got
     return now, pd.DataFrame(rows)
 
 # %% ../nbs/03c_path.ipynb #61733ff9
-_FRONT_ENDS = "JPY_SESSION_NAME", "VSCODE_PID", "COLAB_RELEASE_TAG" # set by what a person looks at, not by papermill or nbconvert
+# set by what a person looks at, not by papermill or nbconvert
+_FRONT_ENDS = "JPY_SESSION_NAME", "VSCODE_PID", "COLAB_RELEASE_TAG"
 
 def slider(show,         # function of λ that prints or draws
            lam:float=.5, # where to begin
-           low:float=0., high:float=1., step:float=.05):
+           low:float=0., # its left end; a `lam` outside moves it
+           high:float=1., # its right end
+           step:float=.05):
     "A slider that calls `show(λ)`; where there is no browser, `show(lam)` once."
     if not any(v in os.environ for v in _FRONT_ENDS): return show(lam)
     try: from ipywidgets import FloatSlider, interact
     except ImportError: return show(lam)
-    interact(lambda lam: show(lam), lam=FloatSlider(value=lam, min=min(low, lam), max=max(high, lam), step=step, continuous_update=False))
+    turn = FloatSlider(value=lam, min=min(low, lam), max=max(high, lam), step=step, continuous_update=False)
+    interact(lambda lam: show(lam), lam=turn)

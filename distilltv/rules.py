@@ -32,7 +32,8 @@ def check_share(name:str, # of an option: `density`, `gamma` or `epsilon`
     "Raise a `ValueError` for a density outside (0, 1], or another share outside [0, 1)."
     number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
     if not (number and (0 < value <= 1 if name == "density" else 0 <= value < 1)):
-        raise ValueError(f"{name} is {value!r}; it is a share, a number in {'(0, 1]' if name == 'density' else '[0, 1)'}")
+        raise ValueError(f"{name} is {value!r}; "
+                         f"it is a share, a number in {'(0, 1]' if name == 'density' else '[0, 1)'}")
 
 def trim(t,                 # one tensor of a task vector
          density:float=.2,  # share of entries to keep
@@ -56,7 +57,8 @@ def breadcrumbs(t, density:float=.9, # share of entries to keep
                 **_):
     "Keep the middle: neither outliers nor noise (Model Breadcrumbs, arXiv 2312.06795)."
     for name, value in dict(density=density, gamma=gamma).items(): check_share(name, value)
-    if density + gamma > 1: raise ValueError(f"density {density} and gamma {gamma} add up to more than 1; lower one of them")
+    if density + gamma > 1:
+        raise ValueError(f"density {density} and gamma {gamma} add up to more than 1; lower one of them")
     ranks, top = _ranks(t), t.size - int(gamma*t.size)
     return np.where((ranks < top) & (ranks >= top - _count(t, density)), t, 0)
 
@@ -76,8 +78,8 @@ def magprune(t, density:float=.5, # mean chance of an entry to be kept
     "Drop small entries more often than large ones, each rescaled by its chance (DELLA, arXiv 2406.11617)."
     for name, value in dict(density=density, epsilon=epsilon).items(): check_share(name, value)
     if not epsilon < density <= 1 - epsilon:
-        raise ValueError(f"density {density} with epsilon {epsilon} gives chances outside (0, 1]; lower epsilon, or set density between "
-                         f"{epsilon} and {1-epsilon}")
+        raise ValueError(f"density {density} with epsilon {epsilon} gives chances outside (0, 1]; lower epsilon, or "
+                         f"set density between {epsilon} and {1-epsilon}")
     rows = t.reshape(len(t) if t.ndim > 1 else 1, -1)
     ranks = np.argsort(np.argsort(np.abs(rows), 1, kind="stable"), 1)
     chance = (density + epsilon*(2*ranks/max(rows.shape[1]-1, 1) - 1)).reshape(t.shape)
@@ -136,7 +138,8 @@ def model_stock(vectors # at least two arrays of one shape
     n = len(unit)
     cos = np.mean([np.vdot(unit[i], unit[j]) for i in range(n) for j in range(i)])
     below = 1 + (n-1)*cos
-    return np.mean(vectors, 0) * (n*cos/below if abs(below) > 1e-6 else 0) # vectors that cancel have no plane: stay at θ₀
+    # vectors that cancel have no plane: stay at θ₀
+    return np.mean(vectors, 0) * (n*cos/below if abs(below) > 1e-6 else 0)
 
 # %% ../nbs/03a_rules.ipynb #28206f23
 def fisher(tensors, # one array for each model
@@ -146,7 +149,8 @@ def fisher(tensors, # one array for each model
     "The mean of the models' entries, weighted by what each model's output depends on (arXiv 2111.09832)."
     total = sum(w*f for w, f in zip(weights, infos))
     plain = sum(w*t for w, t in zip(weights, tensors))/sum(weights)
-    return np.where(total > 0, sum(w*f*t for w, f, t in zip(weights, infos, tensors))/np.where(total > 0, total, 1), plain)
+    weighted = sum(w*f*t for w, f, t in zip(weights, infos, tensors))
+    return np.where(total > 0, weighted/np.where(total > 0, total, 1), plain)
 
 # %% ../nbs/03a_rules.ipynb #e5cad840
 def regmean(tensors,        # weights of a linear layer, [out, in] each
@@ -165,8 +169,10 @@ def regmean(tensors,        # weights of a linear layer, [out, in] each
 def correlation(x, y # activations on the same audio, [frames, units] each
                ):
     "Correlation of every unit of `x` with every unit of `y`; a unit that never moves correlates with none."
-    z = [(v - v.mean(0))/np.where(v.std(0) > 1e-12, v.std(0), np.inf) for v in (np.asarray(x, np.float64), np.asarray(y, np.float64))]
-    return z[0].T@z[1]/len(x)
+    def standard(v):
+        v = np.asarray(v, np.float64)
+        return (v - v.mean(0))/np.where(v.std(0) > 1e-12, v.std(0), np.inf)
+    return standard(x).T@standard(y)/len(x)
 
 def best_match(score # [units, units]: how well unit i of the one fits unit j of the other
               ):
@@ -193,8 +199,10 @@ def apply_rule(rule:str,     # one of `RULES`
     "The merged task vector at one tensor."
     if rule == "model_stock": return model_stock(vectors)
     if rule == "slerp":
-        if len(vectors) != 2: raise ValueError(f"slerp merges two models, not {len(vectors)}; use task_arithmetic or ties for more")
-        if not sum(weights): raise ValueError(f"slerp divides by the sum of its weights, which is 0 at {name}; give others")
+        if len(vectors) != 2:
+            raise ValueError(f"slerp merges two models, not {len(vectors)}; use task_arithmetic or ties for more")
+        if not sum(weights):
+            raise ValueError(f"slerp divides by the sum of its weights, which is 0 at {name}; give others")
         return slerp(base + vectors[0], base + vectors[1], weights[0]/sum(weights)) - base
     if rule not in FAMILY: raise ValueError(f"merge rule {rule!r} is unknown; use one of {', '.join(RULES)}")
     sparsify, consensus = FAMILY[rule]

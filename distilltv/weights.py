@@ -6,7 +6,7 @@
 __all__ = ['STORED', 'read_json', 'ThreadedFingerprint', 'numbers', 'all_finite', 'Checkpoint', 'Loaded', 'check_same', 'part',
            'parts', 'ByName', 'finite', 'spread', 'check_dtype', 'write_weights']
 
-# %% ../nbs/03f_weights.ipynb #c77502b2
+# %% ../nbs/03f_weights.ipynb #a278b86f
 import json, math, os, re
 from contextlib import ExitStack
 from fractions import Fraction
@@ -16,7 +16,7 @@ import numpy as np
 from safetensors import safe_open
 from .runs import Fingerprint
 
-# %% ../nbs/03f_weights.ipynb #41707dce
+# %% ../nbs/03f_weights.ipynb #87dbcb18
 _DTYPES = dict(F64="<f8", F32="<f4", F16="<f2", BF16="<u2") # numpy has no bfloat16: its bits are read as integers
 _STATISTIC = re.compile(r"\.(running_mean|running_var|num_batches_tracked)$")
 _NEW_NAMES = {".weight_g": ".parametrizations.weight.original0", ".weight_v": ".parametrizations.weight.original1"}
@@ -36,7 +36,8 @@ def _layout(file):
             size = int.from_bytes(f.read(8), "little")
             header = json.loads(f.read(size))
     except Exception as e: # the library raises exceptions of several kinds
-        raise ValueError(f"{file} is not a whole safetensors file ({e}); save the model again with save_pretrained") from None
+        raise ValueError(f"{file} is not a whole safetensors file ({e}); "
+                         "save the model again with save_pretrained") from None
     header.pop("__metadata__", None)
     found = {}
     for name, t in header.items():
@@ -52,11 +53,13 @@ def read_json(file # a `Path`
     "What a JSON file holds, `{}` if there is none; a `ValueError` where it is not a table."
     if not file.exists(): return {}
     try: said = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as e: raise ValueError(f"{file} is not JSON ({str(e)[:200]}); save the model again") from None
-    if not isinstance(said, dict): raise ValueError(f"{file} is not a JSON table of names and values; save the model again")
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{file} is not JSON ({str(e)[:200]}); save the model again") from None
+    if not isinstance(said, dict):
+        raise ValueError(f"{file} is not a JSON table of names and values; save the model again")
     return said
 
-# %% ../nbs/03f_weights.ipynb #bb001898
+# %% ../nbs/03f_weights.ipynb #3f15435b
 class ThreadedFingerprint(Fingerprint):
     "A `Fingerprint` computed in a second thread, so that the first can read the next tensor meanwhile."
     def __init__(self):
@@ -82,7 +85,7 @@ class ThreadedFingerprint(Fingerprint):
         self.wait()
         return super().hash
 
-# %% ../nbs/03f_weights.ipynb #f0e2704c
+# %% ../nbs/03f_weights.ipynb #1f40afb3
 def numbers(raw,       # array as stored
             dtype:str  # its type in the file, such as `BF16`
            ) -> np.ndarray: # float array
@@ -113,7 +116,7 @@ class Checkpoint:
             raise ValueError(f"{self.file}: config.json {'asks for' if masks else 'has no use for'} masked_spec_embed, "
                              f"the file {'lacks' if masks else 'holds'} it; set mask_time_prob to match")
 
-    def __getitem__(self, name): # tensor name → float array, in the stored type; the last one is kept, so many λ read once
+    def __getitem__(self, name): # tensor name → float array, as stored; the last one is kept, so many λ read once
         if self._last[0] == name: return self._last[1]
         self._print.wait()    # no more than one tensor of a checkpoint is in memory
         self._last = None, None
@@ -145,7 +148,7 @@ def _no_model(folder):
     if (folder/"pytorch_model.bin").exists(): return f"{folder} holds pytorch_model.bin; convert it with {opens})"
     return f"{folder} holds no model.safetensors; write one with save_pretrained"
 
-# %% ../nbs/03f_weights.ipynb #8f581167
+# %% ../nbs/03f_weights.ipynb #38f8e17b
 class Loaded:
     "A `HubertModel` in memory, with the attributes of a `Checkpoint`; its tensors are copied once."
     def __init__(self, model): # a `transformers.HubertModel` or one of its kin
@@ -163,21 +166,24 @@ class Loaded:
             self.layout[name], self._tensors[name] = (code, array.shape, None), array
             f.feed(name, array)
         self.hash = f.hash
-        self.lies = (self.folder/"model.safetensors").is_file() and Checkpoint(self.folder).hash == self.hash # these very weights
+        # these very weights
+        self.lies = (self.folder/"model.safetensors").is_file() and Checkpoint(self.folder).hash == self.hash
 
     def __getitem__(self, name): return self._tensors[name]
     def __str__(self): return str(self.folder)
     def __eq__(self, other): return isinstance(other, Loaded) and self.hash == other.hash
     def __hash__(self): return hash(self.hash)
 
-# %% ../nbs/03f_weights.ipynb #ae237b2e
-_NO_MATTER = re.compile("dropout|layerdrop|mask_|version|_name_or_path|architectures|dtype|apply_spec_augment|gradient_checkpointing|"
-                        "tokenizer_class|auto_map|use_cache|return_dict|output_|id2label|label2id|problem_type|vocab_size|_token_id|"
-                        "ctc_|classifier_proj|use_weighted_layer_sum|initializer_range|chunk_size_feed_forward|attn_implementation")
+# %% ../nbs/03f_weights.ipynb #d72440e5
+_TRAINING = "dropout|layerdrop|mask_|apply_spec_augment|gradient_checkpointing|initializer_range|ctc_"
+_HEADS = "classifier_proj|use_weighted_layer_sum|vocab_size|_token_id|tokenizer_class|id2label|label2id|problem_type"
+_FILES = "version|_name_or_path|architectures|dtype|auto_map|use_cache|return_dict|output_|attn_implementation"
+_NO_MATTER = re.compile("|".join((_TRAINING, _HEADS, _FILES)))
 
 def _default(key):
     "What a `HubertConfig` takes for a setting that config.json leaves out."
-    from transformers import HubertConfig # only asked for where two files differ: a merge of files needs no transformers
+    # only asked for where two files differ: a merge of files needs no transformers
+    from transformers import HubertConfig
     return HubertConfig().to_dict().get(key)
 
 def check_same(a, b):
@@ -186,7 +192,8 @@ def check_same(a, b):
     for n in sorted({*a.layout, *b.layout}):
         x, y = shape(a, n), shape(b, n)
         if x == y: continue
-        if x and y: raise ValueError(f"{n} is {x} in {a} but {y} in {b}; inputs of a merge must have one architecture and type")
+        if x and y:
+            raise ValueError(f"{n} is {x} in {a} but {y} in {b}; inputs of a merge must have one architecture and type")
         raise ValueError(f"{n} is missing from {b if x else a} but present in {a if x else b}; no tensor is skipped, "
                          "so nothing was merged")
     for k in sorted(k for k in {*a.config, *b.config} if not _NO_MATTER.search(k)):
@@ -196,7 +203,7 @@ def check_same(a, b):
 
 def _listed(value): return list(value) if isinstance(value, tuple) else value # a file has no tuples
 
-# %% ../nbs/03f_weights.ipynb #63d67301
+# %% ../nbs/03f_weights.ipynb #c2cc232b
 _PARTS = dict(feature_projection="projection", pos_conv="position", layer_norm="input norm", masked="mask")
 
 def part(name # a tensor's name
@@ -254,19 +261,22 @@ def spread(weight, # a number, a list over depth, or a `ByName`
         for k in weight:
             if k and k not in keys.values():
                 fits = [n for n in names if k in n or k == part(n)]
-                raise ValueError(f"the weight for {k!r} is never used: " + (f"an earlier key fits {fits[0]}; put it first" if fits else
-                    f"no tensor has that in its name; parts are {', '.join(parts(names))}"))
+                why = f"no tensor has that in its name; parts are {', '.join(parts(names))}"
+                if fits: why = f"an earlier key fits {fits[0]}; put it first"
+                raise ValueError(f"the weight for {k!r} is never used: {why}")
         exact = {k: finite(w, f"the weight for {k!r}") for k, w in weight.items()}
         return {n: exact[k] for n, k in keys.items()}
-    if not isinstance(weight, (list, tuple, np.ndarray)) or np.ndim(weight) == 0: return dict.fromkeys(names, finite(weight))
+    if not isinstance(weight, (list, tuple, np.ndarray)) or np.ndim(weight) == 0:
+        return dict.fromkeys(names, finite(weight))
     values = [float(finite(w)) for w in weight]
     if not values: raise ValueError("the list of weights is empty; give at least one number")
     depth = {n: int(p.split()[1]) if (p := part(n)).startswith("layer ") else 0 for n in names}
     at = np.linspace(0, max(depth.values()), len(values))
     return {n: finite(np.interp(depth[n], at, values)) for n in names}
 
-# %% ../nbs/03f_weights.ipynb #2744a0b6
-STORED = dict(float32=("F32", 4), float64=("F64", 8), float16=("F16", 2), bfloat16=("BF16", 2)) # code, bytes of an entry
+# %% ../nbs/03f_weights.ipynb #f0f215a4
+# code, bytes of an entry
+STORED = dict(float32=("F32", 4), float64=("F64", 8), float16=("F16", 2), bfloat16=("BF16", 2))
 
 def check_dtype(dtype # the type to store
                ) -> None:

@@ -5,9 +5,11 @@ import numpy as np, pytest, torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import HubertConfig, HubertModel
-from distilltv.merge import ByName, Checkpoint, Student, TaskVector, add_scores, geometry, load_student, merge, part, parts, student_pair
+from distilltv.geometry import geometry
+from distilltv.merge import Student, TaskVector, add_scores, find_students, load_student, merge
 from distilltv.recipes import merge_recipe
 from distilltv.rules import RULES, apply_rule
+from distilltv.weights import ByName, Checkpoint, part, parts
 from distilltv import encoders
 from distilltv.runs import atomic_folder
 
@@ -149,12 +151,13 @@ def test_weight_by_name(trio, tmp_path):
 @pytest.mark.parametrize("rule", RULES)
 def test_every_rule_gives_an_encoder(trio, tmp_path, rule):
     base, s, m = algebra(trio)
-    u = merge(base, dict(speech=s, music=m), dict(speech=.4, music=.6), rule, seed=3)
+    w = [.4, .6] if rule != "model_stock" else [1, 1] # model stock takes its models as equals
+    u = merge(base, dict(speech=s, music=m), dict(zip(("speech", "music"), w)), rule, seed=3)
     r = u.save_pretrained(tmp_path/"u")
     assert r["rule"] == rule and len(r["inputs"]) == 3
     assert HubertModel.from_pretrained(tmp_path/"u")(torch.randn(1, 4000))[0].isfinite().all()
     n = "encoder.layers.0.feed_forward.intermediate_dense.weight"
-    want = base[n] + apply_rule(rule, [np.asarray(v[n], np.float64) for v in (s, m)], [.4, .6], base=base[n].astype(np.float64), name=n, seed=3)
+    want = base[n] + apply_rule(rule, [np.asarray(v[n], np.float64) for v in (s, m)], w, base=base[n].astype(np.float64), name=n, seed=3)
     np.testing.assert_allclose(u[n], want, atol=1e-14)
 
 def test_rules_refuse(trio):
@@ -333,7 +336,7 @@ def test_preprocessors_must_agree(mine, tmp_path):
     base, s, m = algebra(mine)
     with pytest.raises(ValueError, match="preprocessor_config.json differs"): (base + s + m).save_pretrained(tmp_path/"out")
     (base + s).save_pretrained(tmp_path/"out")
-    assert json.loads((tmp_path/"out/preprocessor_config.json").read_text()) == dict(do_normalize=True)
+    assert json.loads((tmp_path/"out/preprocessor_config.json").read_text()) == dict(do_normalize=True, return_attention_mask=False)
 
 def test_mask_embedding_goes_with_the_config(tmp_path):
     save(tmp_path/"a", tiny(0, mask_time_prob=.05))
@@ -383,15 +386,15 @@ def test_merged_kernel_has_interpolated_length(trio, tmp_path):
 
 KILL = """
 import sys, time
-from distilltv import merge
+from distilltv import weights
 from distilltv.merge import *
 base, s, m = load_student(sys.argv[1]+"/base"), load_student(sys.argv[1]+"/speech"), load_student(sys.argv[1]+"/music")
 u = base + .25*(s-base) + .75*(m-base)
-slow = merge._bytes
+slow = weights._rounded
 def wait(*a):
     time.sleep(.01)
     return slow(*a)
-merge._bytes = wait
+weights._rounded = wait
 print("go", flush=True)
 u.save_pretrained(sys.argv[2])
 """
@@ -488,11 +491,11 @@ def test_which_students_are_found(trio, tmp_path, monkeypatch):
         for d in ("speech", "music"):
             shutil.copytree(trio/d, top/d)
             (top/d/"distilltv.json").write_text(json.dumps(dict(base_hash="x", corpus=corpus)))
-    with pytest.raises(FileNotFoundError, match="no pair of mini students distilled on 'both'.*-p teacher speech"): student_pair()
+    with pytest.raises(FileNotFoundError, match="not all students of profile mini distilled on 'both'.*-p teacher speech.*again with music"): find_students()
     shutil.copytree(trio/"base", tmp_path/"data/base")
     put(tmp_path/"data/students", "both")
-    assert student_pair()["music"] == tmp_path/"data/students/music"
-    with pytest.raises(FileNotFoundError): student_pair(corpus="own") # the shipped pair is another
-    with pytest.raises(FileNotFoundError): student_pair("hub")
+    assert find_students()["music"] == tmp_path/"data/students/music"
+    with pytest.raises(FileNotFoundError): find_students(corpus="own") # the shipped pair is another
+    with pytest.raises(FileNotFoundError): find_students("hub")
     put(tmp_path/"runs/mini/students/both", "both")
-    assert student_pair()["music"] == tmp_path/"runs/mini/students/both/music" and student_pair()["base"] == tmp_path/"data/base"
+    assert find_students()["music"] == tmp_path/"runs/mini/students/both/music" and find_students()["base"] == tmp_path/"data/base"

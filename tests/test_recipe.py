@@ -8,11 +8,12 @@ from transformers import HubertConfig, HubertModel
 from distilltv import merge as merging
 from distilltv.align import activations, align, in_place, merge_with_data, permuted
 from distilltv.encoders import save_encoder, weights_hash
-from distilltv.merge import ByName, TaskVector, load_student, merge
+from distilltv.merge import TaskVector, load_student, merge
 from distilltv.path import Dial, choose_by_part, choose_lam, pareto, slider, sweep
 from distilltv.recipes import merge_recipe, push_to_hub, recipe_student
 from distilltv.rules import RULES, add, apply_rule, blocks, breadcrumbs, dare, elect, fisher, magprune, model_stock, regmean, slerp, trim, vote
 from distilltv.runs import file_hash
+from distilltv.weights import ByName
 
 def tiny(seed, **kw):
     torch.manual_seed(seed)
@@ -48,7 +49,8 @@ two = lambda **w: [dict(model=d, parameters=dict(weight=w[d])) for d in w]
 @pytest.mark.parametrize("rule", ["linear", *RULES])
 def test_replay_gives_the_same_bytes(mine, rule):
     base, v = vectors(mine)
-    merge(base, v, dict(speech=.3, music=.7), rule, scale=.9, seed=5).save_pretrained(mine/"made", dtype="bfloat16", lam=.3, method=rule)
+    w = dict(speech=.3, music=.7) if rule != "model_stock" else None # its models are equals
+    merge(base, v, w, rule, scale=.9, seed=5).save_pretrained(mine/"made", dtype="bfloat16", lam=.3, method=rule)
     merge_recipe(mine/"made/recipe.yaml", mine/"again")
     for f in (mine/"made").iterdir(): assert file_hash(f) == file_hash(mine/"again"/f.name), f.name
 
