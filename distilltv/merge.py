@@ -18,7 +18,7 @@ from .cards import model_card, provenance
 from .profiles import profile as get_profile
 from .rules import FAMILY, RULES, apply_rule, blocks
 from .runs import Fingerprint, atomic_folder, commit, data_dir, write_atomic
-from .weights import (Checkpoint, Loaded, check_dtype, check_same, finite, parts, read_json, spread,
+from .weights import (ByName, Checkpoint, Loaded, check_dtype, check_same, finite, parts, read_json, spread,
                                write_weights)
 
 # %% ../nbs/03e_algebra.ipynb #2f81a052
@@ -375,17 +375,19 @@ def add_scores(folder,     # a merged folder
 
 # %% ../nbs/03e_algebra.ipynb #1b3742be
 def find_students(profile="mini", # name or path of a profile, or a `Profile`
-                  corpus:str=""   # the corpus that all were distilled on; "": the profile's
+                  corpus:str="",  # the audio that all were distilled on; "": the profile's
+                  seed:int=None   # of the distillation; `None`: the profile's
                  ) -> dict:       # `{"base": folder, domain: folder, …}`
     "Folders of θ₀ and of the student of each domain; a `FileNotFoundError` says how to make what is missing."
     p = get_profile(profile)
-    corpus = corpus or p.corpus
-    def at(base, students): return dict(base=base/"base") | {d: students/d for d in p.domains}
+    corpus, seed = corpus or p.corpus, p.seed if seed is None else seed
+    tag = ("" if p.loss == "kd" else f"-{p.loss}") + (f"-seed{seed}" if seed else "") # as `distill.student_folder` writes
+    def at(base, students): return dict(base=base/"base") | {d: students/f"{d}{tag}" for d in p.domains}
     mine, shipped = at(p.folder, p.folder/"students"/corpus), at(data_dir(), data_dir()/"students")
     if p.name == "mini" and not mine["base"].exists(): mine["base"] = shipped["base"]
     def whole(found): return all((f/"model.safetensors").is_file() for f in found.values())
     if whole(mine): return mine
-    if p.name == "mini" and whole(shipped):
+    if p.name == "mini" and not tag and whole(shipped):
         on = {read_json(shipped[d]/"distilltv.json").get("corpus") for d in p.domains}
         if on == {corpus}: return shipped
     lacking = next(d for d, f in mine.items() if not (f/"model.safetensors").is_file())

@@ -161,7 +161,7 @@ class Loaded:
         for name, t in sorted(model.state_dict().items()):
             code = codes.get(t.dtype, str(t.dtype))
             _check_tensor(self, name, code)
-            array = np.array(t.detach().float().cpu() if code == "BF16" else t.detach().cpu())
+            array = (t.detach().float() if code == "BF16" else t.detach()).cpu().numpy().copy()
             if not all_finite(array): raise ValueError(f"{self}: {name} holds NaN or infinity; this model is broken")
             self.layout[name], self._tensors[name] = (code, array.shape, None), array
             f.feed(name, array)

@@ -6,8 +6,9 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import HubertConfig, HubertModel
 from distilltv.geometry import geometry
+from distilltv.cards import merged_name
 from distilltv.merge import Student, TaskVector, add_scores, find_students, load_student, merge
-from distilltv.recipes import merge_recipe
+from distilltv.recipes import domain_weights, merge_recipe
 from distilltv.rules import RULES, apply_rule
 from distilltv.weights import ByName, Checkpoint, part, parts
 from distilltv import encoders
@@ -125,6 +126,52 @@ def test_hash_is_the_encoders_hash(trio, tmp_path):
     u.save_pretrained(tmp_path/"u")
     assert encoders.weights_hash(encoders.load_encoder(tmp_path/"u")) == load_student(tmp_path/"u").hash == encoders.weights_hash(u.model())
 
+def test_loaded_models_merge_like_their_folders(trio, tmp_path):
+    base, s, m = algebra(trio)
+    loaded = {d: HubertModel.from_pretrained(trio/d) for d in ("base", "speech", "music")}
+    a, b = (TaskVector.between(loaded["base"], loaded[d]) for d in ("speech", "music"))
+    made = loaded["base"] + .4*a + .6*b
+    assert made.save_pretrained(tmp_path/"u")["weights_hash"] == (base + .4*s + .6*m).save_pretrained(tmp_path/"v")["weights_hash"]
+    merge_recipe(tmp_path/"u/recipe.yaml", tmp_path/"w") # they lie in folders, which the recipe names
+    assert load_student(tmp_path/"w").hash == load_student(tmp_path/"u").hash
+    assert merge(loaded["base"], dict(speech=loaded["speech"], music=loaded["music"]), dict(speech=.4, music=.6)).hash == made.hash
+    with pytest.raises(TypeError, match="not int"): TaskVector.between(base, 3)
+
+def test_a_model_that_is_only_in_memory_cannot_be_replayed(trio, tmp_path):
+    new = tiny(9)
+    with pytest.raises(ValueError, match="no base_hash is recorded"): TaskVector.between(trio/"base", new)
+    v = TaskVector.between(trio/"base", new, trust=True)
+    (load_student(trio/"base") + .5*v).save_pretrained(tmp_path/"u")
+    with pytest.raises(ValueError, match="was a model in memory and lies in no folder"): merge_recipe(tmp_path/"u/recipe.yaml", tmp_path/"w")
+
+def test_three_domains_of_a_profile(trio, tmp_path, monkeypatch):
+    monkeypatch.setenv("DISTILLTV_HOME", str(tmp_path/"runs"))
+    (tmp_path/"mine.toml").write_text('name = "mine"\n[teachers]\n' + "".join(f'{d} = "{trio/d}"\n' for d in ("speech", "music", "environment")), encoding="utf-8")
+    with pytest.raises(FileNotFoundError, match="mine.toml -p corpus both -p teacher speech .and again with music, environment"): find_students(tmp_path/"mine.toml")
+    for d in ("base", "speech", "music", "environment"):
+        shutil.copytree(trio/d, tmp_path/"runs/mine"/(d if d == "base" else f"students/both/{d}"))
+    found = find_students(tmp_path/"mine.toml")
+    assert list(found) == ["base", "speech", "music", "environment"]
+    with pytest.raises(FileNotFoundError): find_students(tmp_path/"mine.toml", seed=1) # other students
+    w = domain_weights('{"environment": 0.2, "speech": 0.4, "music": 4e-1}', .5, list(found)[1:])
+    vectors = {d: TaskVector.between(found["base"], found[d]) for d in w}
+    u = merge(found["base"], vectors, w)
+    np.testing.assert_allclose(numbers(u), sum(k*numbers(load_student(trio/d)) for d, k in w.items()), rtol=0, atol=1e-14)
+    assert len(u.save_pretrained(tmp_path/"u", weights=w)["inputs"]) == 4
+
+@pytest.mark.parametrize("weights, lam, says", [
+    ("", .4, r"lam is the weight of the first of two domains, and here are 3 .*-p weights"), ({"a": 1, "b": 1}, .5, "weights lack c; name every domain"),
+    ({"a": 1, "b": 1, "c": 1, "d": 1}, .5, "weights name 'd', which is no domain"), ("much", .5, "hold no table"), ("{a: [", .5, "hold no table"),
+    ({"a": 1, "b": 1, "c": "x"}, .5, "the weight of c is 'x'; give a finite number"), ({"a": 1, "b": 1, "c": float("inf")}, .5, "the weight of c is inf"),
+    ({"a": 1, "b": 1, "c": 1}, .3, "lam = 0.3 and weights are both given")])
+def test_weights_by_domain_that_are_refused(weights, lam, says):
+    with pytest.raises(ValueError, match=says): domain_weights(weights, lam, ["a", "b", "c"])
+
+def test_weights_that_differ_have_folders_that_differ():
+    lams = [.4, .40000001, 1/3, .333333, 0., 1e-9, 1.]
+    assert len({merged_name("linear", l) for l in lams}) == len(lams) and merged_name("linear", .4) == "linear-lam-0.40"
+    assert merged_name("linear", -0.) == merged_name("linear", 0)
+
 # --- weights that differ by part
 
 def test_weight_over_depth(trio):
@@ -144,6 +191,10 @@ def test_weight_by_name(trio, tmp_path):
     assert w["encoder.layers.0.final_layer_norm.bias"] == []
     with pytest.raises(ValueError, match="no weight is given"): ByName({"attention": 1})*s
     deep = ByName({"layer 1": 1, "input norm": 2, "": 0})
+    late = ByName({"": 0, "layer 1": 1}) # the empty key is the rest, wherever it stands
+    assert [late.of(n) for n in ("encoder.layers.0.x", "encoder.layers.1.x")] == [1, 0]
+    with pytest.raises(ValueError, match="'self_attn' is never used: no tensor has that"): ByName({"self_attn": 1, "": 0})*s
+    with pytest.raises(ValueError, match="'layer 1' is never used: an earlier key fits encoder.layers.0"): ByName({"layers.0": 1, "layer 1": 2, "": 0})*s
     assert [deep.of(n) for n in ("encoder.layers.0.x", "encoder.layers.10.x", "encoder.layer_norm.bias", "encoder.layers.3.layer_norm.bias")] == [1, 0, 2, 0]
 
 # --- rules
@@ -166,6 +217,12 @@ def test_rules_refuse(trio):
     with pytest.raises(ValueError, match="'magic' is unknown; use one of linear, task_arithmetic"): merge(base, two, w, "magic")
     with pytest.raises(ValueError, match="ties has no option 'gamma'; it has density"): merge(base, two, w, "ties", gamma=.1)
     with pytest.raises(ValueError, match="weights are given for"): merge(base, two, dict(speech=1))
+    for rule, options, says in (("dare_linear", dict(density=50), r"density is 50; .*\(0, 1\]"), ("ties", dict(density=0), "density is 0"),
+                                ("breadcrumbs", dict(gamma=-1), r"gamma is -1; .*\[0, 1\)"), ("della", dict(epsilon=2), "epsilon is 2"),
+                                ("dare_ties", dict(density=True), "density is True"), ("dare_ties", dict(seed=-1), "seed is -1")):
+        with pytest.raises(ValueError, match=says): merge(base, two, w, rule, **options)
+    with pytest.raises(ValueError, match="model_stock takes its models as equals"): merge(base, two, dict(speech=.1, music=.9), "model_stock")
+    with pytest.raises(ValueError, match="slerp divides by the sum of its weights"): merge(base, two, dict(speech=1, music=-1), "slerp").hash
     with pytest.raises(ValueError, match="slerp merges two models, not 3"): merge(base, two | dict(x=s), w | dict(x=1), "slerp").hash
 
 # --- geometry
@@ -250,6 +307,10 @@ def test_unwritable_dtypes(trio, tmp_path):
     base, s, _ = algebra(trio)
     with pytest.raises(ValueError, match="int8.*float32, float64, float16, bfloat16"): (base + s).save_pretrained(tmp_path/"x", dtype="int8")
     with pytest.raises(ValueError, match="does not fit float16"): (base + 1e7*s).save_pretrained(tmp_path/"x", dtype="float16")
+    for dtype in ("float32", "bfloat16"):
+        with pytest.raises(ValueError, match=f"does not fit {dtype}"): (base + 1e300*s).save_pretrained(tmp_path/"x", dtype=dtype)
+    with pytest.raises(ValueError, match="larger than a float64"): (base + 1e300*(1e300*s)).save_pretrained(tmp_path/"x")
+    with pytest.raises(ValueError, match="weights_hash is recorded by itself"): (base + s).save_pretrained(tmp_path/"x", weights_hash="0")
     assert not list(tmp_path.iterdir())
 
 def test_memory_does_not_grow_with_inputs_beyond_one_tensor_each(tmp_path):
@@ -346,6 +407,38 @@ def test_mask_embedding_goes_with_the_config(tmp_path):
     save(tmp_path/"b", tiny(0))
     edit(tmp_path/"b", lambda t: t.update(masked_spec_embed=torch.zeros(48)))
     with pytest.raises(ValueError, match="has no use for masked_spec_embed, the file holds it"): load_student(tmp_path/"b")
+
+def test_the_feature_extractor_passes_a_mask_where_the_front_end_wants_one(tmp_path):
+    for norm, masked in (("group", False), ("layer", True)):
+        for i, d in enumerate(("base", "speech")):
+            save(tmp_path/norm/d, tiny(i, feat_extract_norm=norm), **(dict(base_hash=Checkpoint(tmp_path/norm/"base").hash) if i else {}))
+            (tmp_path/norm/d/"preprocessor_config.json").write_text(json.dumps(dict(do_normalize=True, return_attention_mask=False)))
+        base = load_student(tmp_path/norm/"base")
+        (base + .5*TaskVector.between(base, tmp_path/norm/"speech")).save_pretrained(tmp_path/norm/"u")
+        assert json.loads((tmp_path/norm/"u/preprocessor_config.json").read_text())["return_attention_mask"] is masked
+
+def test_configs_of_other_versions_are_the_same_architecture(mine):
+    c = json.loads((mine/"music/config.json").read_text())
+    silent = {k: v for k, v in c.items() if k != "conv_pos_batch_norm"}
+    for said in (silent, c | dict(gradient_checkpointing=False), c | dict(tokenizer_class="Wav2Vec2CTCTokenizer", vocab_size=7)):
+        (mine/"music/config.json").write_text(json.dumps(said))
+        algebra(mine)
+    (mine/"music/config.json").write_text(json.dumps({k: v for k, v in c.items() if k != "num_attention_heads"})) # its default is another
+    with pytest.raises(ValueError, match="num_attention_heads is 12 in .*music but 4"): algebra(mine)
+
+def test_shards_and_broken_json_say_what_to_do(mine, tmp_path):
+    tiny(1).save_pretrained(tmp_path/"shards", max_shard_size="100KB")
+    with pytest.raises(FileNotFoundError, match="in several files .shards.; join them with HubertModel.from_pretrained"): load_student(tmp_path/"shards")
+    for text in ("[1]", "{", "["*10**5, "\udcff"):
+        (mine/"music/config.json").write_text(text, errors="surrogateescape")
+        with pytest.raises(ValueError, match="music/config.json is not"): load_student(mine/"music")
+
+def test_a_folder_of_somebody_else_is_not_replaced(trio, tmp_path):
+    base, s, m = algebra(trio)
+    (tmp_path/"models").mkdir()
+    (tmp_path/"models/notes.txt").write_text("three years")
+    with pytest.raises((OSError, ValueError), match="models"): (base + s).save_pretrained(tmp_path/"models")
+    assert [f.name for f in tmp_path.iterdir()] == ["models"] and (tmp_path/"models/notes.txt").read_text() == "three years"
 
 def test_a_folder_without_a_model(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere holds no model.safetensors"): load_student(tmp_path/"nowhere")

@@ -105,6 +105,67 @@ def test_recipes_that_are_refused(mine, change, says):
     with pytest.raises((ValueError, FileNotFoundError), match=says): merge_recipe(note(mine, **r), mine/"out")
     assert not (mine/"out").exists()
 
+BAD = {"density: 50": ("ties", "parameters: {density: 50}"), "density is .0.1": ("ties", "parameters: {density: [.1, .9]}"), "weight of speech is None": ("task_arithmetic", "", "null"),
+       "weight of speech is inf": ("task_arithmetic", "", ".inf"), "weight of speech is True": ("task_arithmetic", "", "true"), "seed is '1e3'": ("dare_ties", "parameters: {seed: 1e3}"),
+       "add up to 0": ("linear", "", "-0.5"), "has no parameter t": ("task_arithmetic", "parameters: {t: .1}"), "'self_attn' is never used": ("task_arithmetic", "", "[{filter: self_attn, value: .9}, {value: .4}]"),
+       "model_stock takes its models as equals": ("model_stock", ""), "lower epsilon": ("della", ""), "normalize is 'yes'": ("ties", "parameters: {normalize: 'yes'}"),
+       "lambda is '1/0'": ("ties", "parameters: {lambda: 1/0}"), "an earlier one fits": ("task_arithmetic", "", "[{value: .9}, {filter: conv, value: .4}]")}
+
+@pytest.mark.parametrize("says, how", BAD.items(), ids=list(BAD))
+def test_values_of_a_recipe_that_are_refused(mine, says, how):
+    method, more, weight = (*how, ".3")[:3]
+    (mine/"r.yaml").write_text(f"merge_method: {method}\nbase_model: base\nmodels:\n- {{model: speech, parameters: {{weight: {weight}}}}}\n"
+                               f"- {{model: music, parameters: {{weight: .5}}}}\n{more}\n")
+    with pytest.raises(ValueError, match="r.yaml: .*" + says.replace(": 50", " is 50")): merge_recipe(mine/"r.yaml", mine/"out")
+    assert not (mine/"out").exists()
+
+@pytest.mark.parametrize("text, says", [
+    ("merge_method: ties\nmodels: [speech, music]", "a model is 'speech'; it must be a table"), ("merge_method: ties\nmodels: [{model: 7}]", "model is 7; it must be the path .* quotes"),
+    ("merge_method: ties\nmodels: [{model: a, weight: .4}]", "a weight stands under parameters"), ("merge_method: ties\nmerge_method: linear", "merge_method stands twice"),
+    ("merge_method: ties\nfacts: &a [1]\nhashes: *a", "references"), ("merge_method: ties\nfacts: {1: 2}\nmodels: [{model: a}]", "a fact's name is 1"),
+    ("merge_method: !!timestamp x", "is not YAML that can be read"), ("["*3000, "is not YAML that can be read"), ("merge_method: [ties]", "merge_method is .*the name of a rule")])
+def test_recipes_of_the_wrong_kind_are_refused(tmp_path, text, says):
+    (tmp_path/"r.yaml").write_text(text)
+    with pytest.raises(ValueError, match=says): recipe_student(tmp_path/"r.yaml")
+
+def test_numbers_that_yaml_takes_for_text(mine):
+    (mine/"r.yaml").write_text("merge_method: ties\nbase_model: base\nmodels: [{model: speech, parameters: {weight: 5e-1}}, {model: music}]\nparameters: {density: 3e-1, lambda: 1/2}\n")
+    base, v = vectors(mine)
+    assert recipe_student(mine/"r.yaml")[0].hash == merge(base, v, dict(speech=.5, music=1), "ties", density=.3, scale=.5).hash
+
+def test_a_recipe_behind_a_link_is_replayed(mine, tmp_path_factory):
+    base, v = vectors(mine)
+    disk, here = tmp_path_factory.mktemp("disk"), tmp_path_factory.mktemp("here")
+    (mine/"out").symlink_to(disk) # the usual way to put models on a big disk
+    made = (base + .3*v["speech"] + .7*v["music"]).save_pretrained(mine/"out")["weights_hash"]
+    (here/"r.yaml").symlink_to(disk/"recipe.yaml")
+    for at, r in enumerate((mine/"out/recipe.yaml", disk/"recipe.yaml", here/"r.yaml")): assert merge_recipe(r, here/f"again{at}")["weights_hash"] == made
+
+def test_slerp_between_students_is_saved_in_the_form_of_mergekit(mine):
+    base, v = vectors(mine)
+    merge_recipe(note(mine, merge_method="slerp", base_model="music", models=[dict(model="music"), dict(model="speech")], parameters=dict(t=.3)), mine/"made")
+    want = merge(base, v, dict(speech=.3, music=.7), "slerp")
+    assert all(np.allclose(load_student(mine/"made")[n], want[n], atol=1e-6) for n in want.names)
+    r, record = (yaml.safe_load((mine/f"made/{f}").read_text()) for f in ("recipe.yaml", "distilltv.json"))
+    assert r["parameters"]["t"] == .3 and r["base_model"] == "../music" and [i["weight"] for i in record["inputs"]] == [.7, .3]
+    merge_recipe(mine/"made/recipe.yaml", mine/"again")
+    for f in (mine/"made").iterdir(): assert file_hash(f) == file_hash(mine/"again"/f.name), f.name
+
+values = st.recursive(st.none() | st.booleans() | st.integers(-9, 9) | st.floats() | st.sampled_from(["1/3", "5e-1", "1e999999999", "", "speech", "~", "*"]),
+                      lambda v: st.lists(v, max_size=3) | st.dictionaries(st.sampled_from(["filter", "value", "model", "weight", "parameters"]), v, max_size=3), max_leaves=6)
+keys = st.sampled_from(["density", "gamma", "epsilon", "weight", "lambda", "seed", "normalize", "rescale", "t", "int8_mask"])
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.sampled_from(["linear", *RULES]), st.dictionaries(keys, values, max_size=3), st.dictionaries(keys, values, max_size=2),
+       st.dictionaries(st.sampled_from(["models", "base_model", "dtype", "hashes", "facts", "parameters"]), values, max_size=1))
+def test_fuzzed_recipes_give_a_student_or_a_sentence(trio, tmp_path_factory, method, shared, own, odd):
+    top = tmp_path_factory.mktemp("fuzz")
+    for d in ("base", "speech", "music"): (top/d).symlink_to(trio/d)
+    r = dict(merge_method=method, base_model="base", parameters=shared, models=[dict(model="speech", parameters=own), dict(model="music")]) | odd
+    try: recipe_student(note(top, **r))[0]["encoder.layer_norm.bias"]
+    except (ValueError, OSError) as e: assert len(str(e)) < 3000
+    (top/"r.yaml").unlink()
+
 def test_models_without_a_record_need_trust(mine):
     for d in ("speech", "music"): (mine/d/"distilltv.json").unlink()
     r = note(mine, merge_method="task_arithmetic", base_model="base", models=two(speech=.5, music=.5))
