@@ -124,14 +124,15 @@ def _full(error, path):
 _NOTES = ("distilltv.json", "result.json", "stamp.json", "checkpoint.pt")    # that this package wrote a folder
 _OURS = re.compile(r"(config|preprocessor_config|distilltv|result|stamp|model\.safetensors\.index)\.json|README\.md|recipe\.yaml"
                    r"|(model|heads|model-\d+-of-\d+)\.safetensors|(checkpoint|best)\.pt|(log|quarantine|scores|not_run)\.csv"
-                   r"|predictions\.npz|[^/]+\.ipynb|\.ipynb_checkpoints|\.[^/]+\.tmp")
+                   r"|predictions\.npz|[^/]+\.ipynb|\.ipynb_checkpoints")
+_PART = re.compile(r"\.[^/]+\.tmp")     # of a write that is going on, or was killed
 
 def check_replaceable(path) -> None:
     "A `ValueError` unless `path` is absent, an empty folder, or a folder that this package wrote."
     path = Path(path)
     if not os.path.lexists(path): return
     if not path.is_dir(): raise ValueError(f"{path} is not a folder: choose another name to write to, or move it away")
-    names = sorted(f.name for f in path.iterdir())
+    names = sorted(f.name for f in path.iterdir() if not _PART.fullmatch(f.name))
     foreign = [n for n in names if not _OURS.fullmatch(n)]
     if names and not foreign and not set(names) & set(_NOTES): foreign = names
     if foreign:

@@ -15,7 +15,7 @@ from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from datasets import Audio, load_dataset
 from datasets.distributed import split_dataset_by_node
-from .corpora import DRAWS, SAMPLE_RATE, AudioError, _Pool, _pool, load_audio, normalise
+from .corpora import DRAWS, SAMPLE_RATE, AudioError, Segments, load_audio, open_segments, normalise
 from .runs import write_atomic
 
 # %% ../nbs/00a_scale.ipynb #91957291
@@ -26,7 +26,7 @@ class Stream:
                  rank:int=0,         # which process this is
                  world:int=1,        # how many there are
                  block:int=256):     # examples that are shuffled together
-        self.name, self.seed, self.block = name, seed, block
+        self.name, self.seed, self.block, self.bad = name, seed, block, {}    # bad: path -> place of an unusable example
         self.data, self.column = _open_stream(name)
         if world > 1: self.data = split_dataset_by_node(self.data, rank, world)
         self.seek(dict(epoch=0, block=0, used=0, data=self.data.state_dict()))
@@ -45,7 +45,8 @@ class Stream:
     def _fill(self):
         "Read the block that begins here, and shuffle it."
         rows = list(islice(self.rows, self.block))
-        self.order = [rows[i] for i in np.random.default_rng([self.seed, self.epoch, self.number]).permutation(len(rows))]
+        order = np.random.default_rng([self.seed, self.epoch, self.number]).permutation(len(rows))
+        self.order = [(int(i), rows[i]) for i in order]
     def _next(self):
         "The next example, from the next block or the next epoch if need be."
         if not self.order and self.used:  # the block is used up: the next one begins where the data is now
@@ -61,17 +62,28 @@ class Stream:
         self.epoch, self.number, self.used, self.rows = self.epoch+1, 0, 0, iter(self.data)
         self.began = self.data.state_dict()
         self._fill()
+    def _called(self, i, row):
+        "The file name of an example, or where it is in the stream if it has none."
+        return (row or {}).get("path") or f"example {i} of block {self.number} of {self.name}"
+    def _unique(self, path, i, quarantine):
+        "The name of an unusable example, with its place in the stream if another one has that name."
+        place = (self.number, i)
+        if path in quarantine and path not in self.bad: return f"{path} (example {i} of block {self.number})"
+        return path if self.bad.setdefault(path, place) == place else f"{path} (example {i} of block {self.number})"
     def crop(self, n, rng, quarantine=None, used=None):
         "float32 [n], from as many examples as it takes; an unusable one is noted in `quarantine` (path -> reason), or raised without one."
         parts, failed = [], 0
         while (left := n - sum(map(len, parts))) > 0:
-            row = self._next()[self.column]
-            path = row["path"] or f"example {self.used} of block {self.number} of {self.name}"
-            try: x = load_audio(path, data=row["bytes"])
+            i, example = self._next()
+            row = example[self.column]
+            path = self._called(i, row)
+            try:
+                if not row: raise AudioError(path, "has no audio: the data set has an empty cell there")
+                x = load_audio(row["path"] if row["bytes"] is None and row["path"] else path, data=row["bytes"])
             except AudioError as e:
                 failed += 1
                 if quarantine is None or failed == DRAWS: raise
-                quarantine.setdefault(e.path, e.reason)
+                quarantine.setdefault(self._unique(path, i, quarantine), e.reason)
                 continue
             start = int(rng.integers(len(x)-left+1)) if len(x) > left else 0
             parts.append(x[start:start+left])
@@ -97,7 +109,7 @@ def processes() -> PartialState: # of accelerate: this process's rank, how many 
 
 class Crops:
     "The crops of a run by step, a process's share of them, and the list of what could not be used."
-    def __init__(self, corpora:list,    # one or two of `speech`, `music`, a folder, `stream:…`; items alternate between them
+    def __init__(self, corpora:list,    # of `speech`, `music`, folders and `stream:…`; items alternate between them
                  batch_size:int,        # crops of that length in a batch, of all processes together
                  seconds:float,         # length of each crop
                  seed:int=0,
@@ -110,7 +122,7 @@ class Crops:
         here = processes()
         rank, world = here.process_index if rank is None else rank, world or here.num_processes
         self.batch_size, self.samples, self.seed, self.world, self.epoch = batch_size, int(seconds*SAMPLE_RATE), seed, world, epoch
-        self.sources = [Stream(c, seed, rank, world) if str(c).startswith("stream:") else _pool(str(c), split, root) for c in corpora]
+        self.sources = [Stream(c, seed, rank, world) if str(c).startswith("stream:") else open_segments(str(c), split, root) for c in corpora]
         self.streams = [s for s in self.sources if isinstance(s, Stream)]
         _check_choices(short, epoch, self.streams)
         self.bins = [_by_length(s, self.samples) if short == "alone" else {1: s} for s in self.sources]
@@ -180,7 +192,7 @@ def _check_choices(short, epoch, streams):
 def _by_length(pool, samples):
     "Segments by the number of their crops that fill so many samples, with crops of a second at least: {1: those that are long enough, 2: those of a half, …}."
     need = [min(max(1, samples//SAMPLE_RATE), -(-samples//(r["end"]-r["start"]))) for r in pool.rows]
-    return {m: _Pool([r for r, k in zip(pool.rows, need) if k == m], alone=True) for m in sorted(set(need))}
+    return {m: Segments([r for r, k in zip(pool.rows, need) if k == m], alone=True) for m in sorted(set(need))}
 
 def _batch(crops):
     "Crops, each normalised, as rows; where lengths differ, what fills up the shorter ones is not a number, so that it cannot be heard unnoticed."
@@ -198,5 +210,5 @@ def merge_quarantines(states:list # of all processes, from `Crops.state`
 
 def write_quarantine(bad:dict, folder) -> None:
     "Write `folder/quarantine.csv`: path and reason of every file that was left out."
-    with write_atomic(Path(folder)/"quarantine.csv") as file, open(file, "w", newline="", encoding="utf8") as f:
+    with write_atomic(Path(folder)/"quarantine.csv") as file, open(file, "w", newline="", encoding="utf-8", errors="backslashreplace") as f:
         csv.writer(f).writerows([("path", "reason"), *sorted(bad.items())])

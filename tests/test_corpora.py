@@ -1,8 +1,9 @@
 """The shipped corpora keep their promises, and bad audio is refused by name."""
-import hashlib, io, re, unicodedata
+import hashlib, io, os, re, resource, unicodedata
 from collections import defaultdict
-import numpy as np, pandas as pd, pytest, soundfile as sf, torch
+import numpy as np, pandas as pd, pyarrow as pa, pytest, soundfile as sf, torch
 from datasets import Audio, Dataset
+from hypothesis import given, settings, strategies as st
 from distilltv import corpora
 from distilltv.corpora import AudioError, SAMPLE_RATE, crop_batch, load_audio, load_corpus, normalise, segment_audio
 from distilltv.runs import data_dir
@@ -200,6 +201,158 @@ def test_stereo_and_other_rates_come_back_mono_16k(tmp_path):
     assert y.dtype == np.float32 and y.shape == (16_000,)
     assert abs(np.abs(np.fft.rfft(y)).argmax() - 440) <= 1 and abs(np.abs(y[2000:-2000]).max() - .25) < .01
 
+# --- files of every kind
+
+HALVES = dict(WAV="wav", WAVEX="wav", RF64="wav", W64="w64", AIFF="aiff", AU="au", CAF="caf", NIST="wav")
+
+@pytest.mark.parametrize("rate, channels, subtype", [(44_100, 1, "PCM_16"), (16_000, 2, "PCM_24")])
+@pytest.mark.parametrize("kind", HALVES)
+def test_half_a_file_is_not_heard_as_a_whole(tmp_path, kind, rate, channels, subtype):
+    path, x = tmp_path/f"a.{HALVES[kind]}", np.random.default_rng(0).normal(0, .1, (rate, channels))
+    sf.write(path, x, rate, format=kind, subtype=subtype)
+    whole = load_audio(path)
+    assert len(whole) == SAMPLE_RATE and np.array_equal(load_audio("x", data=path.read_bytes()), whole)
+    for keep in (.3, .5, .99):
+        half = path.read_bytes()[:int(path.stat().st_size*keep)]
+        for data in (None, half):
+            if data is None: (tmp_path/f"cut.{HALVES[kind]}").write_bytes(half)
+            with pytest.raises(AudioError, match="truncated"): load_audio(tmp_path/f"cut.{HALVES[kind]}", data=data)
+
+def piped(path, riff, data):
+    "A whole WAV file with the lengths that a program writes when it cannot seek back."
+    sf.write(path, tone(2), SAMPLE_RATE)
+    b = bytearray(path.read_bytes())
+    b[4:8], b[40:44] = riff.to_bytes(4, "little"), data.to_bytes(4, "little")
+    path.write_bytes(b)
+    return path
+
+@pytest.mark.parametrize("riff, data", [(0x7ffff024, 0x7ffff000), (2**32-1, 2**32-1)])
+def test_a_wav_from_a_pipe_is_whole(tmp_path, riff, data): assert len(load_audio(piped(tmp_path/"a.wav", riff, data))) == 32_000
+
+def endless(path, rate=SAMPLE_RATE):
+    "A FLAC that does not say how long it is, as from a pipe."
+    sf.write(path, np.random.default_rng(0).normal(0, .1, 3*rate), rate)
+    b = bytearray(path.read_bytes())
+    b[18:26] = (int.from_bytes(b[18:26], "big") & ~(2**36-1)).to_bytes(8, "big")
+    path.write_bytes(b)
+
+@pytest.mark.parametrize("rate", [8_000, 16_000, 44_100])
+def test_flac_of_unknown_length_is_decoded_to_its_end_or_left_out_by_name(tmp_path, rate):
+    endless(tmp_path/"a.flac", rate)
+    sf.write(tmp_path/"b.wav", tone(2), SAMPLE_RATE)
+    assert len(load_audio(tmp_path/"a.flac")) == 48_000
+    with pytest.raises(AudioError, match="a.flac lasts longer than the limit"): load_audio(tmp_path/"a.flac", max_hours=1/3600)
+    with pytest.warns(UserWarning, match="a.flac does not say how long it is"): assert load_corpus(tmp_path)["id"][:] == ["b"]
+
+def test_channels_that_cancel_each_other_are_named(tmp_path):
+    x = np.random.default_rng(0).normal(0, .1, (SAMPLE_RATE, 2))
+    sf.write(tmp_path/"inverted.wav", np.stack([x[:, 0], -x[:, 0]], 1), SAMPLE_RATE)
+    with pytest.raises(AudioError, match="inverted.wav has channels that cancel each other"): load_audio(tmp_path/"inverted.wav")
+    for name, y in dict(two=x, one_side=x*[1, 0], eight=np.tile(x, 4)*[1, 1, 1, 1, .5, .5, .2, 0]).items():
+        sf.write(tmp_path/f"{name}.wav", y, SAMPLE_RATE)
+        assert len(load_audio(tmp_path/f"{name}.wav")) == SAMPLE_RATE
+
+@pytest.mark.parametrize("rate", [44_101, 47_999, 7_919, 22_051, 12_000, 96_000])
+def test_any_rate_keeps_pitch_and_length_in_little_memory(tmp_path, rate):
+    sf.write(tmp_path/"a.wav", tone(2, rate), rate)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    x = load_audio(tmp_path/"a.wav")
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)/1e3 < 300
+    assert len(x) == 32_000 and np.abs(x - tone(2))[500:-500].max() < .02
+
+def test_what_is_no_rate_is_refused(tmp_path):
+    for rate in (3, 2_000_000_000):
+        sf.write(tmp_path/"a.wav", tone(1), rate)
+        with pytest.raises(AudioError, match=f"{rate} samples a second"): load_audio(tmp_path/"a.wav")
+
+def sources():
+    "Small files of every kind, as bytes."
+    out = []
+    for kind, suffix in [*HALVES.items(), ("FLAC", "flac"), ("OGG", "ogg"), ("MP3", "mp3")]:
+        b = io.BytesIO()
+        sf.write(b, np.random.default_rng(0).normal(0, .1, 3000), SAMPLE_RATE, format=kind)
+        out.append(b.getvalue())
+    return out
+
+@settings(max_examples=400, deadline=None)
+@given(st.sampled_from(sources()), st.lists(st.tuples(st.integers(0, 200), st.binary(min_size=1, max_size=8)), max_size=4), st.none() | st.integers(0, 3000))
+def test_any_bytes_are_audio_or_an_audio_error(data, changes, length):
+    b = bytearray(data)
+    for at, new in changes: b[at:at+len(new)] = new
+    try: x = load_audio("fuzz", data=bytes(b[:length]))
+    except AudioError as e: assert str(e).startswith("fuzz ")
+    else: assert x.dtype == np.float32 and np.isfinite(x).all()
+
+# --- folders: which split, which table, which files
+
+SPLIT_OF = dict(train="train", training="train", test="test", testing="test", dev="valid", valid="valid", validation="valid", val="valid", eval="valid", Test="test",
+                devices="", testimonials="", Testament="", Devo="", trains="", latest="", contest="", evaluate="", testdrive="", **{
+                "test-clean": "test", "dev-other": "valid", "train-clean-100": "train", "test_set": "test", "dev-drums": "", "test drive": "", "dev.2": "valid"})
+
+@pytest.mark.parametrize("name", SPLIT_OF)
+def test_a_folder_says_its_split_by_its_whole_name(name): assert corpora.split_of(name) == SPLIT_OF[name]
+
+def audio_in(*folders):
+    for i, f in enumerate(folders):
+        f.mkdir(parents=True, exist_ok=True)
+        sf.write(f/"x.wav", np.random.default_rng(i).normal(0, .1, 32_000), SAMPLE_RATE)
+
+def test_naming_a_test_folder_as_the_corpus_trains_on_nothing(tmp_path):
+    audio_in(tmp_path/"LibriSpeech/test-clean/1089", tmp_path/"set/train/a", tmp_path/"set/test/a", tmp_path/"home/test/mine", tmp_path/"eval")
+    for folder, split in (("LibriSpeech/test-clean", "test"), ("LibriSpeech/test-clean/1089", "test"), ("set/test", "test"), ("set/test/a", "test"),
+                          ("set/train/a", "train"), ("home/test/mine", "train"), ("eval", "valid")):
+        assert load_corpus(tmp_path/folder)["split"][:] == [split], folder
+        if split != "train":
+            with pytest.raises(ValueError, match="has no train audio"): crop_batch(str(tmp_path/folder), 0, 1, 1.)
+
+@pytest.mark.parametrize("text", ["file_name,transcription\na.wav,hello\n", "a|Printing, in|Printing, in\n", "", "\0", '"', "id,file\na,a.wav\n"])
+def test_a_table_of_others_is_not_ours(tmp_path, text):
+    sf.write(tmp_path/"a.wav", tone(1), SAMPLE_RATE)
+    (tmp_path/"metadata.csv").write_text(text, encoding="utf-8")
+    assert load_corpus(tmp_path)["id"][:] == ["a"]
+
+HEAD = "id,file,start,end,split,license\n"
+
+@pytest.mark.parametrize("row, says", [("a,a.ogg,0,x,train,MIT", "row 3: start = '0' and end = 'x'"), ("a,a.ogg,9,9,train,MIT", "row 3: start"), ("a,a.ogg,-1,9,train,MIT", "row 3: start"),
+                                       ("a,a.ogg,0,9,dev,MIT", "row 3: split = 'dev'"), ("a,a.ogg,0,9", "row 3 has more or fewer cells"), ("a,,0,9,test,MIT", "row 3 names no file"),
+                                       ("ok,a.ogg,0,9,test,MIT", "the id 'ok' occurs twice"), ("a,a.ogg,0,9,train,MIT,x", "row 3 has more or fewer cells")])
+def test_a_wrong_row_is_named(tmp_path, row, says):
+    (tmp_path/"metadata.csv").write_text(HEAD + "ok,a.ogg,0,9,train,MIT\n" + row + "\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=f"metadata.csv.*{says}"): load_corpus(tmp_path)
+
+@settings(max_examples=200, deadline=None)
+@given(st.binary(max_size=60) | st.text(max_size=60).map(lambda t: t.encode("utf-8", "surrogatepass")))
+def test_any_table_is_rows_or_a_sentence(tmp_path_factory, rest):
+    folder = tmp_path_factory.getbasetemp()/"table"
+    folder.mkdir(exist_ok=True)
+    (folder/"metadata.csv").write_bytes(HEAD.encode() + rest)
+    try: rows = corpora._rows(str(folder), None)[0]
+    except ValueError as e: assert str(folder) in str(e)
+    else: assert all(0 <= r["start"] < r["end"] for r in rows)
+
+def test_what_is_passed_over_is_said_and_links_are_followed(tmp_path):
+    audio_in(tmp_path/"disk/more", tmp_path/"c")
+    (tmp_path/"c/link").symlink_to(tmp_path/"disk")
+    (tmp_path/"c/again").symlink_to(tmp_path/"c")             # a circle
+    (tmp_path/"c/song.m4a").touch()
+    (tmp_path/"c/notes.txt").touch()
+    os.close(os.open(os.fsencode(tmp_path/"c") + b"/caf\xe9.wav", os.O_CREAT | os.O_WRONLY))
+    with pytest.warns(UserWarning, match=r"2 of 4 files left out: .*(m4a file, which is not read|not UTF-8)"): found = load_corpus(tmp_path/"c")
+    assert found["id"][:] == ["link/more/x", "x"]
+    bad = corpora._rows(str(tmp_path/"c"), None)[1]
+    write_quarantine(bad, tmp_path)
+    assert set(bad) == {str(tmp_path/"c/song.m4a"), str(tmp_path/"c")+"/caf\\xe9.wav"} == set(pd.read_csv(tmp_path/"quarantine.csv").path)
+
+def test_training_batches_are_those_of_every_version():
+    "SHA-256 of the first four batches of the mini profile."
+    batches = b"".join(crop_batch("both", k, 6, 2.56).numpy().tobytes() for k in range(4))
+    assert hashlib.sha256(batches).hexdigest() == "7ea852dc01d960d56dbb80cdb62507f5a826642262ab2a207d016a616425ba22"
+
+def test_any_number_of_sources_alternate(tmp_path):
+    audio_in(tmp_path/"birds")
+    three = crop_batch(["speech", "mini:music", str(tmp_path/"birds")], 2, 6, .5)
+    for i, name in enumerate(("speech", "music", str(tmp_path/"birds"))): assert torch.equal(three[i::3], crop_batch(name, 2, 6, .5)[i::3])
+
 # --- folders of audio
 
 def test_folder_corpus_leaves_bad_files_out_by_name(tmp_path):
@@ -236,7 +389,7 @@ def test_both_alternates_the_two_corpora():
 def test_test_segments_are_never_cropped():
     with pytest.raises(ValueError, match="probes only"): crop_batch("speech", 0, split="test")
     for name in ("speech", "music"):
-        assert {r["split"] for r in corpora._pool(name, "train", None).rows} == {"train"}
+        assert {r["split"] for r in corpora.open_segments(name, "train", None).rows} == {"train"}
 
 def test_segment_audio_gives_the_samples_of_its_row(music):
     row = music[music.source == "fretsonfire-songs-sectoid"].iloc[3].to_dict()
@@ -264,7 +417,7 @@ def test_broken_files_are_quarantined_and_change_no_other_crop(tmp_path):
     for k in range(4): whole(k)
     met = [k for k in range(4) if any(f == "2" for f in whole.files(k))]
     cut(folder/"2.flac")                                    # the header stays good: only decoding can tell
-    corpora._pool.cache_clear()
+    corpora.open_segments.cache_clear()
     crops = Crops([folder], 4, 1., seed=1)
     after = [crops(k) for k in range(4)]
     assert met and list(crops.quarantine) == [str(folder/"2.flac")] and "breaks off" in crops.quarantine[str(folder/"2.flac")]
@@ -276,7 +429,7 @@ def test_broken_files_are_quarantined_and_change_no_other_crop(tmp_path):
 def test_quarantine_has_every_fault_and_becomes_a_table(tmp_path):
     folder = folder_of(tmp_path, 3)
     for fault, (make, _) in BAD.items(): make(folder/f"{fault}.wav")
-    corpora._pool.cache_clear()
+    corpora.open_segments.cache_clear()
     with pytest.warns(UserWarning, match="3 of 8 files left out"): crops = Crops([folder], 8, .5)
     for k in range(20): crops(k)
     write_quarantine(merge_quarantines([crops.state(20), dict(quarantine={"b,c.wav": "is \"odd\""})]), tmp_path)
@@ -287,14 +440,14 @@ def test_quarantine_has_every_fault_and_becomes_a_table(tmp_path):
 def test_a_corpus_of_broken_files_ends_in_a_sentence(tmp_path):
     folder = folder_of(tmp_path, 2)
     for f in folder.glob("*"): cut(f)
-    corpora._pool.cache_clear()
+    corpora.open_segments.cache_clear()
     with pytest.raises(AudioError, match=r"\d\.flac.*draws of a crop in a row met unusable files"): Crops([folder], 2, 1.)(0)
     with pytest.raises(ValueError, match="has no valid audio: a file's split comes from the folders above"): Crops([folder], 2, 1., split="valid")
 
 @pytest.mark.parametrize("rate, channels", [(44_100, 2), (8_000, 1), (48_000, 2)])
 def test_crops_of_other_rates_are_16k_mono_and_of_one_length(tmp_path, rate, channels):
     sf.write(tmp_path/"tone.wav", np.stack([tone(1.3, rate)]*channels, 1), rate)
-    corpora._pool.cache_clear()
+    corpora.open_segments.cache_clear()
     x = Crops([tmp_path], 6, 1.0001)(0)
     assert x.shape == (6, 16_001)
     assert abs(np.abs(np.fft.rfft(x[0]))[:4000].argmax() - 440) <= 3
@@ -310,7 +463,7 @@ def test_a_long_file_is_cropped_without_being_decoded(tmp_path, monkeypatch):
     with pytest.raises(AudioError, match="long.wav.*3.2 h, more than the limit of 3 h: cut it"): load_audio(path)
     read, frames = corpora._read, []
     monkeypatch.setattr(corpora, "_read", lambda p, start, n, *a: frames.append(n) or read(p, start, n, *a))
-    corpora._pool.cache_clear()
+    corpora.open_segments.cache_clear()
     assert Crops([tmp_path], 2, 1.)(0).shape == (2, 16_000) and max(frames) == 16_000
 
 def test_headers_of_a_folder_are_read_once(tmp_path, monkeypatch):
@@ -325,6 +478,18 @@ def test_headers_of_a_folder_are_read_once(tmp_path, monkeypatch):
     assert "0 bytes" in corpora._rows(str(folder), None)[1][str(folder/"0.flac")]
     (folder/"gone.wav").symlink_to(tmp_path/"nowhere.wav")
     assert "not a file" in corpora._rows(str(folder), None)[1][str(folder/"gone.wav")]
+
+def test_examples_of_one_name_are_counted_each_and_an_empty_cell_is_one_more(tmp_path):
+    "A hub's stream often has one file name for all rows, or none."
+    b = io.BytesIO()
+    sf.write(b, tone(.5), SAMPLE_RATE, format="WAV")
+    good, bad = dict(bytes=b.getvalue(), path="audio.wav"), dict(bytes=b"no audio", path="audio.wav")
+    rows = pa.array([good]*4 + [bad]*3 + [None], pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
+    Dataset(pa.table(dict(audio=rows))).cast_column("audio", Audio()).to_parquet(tmp_path/"train-0.parquet")
+    stream, quarantine = Stream(f"stream:{tmp_path}", block=8), {}
+    for _ in range(12): stream.crop(8000, np.random.default_rng(0), quarantine)      # three epochs: each example is counted once
+    assert len(quarantine) == 4 and sum("cannot be read as audio" in v for v in quarantine.values()) == 3
+    assert [k for k, v in quarantine.items() if "empty cell" in v] == [f"example 7 of block 0 of stream:{tmp_path}"]
 
 @pytest.fixture(scope="module")
 def parquet(tmp_path_factory):
@@ -384,7 +549,7 @@ def lengths(tmp_path):
     "Recordings of .5, 1.2, 2.5, 3 and 9 s; each is a ramp in a band of its own, so a crop tells where it is from."
     (tmp_path/"train").mkdir()
     for i, s in enumerate((.5, 1.2, 2.5, 3., 9.)): sf.write(tmp_path/f"train/{i}.wav", .1*i + .1 + np.linspace(0, .09, int(s*SAMPLE_RATE)), SAMPLE_RATE, subtype="FLOAT")
-    corpora._pool.cache_clear()
+    corpora.open_segments.cache_clear()
     return tmp_path
 
 def heard_alone(crops, step, monkeypatch):

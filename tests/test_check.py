@@ -1,0 +1,68 @@
+"What `check_profile` says of a profile that is right, and of each that is wrong."
+import re
+from dataclasses import replace
+import numpy as np, pytest, soundfile as sf, torch
+from transformers import HubertConfig, HubertModel
+from distilltv.check import check_profile, operations
+from distilltv.encoders import save_encoder
+from distilltv.profiles import new_profile, profile
+
+TINY = dict(hidden_size=48, num_hidden_layers=4, num_attention_heads=4, intermediate_size=96, conv_dim=(24,)*7,
+            num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=4)
+
+@pytest.fixture(scope="module")
+def mine(tmp_path_factory):
+    "A profile of three domains with tiny teachers and three files each."
+    d = tmp_path_factory.mktemp("mine")
+    torch.manual_seed(0)
+    text = 'name = "mine"\n[teachers]\n'
+    for n in "abc":
+        save_encoder(HubertModel(HubertConfig(**TINY)), d/f"teacher-{n}")
+        text += f'{n} = "teacher-{n}"\n'
+        for split in ("train", "dev", "test"):
+            (d/n/split).mkdir(parents=True)
+            sf.write(d/n/split/"x.wav", np.random.default_rng(ord(n)).normal(0, .1, 36_000), 16_000)
+    text += '[audio]\na = "a"\nb = "b"\nc = "c"\n[student]\nlayers = 2\n[training]\npredict = [2, 3]\nsteps = 9\nbatch = 2\nseconds = 1\n'
+    (d/"mine.toml").write_text(text, encoding="utf-8")
+    return d/"mine.toml"
+
+def test_a_right_profile_fits_on_one_screen(mine):
+    check = check_profile(mine)
+    assert not check.wrong and len(check.lines) < 24 and max(map(len, check.lines)) < 300
+    says = str(check)
+    for part in ("a, b, c, ensemble: 9 steps of 2 crops of 1 s", "0.00 h train, 0.00 h valid", "2 layers of 48, 4 heads", "merges of a, b, c", "3 teachers, 4 students"):
+        assert part in says, part
+    assert not (mine.parent/"runs").exists() and not profile(mine).folder.exists()      # nothing is written
+
+def test_every_mistake_is_said_at_once(mine, tmp_path):
+    p, empty = profile(mine), tmp_path/"empty"
+    empty.mkdir()
+    (tmp_path/"test-clean").mkdir()
+    sf.write(tmp_path/"test-clean/x.wav", np.random.default_rng(0).normal(0, .1, 36_000), 16_000)
+    for change, says in ((dict(predict=(2, 5)), "layer 5, but the teacher of a has 4"),
+                         (dict(teachers=p.teachers | dict(b=str(tmp_path/"none"))), "the teacher of b cannot be opened: .*none"),
+                         (dict(student_layers=5), "no student can start from the teacher of a"),
+                         (dict(student_heads=5, student_width=0), "width 48 cannot have 5 attention heads"),
+                         (dict(audio=p.audio | dict(c="")), "c has no audio, but corpus = both"),
+                         (dict(audio=p.audio | dict(c=str(tmp_path/"none"))), "the audio of c cannot be used: .*none"),
+                         (dict(audio=p.audio | dict(c=str(empty))), "the audio of c cannot be used: .*no readable audio"),
+                         (dict(audio=p.audio | dict(c=f"stream:{empty}")), "the audio of c cannot be used: .*cannot be opened as stream"),
+                         (dict(audio=p.audio | dict(c=str(mine.parent/"a/train"))), "no validation audio"),
+                         (dict(cache="float16"), "epoch = 0")):
+        found = check_profile(replace(p, **change)).wrong
+        assert len(found) == (3 if "predict" in change else 1) and re.search(says, found[0]), (change, found)
+    both = check_profile(replace(p, predict=(9,), audio=p.audio | dict(c="")))
+    assert len(both.wrong) == 4                     # the layer, of three teachers, and the audio
+    assert check_profile(replace(p, audio=p.audio | dict(c=""), corpus="a")).wrong == []     # c is not heard
+    assert "is not a file" in check_profile(tmp_path/"no.toml").wrong[0]
+
+def test_a_new_profile_is_read_and_never_overwrites(tmp_path):
+    path = new_profile(tmp_path/"hub.toml")
+    assert profile(path).name == "my-hub"
+    for wrong, says in ((path, "exists already"), (tmp_path/"x.yaml", "does not end in .toml"), (tmp_path/"no/x.toml", "is not a folder")):
+        with pytest.raises(ValueError, match=says): new_profile(wrong)
+
+def test_operations_are_those_of_a_pass_and_three_times_with_its_gradient():
+    small = HubertConfig(**TINY)
+    once, trained = operations(small, 1.), operations(small, 1., backward=True)
+    assert 2.5 < trained/once < 3.2 and operations(HubertConfig(**TINY | dict(num_hidden_layers=8)), 1.) > once
