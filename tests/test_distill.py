@@ -9,6 +9,7 @@ from transformers import HubertConfig, HubertModel
 from distilltv import distill, training
 from distilltv.distill import base_of, crops_of, distil, listens_to, load_heads, student_folder, validate, validation_crops
 from distilltv.encoders import load_encoder, make_base, save_encoder, weights_hash
+from distilltv.grid import grid
 from distilltv.objective import Distiller, cl_loss, frame_clock, kd_loss, match_frames
 from distilltv.profiles import Profile, profile, record
 from distilltv.runs import data_dir
@@ -212,6 +213,12 @@ def test_a_student_has_a_folder_for_what_decides_it(tmp_path, monkeypatch, who, 
     assert student_folder(replace(THREE, seed=7), who, **asked | dict(seed=0)) == student_folder(THREE, who, **asked | dict(seed=0))
     assert student_folder(replace(THREE, seed=7), who, **asked | dict(seed=None)).name.endswith("-seed7")
     assert student_folder(replace(THREE, loss="cl"), "sound", seed=3).name == "sound-cl-seed3"
+
+def test_the_grid_and_a_run_agree_on_a_students_folder():
+    runs = [r for r in grid("mini", seeds=2) if r.stage == "distil"]
+    asked = [{k: r.parameters[k] for k in ("corpus", "seed", "steps") if k in r.parameters} for r in runs]
+    assert [r.folder for r in runs] == [student_folder(profile("mini"), r.parameters["teacher"], **a) for r, a in zip(runs, asked)]
+    assert len({r.folder for r in runs}) == 8 and any("steps" in a for a in asked)
 
 def test_what_a_profile_lacks_is_a_sentence():
     with pytest.raises(ValueError, match="teacher = 'spech' is unknown to profile three: use speech, music, sound or ensemble"): student_folder(THREE, "spech")
