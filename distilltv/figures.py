@@ -7,57 +7,82 @@ __all__ = ['how_made', 'plot_tradeoff', 'plot_tasks', 'plot_differences', 'plot_
 
 # %% ../nbs/05b_figures.ipynb #0fb1161b
 import matplotlib.pyplot as plt, pandas as pd
-from .results import label_of, order, sweeps, task_order
+from .results import domains_of, label_of, order, sweeps, task_order
 from .runs import commit
 from .statistics import LOWER, interval, metrics
 from .style import COLOUR, MARK, style
 
 # %% ../nbs/05b_figures.ipynb #5e01ab00
-def how_made(scores, profile="mini") -> str: # from `gather`
+def how_made(scores,        # from `gather`
+             profile="mini" # name or path of the profile
+            ) -> str:
     "The end of each caption: test items, seeds, intervals, and the run and command behind the figure."
-    n = ", ".join(f"{t} {int(v)}" for t, v in scores[scores.score.notna()].groupby("task").n_test.first().items())
+    ran = scores[scores.score.notna()]
+    n = ", ".join(f"{t} {int(v)}" for t, v in ran.groupby("task").n_test.first().items())
     made = scores["commit"].dropna().unique() if "commit" in scores else [commit()]
-    return (f"Test items: {n}. {scores.query('seed >= 0').seed.nunique()} probe seeds, one distillation seed; 95 % bootstrap intervals over items (by group) and probe seeds. "
-            f"Run `results/all` of `distilltv reproduce --profile {profile}`, by itself `papermill nbs/05_results.ipynb out.ipynb -p profile {profile}`; commit {', '.join(made)}.")
+    students = scores.distil_seed.nunique()
+    seeds = f"{students} distillation seed{'s' if students > 1 else ''}, {scores.query('seed >= 0').seed.nunique()} probe seeds"
+    return (f"Test items: {n}. {seeds}; 95 % bootstrap intervals over items (by group), probe seeds{' and distillation seeds' if students > 1 else ''}. "
+            f"Run `results/all` of `distilltv reproduce --profile {profile}{f' --seeds {students}' if students > 1 else ''}`, "
+            f"by itself `papermill nbs/05_results.ipynb out.ipynb -p profile {profile}`; commit {', '.join(made)}.")
 
 # %% ../nbs/05b_figures.ipynb #66cb2df7
-def plot_tradeoff(draws, scores, # from `with_means`; from `gather`
-                  pages=None     # encoder -> address that its mark leads to, where the figure is an SVG
+def plot_tradeoff(draws,     # from `with_means`
+                  scores,    # from `gather`
+                  pages=None # encoder -> address that its mark leads to, where the figure is an SVG
                  ):
-    "Speech mean against music mean: the λ curve, with 95 % intervals, and all other encoders as marks."
+    "The means of two domains against each other: the λ curve with 95 % intervals, and all other encoders as marks."
     style()
-    i, info = interval(draws), scores.drop_duplicates("encoder").set_index("encoder")
-    s, m = (i.loc[f"{d} mean"]*100 if f"{d} mean" in i.index.get_level_values(0) else pd.DataFrame(columns=i.columns, dtype=float) for d in ("speech", "music"))
+    i, info, domains = interval(draws), scores.drop_duplicates("encoder").set_index("encoder"), _two(scores)
+    x, y = (_means(i, d) for d in domains)
     fig, (ax, near) = plt.subplots(1, 2, figsize=(9, 4.9))
-    shown = [e for e in order(scores) if e in s.index and e in m.index]
+    shown = [e for e in order(scores) if e in x.index and e in y.index]
     for a, closer in ((ax, False), (near, True)):
-        for e in shown: _mark(a, e, s, m, info, closer)
-        if pages: a.scatter(s.estimate[shown], m.estimate[shown], s=150, alpha=0, zorder=9).set_urls([pages.get(e) for e in shown])
+        for e in shown: _mark(a, e, x, y, info, closer)
+        if pages: a.scatter(x.estimate[shown], y.estimate[shown], s=150, alpha=0, zorder=9).set_urls([pages.get(e) for e in shown])
         for (corpus, method), d in sweeps(scores).items():
             on = [e for e in d.encoder if e in shown]
-            a.plot(s.estimate[on], m.estimate[on], color=COLOUR["merged"], lw=1.6, zorder=2, label=f"{method} merge, λ from 0 to 1")
-        a.set(xlabel="speech mean (accuracy, %)", ylabel="music mean (accuracy, %)")
-    _zoom(ax, near, *([v.estimate[e] for e in shown if info.role[e] in ("merged", "endpoint", "ensemble", "base")] for v in (s, m)))
+            a.plot(x.estimate[on], y.estimate[on], color=COLOUR["merged"], lw=1.6, zorder=2, label=f"{method} merge, λ from 0 to 1")
+        a.set(xlabel=f"{domains[0]} mean (accuracy, %)", ylabel=f"{domains[1]} mean (accuracy, %)")
+    made = [e for e in shown if info.role[e] in ("merged", "endpoint", "ensemble", "base")]
+    _zoom(ax, near, x.estimate[made], y.estimate[made])
     fig.legend(*ax.get_legend_handles_labels(), frameon=False, fontsize=9, loc="lower center", ncols=4)
     fig.tight_layout(rect=(0, .15, 1, 1))
     return fig
 
-def _mark(ax, e, s, m, info, closer):
+def _two(scores): return (domains_of(scores) + ["speech", "music"])[:2]
+
+def _means(i, domain):
+    "Intervals of a domain's means in percent, one row for each encoder."
+    column = f"{domain} mean"
+    return i.loc[column]*100 if column in i.index.get_level_values(0) else pd.DataFrame(columns=i.columns, dtype=float)
+
+def _mark(ax, e, x, y, info, closer):
+    "One encoder with its intervals; in the closer view, λ beside those of the sweep."
     r, sweep = info.role[e], info.role[e] == "merged"
-    ax.errorbar(s.estimate[e], m.estimate[e], xerr=[[s.estimate[e]-s.lo[e]], [s.hi[e]-s.estimate[e]]], yerr=[[m.estimate[e]-m.lo[e]], [m.hi[e]-m.estimate[e]]], fmt=MARK[r], color=COLOUR[r], ms=6 if sweep else 9,
-                elinewidth=.6, mec="white", mew=.7, ecolor=COLOUR[r] + ("50" if sweep else "90"), label="_" if sweep else label_of(e, info), fillstyle="full" if "speech" in e or r not in ("teacher", "endpoint") else "top", zorder=3)
-    if closer and sweep: ax.annotate(f"{info.lam[e]:.2g}", (s.estimate[e], m.estimate[e]), xytext=(7, 3), textcoords="offset points", fontsize=9, color=COLOUR[r], zorder=4)
+    to = lambda v: [[v.estimate[e]-v.lo[e]], [v.hi[e]-v.estimate[e]]]
+    half = r in ("teacher", "endpoint") and "music" in e    # one mark for two domains: half filled for the second
+    ax.errorbar(x.estimate[e], y.estimate[e], xerr=to(x), yerr=to(y), fmt=MARK[r], color=COLOUR[r], ms=6 if sweep else 9, elinewidth=.6,
+                mec="white", mew=.7, ecolor=COLOUR[r] + ("50" if sweep else "90"), label="_" if sweep else label_of(e, info),
+                fillstyle="top" if half else "full", zorder=3)
+    if not (closer and sweep): return
+    name = f"{info.lam[e]:.2g}" if info.lam[e] == info.lam[e] else e
+    ax.annotate(name, (x.estimate[e], y.estimate[e]), xytext=(7, 3), textcoords="offset points", fontsize=9, color=COLOUR[r], zorder=4)
 
 def _zoom(ax, near, x, y):
-    # the same marks on the ground that the sweep covers, and a frame around it where all are seen
-    if not x: return
+    "The same marks on the ground that the sweep covers, and a frame around it where all are seen."
+    if not len(x): return
     near.set_title("the sweep, closer: numbers are λ", fontsize=10)
-    for lim, v in ((near.set_xlim, x), (near.set_ylim, y)): lim(min(v) - .15*(max(v)-min(v)) - .5, max(v) + .15*(max(v)-min(v)) + .5)
+    for lim, v in ((near.set_xlim, x), (near.set_ylim, y)):
+        edge = .15*(v.max()-v.min()) + .5
+        lim(v.min() - edge, v.max() + edge)
     (x0, x1), (y0, y1) = near.get_xlim(), near.get_ylim()
     ax.add_patch(plt.Rectangle((x0, y0), x1-x0, y1-y0, fill=False, ec="0.5", lw=.8, ls=":"))
 
 # %% ../nbs/05b_figures.ipynb #db1f6eef
-def plot_tasks(draws, scores): # from `with_means`; from `gather`
+def plot_tasks(draws, # from `with_means`
+               scores # from `gather`
+              ):
     "Each task over λ, with 95 % band, and the ensemble, teachers, θ₀ and log-mel as lines."
     style()
     i, info = interval(draws)*100, scores.drop_duplicates("encoder").set_index("encoder")
@@ -66,7 +91,8 @@ def plot_tasks(draws, scores): # from `with_means`; from `gather`
     for ax, t in zip(axes.flat, tasks):
         _over_lam(ax, i.loc[t], scores, info)
         m = metrics(scores)[t]
-        ax.set(title=f"{t} ({scores.domain[scores.task == t].iloc[0]})", ylabel=("accuracy" if m.startswith("accuracy") else m) + (", % (less is better)" if m in LOWER else ", %"))
+        what = ("accuracy" if m.startswith("accuracy") else m) + (", % (less is better)" if m in LOWER else ", %")
+        ax.set(title=f"{t} ({scores.domain[scores.task == t].iloc[0]})", ylabel=what)
     for ax in list(axes.flat)[len(tasks):]: ax.set_axis_off()
     for ax in list(axes.flat)[max(0, len(tasks)-4):len(tasks)]: ax.set_xlabel("λ"), ax.tick_params(labelbottom=True)
     handles = {l: h for ax in axes.flat for h, l in zip(*ax.get_legend_handles_labels())}
@@ -75,18 +101,22 @@ def plot_tasks(draws, scores): # from `with_means`; from `gather`
     return fig
 
 def _over_lam(ax, r, scores, info):
+    "One task over λ, and the encoders that have no λ as lines."
     for d in sweeps(scores).values():
         on = d[d.encoder.isin(r.index)]
         ax.plot(on.lam, r.estimate[on.encoder], "o-", color=COLOUR["merged"], ms=4, lw=1.5, label="merged")
         ax.fill_between(on.lam, r.lo[on.encoder], r.hi[on.encoder], color=COLOUR["merged"], alpha=.15, lw=0)
-    for e in (e for e in order(scores) if e in r.index and info.role[e] in ("ensemble", "teacher", "base", "logmel")):
-        ax.axhline(r.estimate[e], color=COLOUR[info.role[e]], lw=1.2, ls=":" if e == "teacher-music" else "--" if info.role[e] == "logmel" else "-", label=label_of(e, info))
+    for e in order(scores):
+        if e not in r.index or info.role[e] not in ("ensemble", "teacher", "base", "logmel"): continue
+        dash = ":" if e == "teacher-music" else "--" if info.role[e] == "logmel" else "-"
+        ax.axhline(r.estimate[e], color=COLOUR[info.role[e]], lw=1.2, ls=dash, label=label_of(e, info))
 
 # %% ../nbs/05b_figures.ipynb #c31f12a7
-def plot_differences(tests): # from `paired_tests`
-    "Merged encoders minus the ensemble, per task, with 95 % intervals; filled where significant at q = .05."
+def plot_differences(tests # from `paired_tests`
+                    ):
+    "Merged encoders minus the ensemble, per task, with 95 % intervals; filled where the difference holds."
     style()
-    d = tests[tests.lam.notna()]
+    d = tests[tests.lam.notna() & (tests.distil_seed == "all")]
     tasks = list(dict.fromkeys(d.sort_values("domain", ascending=False).task))
     rows = max(1, -(-len(tasks)//7))
     fig, axes = plt.subplots(rows, max(1, -(-len(tasks)//rows)), figsize=(11, 3.6*rows), sharey=True, squeeze=False)
@@ -94,7 +124,8 @@ def plot_differences(tests): # from `paired_tests`
         one = d[d.task == t]
         ax.axvline(0, color=COLOUR["ensemble"], lw=1)
         ax.hlines(one.lam, 100*one.lo, 100*one.hi, color=COLOUR["merged"], lw=1)
-        ax.scatter(100*one.difference, one.lam, s=26, zorder=3, edgecolor=COLOUR["merged"], facecolor=[COLOUR["merged"] if p < .05 else "white" for p in one.p_adjusted])
+        fill = [COLOUR["merged"] if holds else "white" for holds in one.holds]
+        ax.scatter(100*one.difference, one.lam, s=26, zorder=3, edgecolor=COLOUR["merged"], facecolor=fill)
         ax.set_title(t, fontsize=10)
     for ax in list(axes.flat)[len(tasks):]: ax.set_axis_off()
     for ax in axes[:, 0]: ax.set_ylabel("λ")
@@ -103,15 +134,23 @@ def plot_differences(tests): # from `paired_tests`
     return fig
 
 # %% ../nbs/05b_figures.ipynb #32dc3e52
-def plot_learning(curves): # from `learning`
-    "A panel for each student: its loss against each layer of its teachers, over the steps."
+_LINES = ("-", "--", ":", "-.")
+
+def plot_learning(curves # from `learning`
+                 ):
+    "A panel for each student of the first distillation seed: its loss against each layer of its teachers, over the steps."
     style()
-    students = sorted(curves.groupby(["corpus", "student"]), key=lambda k: (k[0][0], "speech music ensemble".find(k[0][1])))
-    fig, axes = plt.subplots(1, len(students), figsize=(11, 3.8), sharey=True, squeeze=False)
+    first = curves[~curves.student.str.contains(r"-seed\d+$")]
+    students = sorted(first.groupby(["corpus", "student"]), key=lambda k: (k[0][0], k[0][1].startswith("ensemble"), k[0][1]))
+    teachers, layers = list(dict.fromkeys(first.teacher)), sorted(set(first.layer), reverse=True)
+    colours = [COLOUR[r] for r in ("teacher", "ensemble", "base", "other", "merged", "random")]
+    fig, axes = plt.subplots(1, max(1, len(students)), figsize=(11, 3.8), sharey=True, squeeze=False)
     for ax, ((corpus, s), own) in zip(axes[0], students):
         for (teacher, layer), d in own.groupby(["teacher", "layer"]):
-            ax.plot(d.step, d.loss, color=COLOUR["teacher" if teacher == "speech" else "ensemble"], ls={4: ":", 8: "--"}.get(layer, "-"), lw=1.3, label=f"{teacher} teacher, layer {layer}")
-        ax.set(title=f"{s} student, corpus {corpus}", xlabel="step")
+            colour, line = colours[teachers.index(teacher) % len(colours)], _LINES[layers.index(layer) % len(_LINES)]
+            ax.plot(d.step, d.loss, color=colour, ls=line, lw=1.3, label=f"{teacher} teacher, layer {layer}")
+        ax.set_title(f"{s}, on {corpus}", fontsize=10)
+        ax.set_xlabel("step")
     axes[0, 0].set_ylabel("distillation loss")
     handles = {l: h for ax in axes[0] for h, l in zip(*ax.get_legend_handles_labels())}
     fig.legend(handles.values(), handles.keys(), loc="lower center", ncols=3, frameon=False, fontsize=9)

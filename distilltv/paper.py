@@ -19,7 +19,7 @@ from .encoders import student_config
 from .merge import check_same
 from .probe import LRS, PREPROCESSING, choose_view, features, find_task, fit_probes
 from .profiles import profile as get_profile, with_settings
-from .results import NINE, missing, scale
+from .results import NINE, OVERALL, missing, scale
 from .runs import data_dir
 from .statistics import bootstrap, mcnemar
 from .tasks import PUBLISHED, REFERENCE, SOURCES, Letters
@@ -90,16 +90,20 @@ def _route(r) -> tuple:
 
 
 # %% ../nbs/05c_paper.ipynb #aacb5e6c
-def paper_table(draws, scores, numbers=None) -> pd.DataFrame: # from `with_means`; from `gather`; CSV, default the shipped one
-    "The known paper numbers with source and confidence, and ours where the same comparison exists; else `not run`, the command and its cost."
-    t = pd.read_csv(numbers or data_dir()/"results/paper_numbers.csv", dtype=str, keep_default_na=False)
+def paper_table(draws,       # from `with_means`
+                scores,      # from `gather`
+                numbers=None # CSV, default the shipped one
+               ) -> pd.DataFrame:
+    "The known paper numbers with source and confidence, and ours where the paper's nine tasks were run; else `not run`, the command and its cost."
+    t = pd.read_csv(numbers or data_dir()/"results/paper_numbers.csv", dtype=str, keep_default_na=False, encoding="utf-8")
     info = scores.drop_duplicates("encoder").set_index("encoder")
-    score = "overall of nine" if "overall of nine" in draws.columns.unique(0) else "overall"
     def ours(r):
         if r.task != "overall" or r.layers != "2" or r.loss != "L1 + cosine": return ""
         role, lam = ("ensemble", None) if r.model.startswith("ensemble") else ("merged", float(r.lam))
-        e = next((e for e in info.index if info.role[e] == role and (lam is None or abs(info.lam[e] - lam) < 1e-6) and (score, e) in draws.columns), None)
-        return f"{draws[score, e].iloc[0]:.0f}" + (" (mini: other tasks and models)" if score == "overall" else "") if e else ""
+        for e in info.index:
+            fits = info.role[e] == role and (lam is None or abs(info.lam[e] - lam) < 1e-6)
+            if fits and (OVERALL, e) in draws.columns: return f"{draws[OVERALL, e].iloc[0]:.0f}"
+        return ""
     rows = [dict(ours=o, **dict.fromkeys(COST, "")) if (o := ours(r)) else _not_run(r) for r in t.itertuples()]
     return pd.concat([t, pd.DataFrame(rows, columns=["ours", *COST])], axis=1)
 
@@ -136,7 +140,6 @@ def _ours() -> dict:
 # %% ../nbs/05c_paper.ipynb #9ae9cf69
 def code_table(facts=None) -> pd.DataFrame: # CSV with `what`, `theirs`, `source`; default the shipped one
     "What the authors' released code does, and what ours does."
-    t, ours = pd.read_csv(facts or data_dir()/"results/paper_code.csv", dtype=str, keep_default_na=False), _ours()
+    t, ours = pd.read_csv(facts or data_dir()/"results/paper_code.csv", dtype=str, keep_default_na=False, encoding="utf-8"), _ours()
     if unknown := set(t.what) - set(ours): raise ValueError(f"nothing of ours is read for {', '.join(sorted(unknown))}: use one of {', '.join(ours)}")
     return t.assign(ours=t.what.map(ours))
-

@@ -12,7 +12,7 @@ from distilltv.profiles import profile
 
 TASKS = dict(phones="speech", match="speech", pitch="music", key="music")
 
-def write_encoder(root, encoder, role, p, lam=None, corpus=None, n=200, seed=0, tasks=TASKS, ids=None):
+def write_encoder(root, encoder, role, p, lam=None, corpus=None, n=200, seed=0, tasks=TASKS, ids=None, weights_hash="x", **more):
     "A probe folder whose predictions are right with probability p[domain]; items and draws are shared by all encoders."
     rows, keep, rng = [], {}, np.random.default_rng(seed)
     for t, dom in tasks.items():
@@ -20,7 +20,7 @@ def write_encoder(root, encoder, role, p, lam=None, corpus=None, n=200, seed=0, 
         true = np.random.default_rng(1).integers(0, 5, n)
         pred = np.where(ease < p[dom], true, (true + 1) % 5)
         rows += [dict(encoder=encoder, role=role, lam=lam, method="linear" if lam is not None else None, corpus=corpus, task=t, domain=dom, probe="linear", seed=s, view="last", layer=2,
-                      metric="accuracy", score=(pred[s] == true).mean(), n_test=n, weights_hash="x") for s in range(3)]
+                      metric="accuracy", score=(pred[s] == true).mean(), n_test=n, weights_hash=weights_hash, **more) for s in range(3)]
         keep |= {f"{t}/id": np.array([f"{ids or 'i'}{i}" for i in range(n)]), f"{t}/group": np.array([f"g{i//4}" for i in range(n)]), f"{t}/true": true, f"{t}/pred": pred}
     d = root/"probes"/encoder
     d.mkdir(parents=True)
@@ -73,36 +73,77 @@ def test_encoders_are_redrawn_together():
     d = S.bootstrap(dict(t=dict(encoder=np.array(["a", "b"]), group=np.arange(200), correct=np.concatenate([c, c]))), 200)
     assert (d["t", "a"] == d["t", "b"]).all()
 
-def test_overall_is_0_at_logmel_and_1000_at_the_best_teacher(full):
-    _, scores, hits, draws = full
-    k = R.scale(draws, scores)
-    assert draws["overall", "logmel"].iloc[0] == pytest.approx(0)
-    want = np.mean([1000*(draws[t, "base"].iloc[0] - draws[t, "logmel"].iloc[0])/(max(draws[t, f"teacher-{d}"].iloc[0] for d in ("speech", "music")) - draws[t, "logmel"].iloc[0]) for t in TASKS])
-    assert draws["overall", "base"].iloc[0] == pytest.approx(want) and set(k.index) == set(TASKS)
-
-def test_a_task_where_teachers_do_not_beat_logmel_has_no_scale(tmp_path):
-    write_encoder(tmp_path, "logmel", "logmel", dict(speech=.9, music=.2))
-    for t in ("speech", "music"): write_encoder(tmp_path, f"teacher-{t}", "teacher", dict(speech=.5, music=.5))
-    scores, hits = R.gather(tmp_path)
-    d = S.bootstrap(hits, 10)
-    assert set(R.scale(d, scores).index) == {"pitch", "key"} and len(R.scale(d, scores, "random")) == 0
-    assert "above random" not in R.with_means(d, scores)
-
-def test_above_random_is_0_at_random_weights(full):
+def test_points_over_logmel_are_differences_of_means(full):
     _, scores, _, draws = full
-    assert draws["above random", "random"].iloc[0] == pytest.approx(0) and draws["above random", "base"].iloc[0] > 0
+    for d in ("speech", "music"):
+        assert (draws[f"{d} over log-mel", "logmel"] == 0).all()
+        np.testing.assert_allclose(draws[f"{d} over log-mel", "base"], draws[f"{d} mean", "base"] - draws[f"{d} mean", "logmel"])
+    assert not {"overall", "above random"} & set(draws.columns.unique(0)) and R.table(draws, scores).loc["base", "speech over log-mel"].startswith("+")
 
 def test_a_trade_off_is_found_where_there_is_one_and_only_there(full, tmp_path):
-    _, scores, _, draws = full
-    says = W.findings(draws, scores, R.paired_tests(full[2], draws, scores))
-    assert says[0].startswith("The trade-off is there.") and any("speech teacher is clearly above" in s for s in says)
+    _, scores, hits, draws = full
+    says = W.findings(draws, scores, R.paired_tests(hits, draws, scores))
+    assert says[0].startswith("The dial works. From λ = 0 to 1") and "one distillation seed" in says[0]
+    assert says[1].startswith("Whether merging beats the ensemble is not decided by one distillation seed.")
+    assert says[2].startswith("Each student knows more than log-mel features in its own domain.") and "% arrived" in says[2]
+    assert any("speech teacher is clearly above" in s for s in says)
     assert any(s.startswith("Significantly better than the ensemble student: ") and "match at 7 of 11 λ (+20.7 points at λ = 1)" in s for s in says)
     assert "\n- **The music teacher is clearly above log-mel, random, speech teacher on the music mean:** 9" in R.bullets(says)
-    beat = next(s for s in says if "beat the ensemble" in s)
-    assert beat.startswith("3 of 11 λ beat") and "(λ = 0.4, 0.5, 0.6)" in beat
+    ahead = next(s for s in says if "ahead of the ensemble" in s)
+    assert ahead.startswith("3 of 11 λ are ahead") and "(λ = 0.4, 0.5, 0.6)" in ahead
     study(tmp_path, slope=0.)
     s2, h2 = R.gather(tmp_path)
     assert "A trade-off is not shown" in W.findings(R.with_means(S.bootstrap(h2, 300), s2), s2)[0]
+
+def seeded(root, gains):
+    "The study with a distillation seed for each gain, by which the merge at λ = ½ differs from the ensemble in accuracy."
+    for e, r, s, m in (("logmel", "logmel", .2, .2), ("random", "random", .1, .1), ("teacher-speech", "teacher", .9, .4), ("teacher-music", "teacher", .4, .9)):
+        write_encoder(root, e, r, dict(speech=s, music=m))
+    for k, gain in enumerate(gains):
+        tag = f"-seed{k}" if k else ""
+        for who, s, m in (("speech", .8, .4), ("music", .4, .8)): write_encoder(root, f"{who}{tag}-both", "endpoint", dict(speech=s, music=m), corpus="both", distil_seed=k, taught_by=who)
+        for times, steps in (("", 10), ("-2x", 20)): write_encoder(root, f"ensemble{times}{tag}-both", "ensemble", dict(speech=.6, music=.6), corpus="both", distil_seed=k, steps=steps)
+        for lam in (0., .5, 1.):
+            p = dict(speech=.6 + gain, music=.6 + gain) if lam == .5 else dict(speech=.4 + .4*lam, music=.8 - .4*lam)
+            write_encoder(root, f"lam-{lam:.2f}{tag}-both", "merged", p, lam=lam, corpus="both", distil_seed=k)
+    scores, hits = R.gather(root)
+    draws, each = R.with_means(S.bootstrap(hits, 400), scores), R.by_seed(hits, scores, 400)
+    return scores, hits, draws, each, W.findings(draws, scores, R.paired_tests(hits, draws, scores, each=each), each)
+
+def test_a_claim_needs_every_distillation_seed(tmp_path):
+    scores, hits, draws, each, says = seeded(tmp_path/"same", (.12, .15, .18))
+    assert set(scores.encoder) >= {"speech-both", "ensemble-both", "ensemble-2x-both", "lam-0.50-both"} and set(each) == {0, 1, 2}
+    assert scores.groupby("encoder").distil_seed.nunique()["lam-0.50-both"] == 3 and draws["phones", "lam-0.50-both"].iloc[0] == pytest.approx(
+        scores[(scores.task == "phones") & (scores.encoder == "lam-0.50-both")].score.mean())
+    assert says[1].startswith("Merged at λ = 0.5, the two students are better on both means than the ensemble student.") and "3 distillation seeds" in says[1]
+    assert any(s.startswith("Against ensemble student (2x the updates): λ = 0.5 is better on speech") for s in says)
+    verdicts = {c["id"]: c["verdict"] for c in W.claims(draws, scores, each)}
+    assert verdicts["ensemble"] == verdicts["dial"] == verdicts["both"] == "holds" and verdicts["scores"] == "not tested here"
+    tests = R.paired_tests(hits, draws, scores, each=each)
+    assert set(tests.distil_seed) == {"all", "0", "1", "2"} and (tests[tests.distil_seed == "0"].test == "McNemar").all()
+    assert tests[(tests.distil_seed == "all") & (tests.encoder == "lam-0.50-both")].holds.all()
+    scores, hits, draws, each, says = seeded(tmp_path/"mixed", (.25, .25, -.05))     # better in the mean, worse with one seed
+    assert says[1].startswith("Merged at λ = 0.5, the two students are not clearly different on both")
+    assert {c["id"]: c["verdict"] for c in W.claims(draws, scores, each)}["ensemble"] == "does not hold"
+
+def test_distillation_seeds_widen_the_interval():
+    c = np.stack([np.arange(400) < k for k in (160, 200, 240)])[:, None]
+    one = dict(metric="accuracy", group=np.arange(400))
+    sd = lambda seeds, right: S.bootstrap(dict(t=dict(one, encoder=np.array(["a"]*len(right)), distil_seed=np.array(seeds), correct=right)), 3000).iloc[1:].std().iloc[0]
+    binomial, seeds = math.sqrt(.25/400), np.std([.4, .5, .6])/math.sqrt(3)
+    assert sd([0, 1, 2], c) == pytest.approx(math.hypot(binomial, seeds), rel=.15) and sd([0, 1, 2], np.stack([c[1]]*3)) == pytest.approx(binomial, rel=.1)
+
+def test_names_are_text_and_tell_encoders_apart(tmp_path):
+    for name, lam in (("007", None), ("NA", None), ("nan", None)): write_encoder(tmp_path, name, "other", dict(speech=.5, music=.5), lam=lam)
+    for folder, p, h in (("a", .4, "aaaaaaaa"), ("b", .7, "bbbbbbbb")):     # two encoders of one folder name
+        write_encoder(tmp_path, "final", "other", dict(speech=p, music=p), weights_hash=h)
+        (tmp_path/"probes/final").rename(tmp_path/"probes"/f"final-{folder}")
+    scores, hits = R.gather(tmp_path)
+    assert set(scores.encoder) == {"007", "NA", "nan", "final (aaaaaa)", "final (bbbbbb)"} == set(hits["pitch"]["encoder"])
+    R.save(tmp_path/"out", scores, hits)
+    s, h = R.gather(tmp_path/"out")
+    assert set(s.encoder) == set(scores.encoder) == set(h["pitch"]["encoder"])
+    assert S.bootstrap(h, 20)["phones", "final (aaaaaa)"].iloc[0] < S.bootstrap(h, 20)["phones", "final (bbbbbb)"].iloc[0]
 
 def test_paired_tests_know_who_is_better(full):
     _, scores, hits, draws = full
@@ -222,8 +263,9 @@ def test_what_ours_does_is_read_and_not_typed(monkeypatch, tmp_path):
 def test_report_writes_everything(full, tmp_path):
     root, *_ = full
     fig = W.report(root, tmp_path)
-    assert fig.exists() and {"scores.csv", "predictions.npz", "table.csv", "tests.csv", "paper.csv", "code.csv", "findings.json", "captions.json", "tradeoff.svg", "tasks.png", "differences.svg"} <= {f.name for f in tmp_path.iterdir()}
-    assert "lam-0.50-both" in pd.read_csv(tmp_path/"table.csv").encoder.tolist() and "trade-off is there" in " ".join(json.loads((tmp_path/"findings.json").read_text()))
+    assert fig.exists() and {"scores.csv", "predictions.npz", "table.csv", "tests.csv", "paper.csv", "code.csv", "findings.json", "claims.json", "captions.json", "tradeoff.svg", "tasks.png", "differences.svg"} <= {f.name for f in tmp_path.iterdir()}
+    assert all(list(c) == "id claim source verdict evidence where full_scale".split() and all(c.values()) for c in json.loads((tmp_path/"claims.json").read_text(encoding="utf-8")))
+    assert "lam-0.50-both" in pd.read_csv(tmp_path/"table.csv").encoder.tolist() and "The dial works." in " ".join(json.loads((tmp_path/"findings.json").read_text()))
     assert "3 probe seeds" in json.loads((tmp_path/"captions.json").read_text())["tradeoff"]
 
 # --- tasks whose answers are not just right or wrong
@@ -291,16 +333,24 @@ def test_intervals_of_other_metrics_are_scipys(unlike):
 
 def test_less_is_better_is_turned_in_scale_and_differences(unlike):
     _, scores, hits, draws = unlike
-    k = R.scale(draws, scores)
+    k = R.scale(draws, scores, ("asr", "emo"))
     assert k.best["asr"] < k.zero["asr"] and k.best["emo"] > k.zero["emo"]
-    assert draws["overall", "teacher-speech"].iloc[0] == pytest.approx(1000) and draws["overall", "logmel"].iloc[0] == pytest.approx(0)
-    assert not {"speech mean", "music mean"} & set(draws.columns.unique(0))
+    assert not {"speech mean", "music mean", R.OVERALL} & set(draws.columns.unique(0))
     t = R.paired_tests(hits, draws, scores).set_index(["task", "encoder"])
     for task in ("asr", "characters", "emo", "mtt"):
         up, down = t.loc[task, "lam-1.00-both"], t.loc[task, "lam-0.00-both"]
         assert up.difference > 0 > down.difference and up.better > .9 > .1 > down.better and up.effect > 0 > down.effect and up.test == "paired bootstrap"
     shown = R.table(draws, scores)
     assert {"asr (wer ↓)", "characters (cer ↓)", "emo (r2)", "mtt (roc-auc)"} <= set(shown.columns)
+
+def test_the_authors_nine_have_an_overall_of_their_own():
+    tasks, roles = [*R.NINE, "sid", "pitchid"], (("logmel", "logmel"), ("teacher-speech", "teacher"), ("x", "merged"))
+    scores = pd.DataFrame([dict(encoder=e, role=r, task=t, domain="speech", metric="wer" if t == "asr" else "accuracy") for e, r in roles for t in tasks])
+    level = {"logmel": .2, "teacher-speech": .8, "x": .5}
+    d = pd.DataFrame({(t, e): [1-v if t == "asr" else v if t in R.NINE or e != "x" else .2]*3 for t in tasks for e, v in level.items()})
+    m = R.with_means(d, scores)
+    assert m[R.OVERALL, "x"].iloc[0] == pytest.approx(500) and m[R.OVERALL, "teacher-speech"].iloc[0] == pytest.approx(1000) and m[R.OVERALL, "logmel"].iloc[0] == pytest.approx(0)
+    assert R.OVERALL not in R.with_means(d.drop(columns=["er"], level=0), scores)
 
 def test_effect_and_p_of_a_paired_difference():
     rng = np.random.default_rng(0)
@@ -348,15 +398,6 @@ def test_what_was_not_run_is_a_state(unlike, tmp_path):
     assert len(R.paired_tests(hits, draws, scores)) == 12 and W.findings(draws, scores) == []
     R.save(tmp_path/"out", scores, hits)
     assert R.gather(tmp_path/"out")[0].score.isna().sum() == 3
-
-def test_the_authors_nine_have_an_overall_of_their_own():
-    tasks = [*R.NINE, "sid", "pitchid"]
-    scores = pd.DataFrame([dict(encoder=e, role=r, task=t, domain="speech", metric="wer" if t == "asr" else "accuracy") for e, r in (("logmel", "logmel"), ("teacher-speech", "teacher"), ("x", "merged")) for t in tasks])
-    level = {"logmel": .2, "teacher-speech": .8, "x": .5}
-    d = pd.DataFrame({(t, e): [1-v if t == "asr" else v if t in R.NINE or e != "x" else .2]*3 for t in tasks for e, v in level.items()})
-    m = R.with_means(d, scores)
-    assert m["overall of nine", "x"].iloc[0] == pytest.approx(500) and m["overall", "x"].iloc[0] == pytest.approx(500*9/11)
-    assert "overall of nine" not in R.with_means(d.drop(columns=["er"], level=0), scores)
 
 # --- learning curves
 
