@@ -101,13 +101,12 @@ def _dial(ev, es, how):
 _WORDS = {1: "better", 0: "not clearly different", -1: "worse"}
 
 def _against_ensemble(ev, half, ref):
-    got = {d: ev.counts(d, half, ref) for d in ev.domains}
-    both = set(got.values())
-    says = "better on both" if both == {1} else "worse on both" if both == {-1} else "not clearly different on both" if both == {0} else ", ".join(f"{_WORDS[g]} on {d}" for d, g in got.items())
-    claim = (f"Merged at λ = {ev.info.lam[half]:.2g}, the two students are {says} means than the ensemble student." if len(both) == 1 and both != {0} else
-             f"Merged at λ = {ev.info.lam[half]:.2g} against the ensemble student: {says}.")
-    if ev.seeds == 1: claim = "Whether merging beats the ensemble is not decided by one distillation seed. " + claim.replace("Merged", "In this run, merged", 1)
-    return f"{claim} " + ", ".join(f"{d} mean {ev.points(d, half, ref)}" for d in ev.domains) + f" ({_seeds(ev)})."
+    got, merged = {d: ev.counts(d, half, ref) for d in ev.domains}, f"merged at λ = {ev.info.lam[half]:.2g}, the two students are"
+    if len(set(got.values())) > 1: says = f"{merged} {', '.join(f'{_WORDS[g]} on {d}' for d, g in got.items())}, against the ensemble student."
+    elif 0 in got.values(): says = f"{merged} not clearly different from the ensemble student on either mean."
+    else: says = f"{merged} {_WORDS[got[ev.domains[0]]]} on both means than the ensemble student."
+    if ev.seeds == 1: says = f"whether merging beats the ensemble is not decided by one distillation seed. In this run, {says}"
+    return f"{says[0].upper()}{says[1:]} " + ", ".join(f"{d} mean {ev.points(d, half, ref)}" for d in ev.domains).capitalize() + f" ({_seeds(ev)})."
 
 def _over_logmel(ev):
     zero, rows = ev.of_role("logmel"), []

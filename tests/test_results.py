@@ -123,7 +123,7 @@ def test_a_claim_needs_every_distillation_seed(tmp_path):
     assert set(tests.distil_seed) == {"all", "0", "1", "2"} and (tests[tests.distil_seed == "0"].test == "McNemar").all()
     assert tests[(tests.distil_seed == "all") & (tests.encoder == "lam-0.50-both")].holds.all()
     scores, hits, draws, each, says = seeded(tmp_path/"mixed", (.25, .25, -.05))     # better in the mean, worse with one seed
-    assert says[1].startswith("Merged at λ = 0.5, the two students are not clearly different on both")
+    assert says[1].startswith("Merged at λ = 0.5, the two students are not clearly different from the ensemble student on either mean.")
     assert {c["id"]: c["verdict"] for c in W.claims(draws, scores, each)}["ensemble"] == "does not hold"
 
 def test_distillation_seeds_widen_the_interval():
