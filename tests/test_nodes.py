@@ -53,7 +53,7 @@ def test_two_nodes_train_what_one_process_trains_and_one_may_be_lost(tmp_path, m
             time.sleep(.02)
         for n in reversed(nodes): kill(n)      # one machine is gone; the scheduler ends the job on the other
         nodes = start_nodes([*arguments, "--out", str(out)], env, tmp_path/"again")
-        codes = [n.wait(300) for n in nodes]
+        codes = [n.wait(1800) for n in nodes]
     finally:
         for n in nodes: kill(n)
     said = (tmp_path/"again.0").read_text(encoding="utf-8")
