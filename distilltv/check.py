@@ -60,6 +60,8 @@ def _teachers(p, check):
         c = opened[d] = whole.config
         size = sum(t.numel() for t in whole.parameters())
         check.lines.append(f"  {d}: {path}, {c.model_type}, {c.num_hidden_layers} layers of {c.hidden_size}, {whole.sample_rate:,} Hz, {size/1e6:.1f} M parameters")
+        if not whole.do_normalize:
+            check.wrong.append(f"the teacher of {d} wants waveforms as they are (do_normalize is false in its preprocessor_config.json), but all crops are normalised")
         if missing := [l for l in p.predict if l > c.num_hidden_layers]:
             check.wrong.append(f"predict names layer {missing[0]}, but the teacher of {d} has {c.num_hidden_layers}: choose layers that it has")
     return opened

@@ -60,6 +60,8 @@ def _config(path, layers):
     "The class of a model folder, its configuration with that many layers, and `config.json` as it stands."
     try: raw, _ = PreTrainedConfig.get_config_dict(path)
     except OSError as e:
+        if Path(path).is_absolute() and not Path(path).is_dir():
+            raise ValueError(f"{path} is not a model folder: check the path, or run the notebook that makes it") from e
         raise ValueError(f"{path} is not a model folder or hub name that can be opened ({_first_line(e)}); check it, or run the notebook that makes it") from e
     cls, depth = FAMILIES.get(raw.get("model_type")), raw.get("num_hidden_layers", 12)
     if not cls: raise ValueError(f"{path} holds a model of type {raw.get('model_type')!r}; an encoder is one of {', '.join(FAMILIES)}")
@@ -104,10 +106,17 @@ def _account(info, prefix, kept, depth):
                  mismatched=[f"{n} {list(has)}, not {list(wants)}" for n, has, wants in sorted(info["mismatched_keys"], key=str)])
     return {k: v for k, v in wrong.items() if v}, [n for n in extra if _HEADS.fullmatch(n)]
 
+def _preprocessor(path):
+    "preprocessor_config.json of a model as a dict, empty if there is none; a file that cannot be read is a `ValueError`."
+    try: return Wav2Vec2FeatureExtractor.get_feature_extractor_dict(path)[0]
+    except (OSError, ValueError) as e:
+        if (Path(path)/"preprocessor_config.json").is_file():
+            raise ValueError(f"{path}: preprocessor_config.json cannot be read ({_first_line(e)}); download it again") from e
+        return {}
+
 def _sample_rate(path, raw):
     "What config.json and preprocessor_config.json say the encoder hears, in Hz; 16 kHz if they are silent."
-    try: prep, _ = Wav2Vec2FeatureExtractor.get_feature_extractor_dict(path)
-    except OSError: prep = {}
+    prep = _preprocessor(path)
     said = {r for r in (raw.get("sample_rate"), prep.get("sampling_rate")) if r}
     if len(said) > 1: raise ValueError(f"{path}: config.json says {raw['sample_rate']} Hz and preprocessor_config.json {prep['sampling_rate']} Hz; correct one of them")
     return said.pop() if said else 16_000
@@ -115,7 +124,7 @@ def _sample_rate(path, raw):
 # %% ../nbs/01_encoders.ipynb #2ff79f92
 def load_encoder(path,        # model folder or hub name, of one of the types above
                  layers:int=0 # how many transformer layers to keep, from the bottom; 0 = all
-                ) -> PreTrainedModel: # frozen, in eval mode, float32, with `sample_rate` (Hz), `hop` and `window` (samples)
+                ) -> PreTrainedModel: # frozen, in eval mode, float32, with `sample_rate` (Hz), `hop` and `window` (samples) and `do_normalize`
     "Open an encoder without running code of its authors; a `ValueError` names the tensors that do not fit."
     path = str(path)
     cls, config, raw = _config(path, layers)
@@ -123,8 +132,9 @@ def load_encoder(path,        # model folder or hub name, of one of the types ab
     wrong, heads = _account(info, cls.base_model_prefix, config.num_hidden_layers, raw.get("num_hidden_layers", 12))
     if wrong: raise ValueError(f"{path} is not a {cls.__name__} that matches its config.json: {wrong}")
     note = Path(path)/"distilltv.json"
-    model.distilltv = json.loads(note.read_text()) if note.exists() else {}  # what our own file says of it
+    model.distilltv = json.loads(note.read_text(encoding="utf-8")) if note.exists() else {}  # what our own file says of it
     model.sample_rate, model.left_out, (model.hop, model.window) = _sample_rate(path, raw), heads, receptive(config)
+    model.do_normalize = _preprocessor(path).get("do_normalize", True)    # whether it was trained on zero mean and unit variance
     return model.eval().requires_grad_(False)
 
 # %% ../nbs/01_encoders.ipynb #a2e15920
@@ -135,8 +145,9 @@ def weights_hash(model) -> str: # a module, or a dict of tensors
     return f.hash
 
 # %% ../nbs/01_encoders.ipynb #550da3c3
-def _card(note, rate):
+def _card(note, rate, normal=True):
     "README.md of a saved encoder."
+    scaled = ", each with zero mean and unit variance" if normal else ""
     rows = "\n".join(f"| {k} | {v} |" for k, v in note.items() if isinstance(v, (str, int, float)))
     return f"""---
 library_name: transformers
@@ -145,7 +156,7 @@ tags: [audio, speech, music, hubert]
 ---
 # {str(note.get("role", "encoder")).capitalize()}
 
-An encoder made with distilltv {note["versions"]["distilltv"]}. It hears mono waveforms at {rate:,} Hz, each with zero mean and unit variance.
+An encoder made with distilltv {note["versions"]["distilltv"]}. It hears mono waveforms at {rate:,} Hz{scaled}.
 
 | | |
 |---|---|
@@ -165,12 +176,14 @@ def save_encoder(model:HubertModel,
     "Save as a plain `transformers` model folder."
     state = {k: v.to(dtype).contiguous() for k, v in model.state_dict().items()}
     rate = getattr(model, "sample_rate", 16_000)  # a teacher that was opened knows its own; a student hears 16 kHz
+    normal = getattr(model, "do_normalize", True)
     note = dict(provenance, weights_hash=weights_hash(state), versions=versions(), commit=commit())
     with atomic_folder(folder) as tmp:
         HubertModel.save_pretrained(model, tmp, state_dict=state)
-        Wav2Vec2FeatureExtractor(sampling_rate=rate, do_normalize=True, return_attention_mask=False).save_pretrained(tmp)
-        (tmp/"distilltv.json").write_text(json.dumps(note, indent=1, default=str)+"\n")
-        (tmp/"README.md").write_text(_card(note, rate))
+        masked = model.config.feat_extract_norm == "layer"    # a norm by frame may be told what is padding; one by group must not
+        Wav2Vec2FeatureExtractor(sampling_rate=rate, do_normalize=normal, return_attention_mask=masked).save_pretrained(tmp)
+        (tmp/"distilltv.json").write_text(json.dumps(note, indent=1, default=str)+"\n", encoding="utf-8")
+        (tmp/"README.md").write_text(_card(note, rate, normal), encoding="utf-8")
     return Path(folder)
 
 # %% ../nbs/01_encoders.ipynb #b8887f87
@@ -178,8 +191,11 @@ def save_encoder(model:HubertModel,
 def hidden_states(model:PreTrainedModel,
                   wav:torch.Tensor # [batch, samples], normalised; crops of equal length, so nothing is padded
                  ) -> torch.Tensor: # [layers+1, batch, frames, dim]
-    "All hidden states of an encoder."
-    return torch.stack(model(wav, output_hidden_states=True).hidden_states)
+    "All hidden states of an encoder: number i is the output of layer i, before any final norm."
+    out = model(wav, output_hidden_states=True)
+    if getattr(model.config, "do_stable_layer_norm", False) and torch.equal(out.hidden_states[-1], out.last_hidden_state):
+        raise RuntimeError("this version of transformers lists the last state after the final norm; install transformers>=5.16")
+    return torch.stack(out.hidden_states)
 
 # %% ../nbs/01_encoders.ipynb #fcc784c1
 _NOT_COPIED = ("masked_spec_embed", "feature_projection.layer_norm.", "encoder.layer_norm.")

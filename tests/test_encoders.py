@@ -28,6 +28,50 @@ def test_plain_transformers_opens_what_we_save(folder, teacher):
     assert torch.equal(hidden_states(plain, wav), hidden_states(make_base(teacher), wav))
     assert json.loads((folder/"preprocessor_config.json").read_text())["do_normalize"] is True
 
+@pytest.mark.parametrize("norm", ["layer", "group"])
+def test_a_padded_batch_through_the_saved_feature_extractor_is_each_clip_alone(tmp_path, norm):
+    "transformers' rule: encoders whose convolutions are normalised by frame are given a mask, those by group none."
+    from transformers import AutoFeatureExtractor
+    torch.manual_seed(0)
+    config = HubertConfig(hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96, conv_dim=[16]*7, feat_extract_norm=norm,
+                          do_stable_layer_norm=norm == "layer", num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=4)
+    save_encoder(HubertModel(config), tmp_path/"m")
+    extract, model = AutoFeatureExtractor.from_pretrained(tmp_path/"m"), HubertModel.from_pretrained(tmp_path/"m").eval()
+    assert extract.return_attention_mask is (norm == "layer")
+    if norm == "group": return                  # zeros are part of what such an encoder hears: no mask can take them back
+    long, short = torch.randn(16_000).numpy(), torch.randn(6_000).numpy()
+    with torch.no_grad():
+        alone = model(**extract(short, sampling_rate=16_000, return_tensors="pt")).last_hidden_state[0]
+        beside = model(**extract([long, short], sampling_rate=16_000, padding=True, return_tensors="pt")).last_hidden_state[1, :len(alone)]
+    assert (alone - beside).abs().max() < 1e-4
+
+def test_what_a_teacher_says_of_its_waveforms_is_kept(folder, tmp_path):
+    file = folder/"preprocessor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | dict(do_normalize=False)), encoding="utf-8")
+    raw = load_encoder(folder)
+    assert raw.do_normalize is False and load_encoder(save_encoder(raw, tmp_path/"copy")).do_normalize is False
+    assert "unit variance" not in (tmp_path/"copy/README.md").read_text(encoding="utf-8")
+    file.unlink()
+    assert load_encoder(folder).do_normalize is True         # transformers' own default
+    file.write_text("{", encoding="utf-8")
+    with pytest.raises(ValueError, match="preprocessor_config.json cannot be read"): load_encoder(folder)
+    with pytest.raises(ValueError, match="none is not a model folder"): load_encoder(tmp_path/"none")
+
+def test_state_i_is_the_output_of_layer_i_before_the_final_norm(teacher):
+    torch.manual_seed(0)
+    model = HubertModel(HubertConfig(**teacher.config.to_dict() | dict(do_stable_layer_norm=True, feat_extract_norm="layer"))).eval()
+    kept, wav = [], torch.randn(1, 4000)
+    for layer in model.encoder.layers: layer.register_forward_hook(lambda m, a, out: kept.append(out[0] if isinstance(out, tuple) else out))
+    states = hidden_states(model, wav)
+    for state, out in zip(states[1:], kept): assert torch.equal(state, out)
+    class After(torch.nn.Module):                            # as transformers listed it before 5.16
+        config = model.config
+        def forward(self, wav, **kw):
+            out = model(wav, **kw)
+            out.hidden_states = (*out.hidden_states[:-1], out.last_hidden_state)
+            return out
+    with pytest.raises(RuntimeError, match="transformers>=5.16"): hidden_states(After(), wav)
+
 def test_old_weight_norm_names_load_to_the_same_encoder(folder):
     before = weights_hash(load_encoder(folder))
     def rename(t):
