@@ -38,6 +38,9 @@ its folder. Each run's folder holds the executed notebook; open it in JupyterLab
 """
 _STATUS = "List the runs of an experiment by stage: up to date, begun, or still to run. Runs nothing and writes nothing."
 
+_NEW = "Write a profile with a comment at each value: teachers, audio, student and budget of your own experiment. Then check it."
+_CHECK = "Open teachers and audio, and say what would run, on how many hours, at which cost, and what is wrong. Writes nothing; exit status 1 if something is wrong."
+
 _MERGE = """Merge as a recipe says, and write a model folder that transformers opens.
 
 Every merged folder holds its own recipe.yaml, so this repeats a merge: the same recipe and inputs give the
@@ -72,12 +75,17 @@ def main(argv:list=None, # arguments; default those of the command line
     s.add_argument("--slurm-jobs", type=int, default=0, metavar="N",
                    help="at most so many jobs of ours in the queue at one time (default: no limit)")
     _grid_options(commands.add_parser("status", help="what is up to date and what is stale", description=_STATUS))
+    n = commands.add_parser("new", help="write a commented profile to start from", description=_NEW)
+    n.add_argument("file", help="the .toml file to write; it must not exist yet")
+    c = commands.add_parser("check", help="say what a profile would run, and what is wrong with it", description=_CHECK)
+    c.add_argument("profile", metavar="NAME_OR_FILE", help="your .toml file, or mini, hub or paper")
     m = commands.add_parser("merge", help="make the encoder that a recipe describes", description=_MERGE, formatter_class=raw)
     m.add_argument("recipe", type=Path, help="the recipe; paths in it are relative to its folder")
     m.add_argument("out", type=Path, help="folder to write, whole or not at all")
     m.add_argument("--trust", action="store_true", help="take models that do not record their start as trained from the recipe's base_model")
     args = parser.parse_args(argv)
-    return dict(reproduce=_reproduce, status=_status, merge=_merge)[args.command](args, parser)
+    commands = dict(reproduce=_reproduce, status=_status, new=_new, check=_check, merge=_merge)
+    return commands[args.command](args, parser)
 
 # %% ../nbs/06_reproduce.ipynb #796a210a
 def _runs_of(args, parser):
@@ -98,12 +106,21 @@ def _reproduce(args, parser):
     if args.jobs < 1: parser.error(f"--jobs {args.jobs} is too few; use 1 or more")
     os.chdir(root())
     if threading.current_thread() is threading.main_thread(): signal.signal(signal.SIGINT, _stop)
-    try: failed = _by_jobs(p, runs, args) if args.slurm else _here(runs, args.jobs)
+    try:
+        _look_first(p, args.profile, runs)
+        failed = _by_jobs(p, runs, args) if args.slurm else _here(runs, args.jobs)
     except (RuntimeError, ValueError, OSError) as e: parser.error(str(e))
     if failed: print(f"\n{len(failed)} of {len(runs)} runs are missing:", *(f"{i}: {why}" for i, why in failed.items()), sep="\n", file=sys.stderr)
     else: _print_results(runs[-1].folder)
     print(f"executed notebooks: {shown(home()/p.name)}/*/")
     return 1 if failed else 0
+
+def _look_first(p, profile, runs):
+    "Before anything is written: refuse an experiment of one's own whose teachers or audio cannot be opened."
+    by_id = {r.id: r for r in runs}
+    if p.name == "mini" or all(fresh(r, by_id) for r in runs if r.stage == "distil"): return
+    from distilltv.check import check_profile
+    if wrong := check_profile(profile).wrong: raise ValueError(f"profile {p.name}: {'; '.join(wrong)}")
 
 def _slurm():
     from distilltv import slurm    # needed on clusters only
@@ -149,6 +166,20 @@ def _status(args, parser):
         more = f": {', '.join(todo[:4])}{' …' if len(todo) > 4 else ''}" if todo else ""
         print(f"{stage:8} {len(of)-len(todo)} of {len(of)} up to date{more}")
     return 0
+
+# %% ../nbs/06_reproduce.ipynb #90531e3a
+def _new(args, parser):
+    from distilltv.profiles import new_profile
+    try: path = new_profile(args.file)
+    except (ValueError, OSError) as e: parser.error(str(e))
+    print(f"written: {path}\nsay in it which teachers and audio to use, then `distilltv check {args.file}`")
+    return 0
+
+def _check(args, parser):
+    from distilltv.check import check_profile
+    found = check_profile(args.profile)
+    print(found)
+    return 1 if found.wrong else 0
 
 # %% ../nbs/06_reproduce.ipynb #9c41d7be
 def _merge(args, parser):
