@@ -142,7 +142,7 @@ def _read_code(path, size, changed, drawing):
         except SyntaxError: code.append(source); continue    # take it as it stands
         code.append(ast.unparse(tree))
         for node in ast.walk(tree): named |= _modules_in(node)
-    return hashlib.sha256("\n".join(code).encode()).hexdigest(), frozenset(named)
+    return hashlib.sha256("\n".join(filter(None, code)).encode()).hexdigest(), frozenset(named)    # a cell of comments is empty
 
 def _modules_in(node):
     "Names after `distilltv.` or `.` in an import."

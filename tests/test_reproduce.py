@@ -1,5 +1,5 @@
 "The grid runner on notebooks of one cell: what runs, what does not, and what a kill or a failure leaves."
-import json, os, signal, subprocess, sys, time
+import json, os, shutil, signal, subprocess, sys, time
 from pathlib import Path
 import pytest
 from distilltv import reproduce as command
@@ -177,3 +177,121 @@ def test_grid_passes_only_parameters_the_notebooks_have():
         path = root()/"nbs"/cell.notebook
         known = papermill.inspect_notebook(str(path))
         assert set(cell.parameters) <= set(known), f"{cell.id} passes {set(cell.parameters)-set(known)} to {path.name}"
+
+# --- what makes which run stale
+
+STAGES = dict(distil="speech", merge="lam-0.50", probe="logmel", results="all")
+# module -> the stages whose runs become stale with it; what only shows results repeats the stage `results` alone
+STALE = {m: "results" for m in "style statistics results figures paper findings".split()}
+
+@pytest.fixture
+def tree(tmp_path, monkeypatch):
+    "A copy of the package and its notebooks, whose code the keys are made of."
+    shutil.copytree(root()/"distilltv", tmp_path/"distilltv", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(root()/"nbs", tmp_path/"nbs")
+    monkeypatch.setattr("distilltv.grid.root", lambda: tmp_path)
+    monkeypatch.setenv("DISTILLTV_DATA", str(tmp_path/"nothing"))
+    return tmp_path
+
+def stale_after(tree, path, change):
+    "The stages whose keys a change of a file changes; the file is put back."
+    runs = {r.id: r for r in grid("mini")}
+    keys = lambda: {s: key(runs[f"{s}/{n}"], runs) for s, n in STAGES.items()}
+    before, text = keys(), path.read_text(encoding="utf-8")
+    path.write_text(change(text), encoding="utf-8")
+    after = keys()
+    path.write_text(text, encoding="utf-8")
+    return " ".join(s for s in STAGES if before[s] != after[s])
+
+def test_each_module_makes_exactly_its_runs_stale(tree):
+    stages = {}
+    for path in sorted((tree/"distilltv").glob("*.py")): stages[path.stem] = stale_after(tree, path, lambda text: text + "\n_edited = 1\n")
+    assert {m: s for m, s in stages.items() if m in STALE} == STALE
+    expected = dict(runs="distil merge probe results", profiles="distil merge probe results", objective="distil results", training="distil results",
+                    rules="merge results", merge="merge results")
+    assert {m: stages[m] for m in expected} == expected
+    assert not any(stages[m] for m in "grid runner reproduce slurm queueing public path align".split()), stages
+
+def test_a_figure_or_a_comment_in_a_chapter_makes_nothing_stale_and_a_line_of_code_does(tree):
+    for stage, nb in dict(distil="02_distill", merge="03_merge", probe="04_probe").items():
+        path = tree/f"nbs/{nb}.ipynb"
+        def with_cell(source):
+            def change(text):
+                nb = json.loads(text)
+                nb["cells"].append(dict(cell_type="code", id="new", metadata={}, outputs=[], execution_count=None, source=[source]))
+                return json.dumps(nb)
+            return change
+        assert stale_after(tree, path, with_cell("#| fig-alt: \"a line\"\nplt.plot([1, 2])")) == ""
+        assert stale_after(tree, path, with_cell("# a comment")) == ""
+        assert stale_after(tree, path, with_cell("lam = 7")) == stage
+
+def test_profile_audio_and_teachers_are_in_the_key(tmp_path, monkeypatch):
+    for d in ("a", "b", "c"):
+        (tmp_path/d).mkdir()
+        (tmp_path/d/"x.wav").write_bytes(b"one")
+    text = 'name = "three"\n[teachers]\na = "./a"\nb = "./b"\nc = "./c"\n[audio]\na = "./a"\nb = "${OTHER}"\nc = "./c"\n[training]\nsteps = 7\n[slurm.distil]\nhours = 2\n'
+    (tmp_path/"three.toml").write_text(text, encoding="utf-8")
+    monkeypatch.setenv("OTHER", str(tmp_path/"b"))
+    runs = {r.id: r for r in grid(tmp_path/"three.toml", seeds=2)}
+    def now(run="distil/a"): return key(runs[run], runs)
+    keys = [now()]
+    def changed():
+        keys.append(now())
+        return keys[-1] != keys[-2]
+    (tmp_path/"c/x.wav").write_bytes(b"other")
+    assert changed()                        # audio, and a teacher
+    monkeypatch.setenv("OTHER", str(tmp_path/"c"))
+    assert changed()                        # an environment variable that the profile names
+    (tmp_path/"three.toml").write_text(text.replace("steps = 7", "steps = 8"), encoding="utf-8")
+    assert changed()                        # a value of the profile
+    (tmp_path/"three.toml").write_text(text.replace("steps = 7", "steps = 8").replace("hours = 2", "hours = 3"), encoding="utf-8")
+    assert not changed()                    # what decides no result
+
+def test_audio_behind_a_link_counts(tmp_path):
+    (tmp_path/"store").mkdir()
+    (tmp_path/"store/a.ogg").write_bytes(b"1")
+    (tmp_path/"d").mkdir()
+    (tmp_path/"d/m.csv").write_text("id")
+    (tmp_path/"d/audio").symlink_to(tmp_path/"store")
+    (tmp_path/"store/again").symlink_to(tmp_path/"d")    # a circle ends
+    before = digest(tmp_path/"d")
+    (tmp_path/"store/a.ogg").write_bytes(b"2")
+    assert digest(tmp_path/"d") != before
+
+# --- the grid of any experiment
+
+def test_grid_of_three_domains_and_two_seeds(tmp_path):
+    (tmp_path/"three.toml").write_text('name = "three"\n[teachers]\na = "x/a"\nb = "x/b"\nc = "x/c"\n', encoding="utf-8")
+    runs = grid(tmp_path/"three.toml", seeds=2)
+    names = {s: [r.name for r in runs if r.stage == s] for s in STAGES}
+    assert names["distil"] == "a b c ensemble ensemble-3x a-seed1 b-seed1 c-seed1 ensemble-seed1 ensemble-3x-seed1".split()
+    longer = next(r for r in runs if r.name == "ensemble-3x")
+    assert longer.parameters["steps"] == 3*20_000 and longer.out == "three/students/both/ensemble-3x" and longer.parameters["profile"] == str(tmp_path/"three.toml")
+    assert len(names["merge"]) == 2*len(simplex("abc", 4)) == 30 and "a0.25-b0.25-c0.50-seed1" in names["merge"]
+    one = next(r for r in runs if r.name == "a0.25-b0.25-c0.50-seed1" and r.stage == "merge")
+    assert one.needs == ("distil/a-seed1", "distil/b-seed1", "distil/c-seed1") and one.parameters["weights"] == dict(a=.25, b=.25, c=.5)
+    assert len(set(r.out for r in runs)) == len(runs) and len(names["probe"]) == 3 + 3 + 10 + 30
+
+def test_weights_that_round_alike_keep_their_folders():
+    outs = [r.out for r in grid("mini", lams=(.125, .1251, .12)) if r.stage == "merge"]
+    assert len(set(outs)) == 3
+
+def test_what_somebody_else_put_into_a_run_folder_stays(repo):
+    run_stale(small((1,)))
+    (repo/"runs/m0/notes.txt").write_text("mine")
+    run_stale(small((9,)))
+    assert (repo/"runs/m0/notes.txt").read_text() == "mine" and (repo/"runs/m0/number.txt").read_text() == "9"
+    assert "notes.txt" not in stamp(small((9,))[0])["files"]
+
+def test_time_left_is_a_rehearsal(repo):
+    runs = small((1, 2, 3, 4))
+    for r in runs:
+        r.folder.mkdir(parents=True)
+        (r.folder/"stamp.json").write_text(json.dumps(dict(key="another", made="another", seconds=dict(make=10, square=30, total=5)[r.stage])))
+    p = Progress(runs, 2)
+    assert p.time_left() == pytest.approx(2*10 + 2*30 + 5)         # two kernels: four of each stage in two turns, then the total
+    p.start(runs[0])
+    p.done(runs[0])
+    p.took[runs[0].id] = 20.                                       # this machine takes twice as long today
+    assert p.time_left() == pytest.approx(2*(2*10 + 2*30 + 5))
+    p.close()
