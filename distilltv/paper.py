@@ -16,12 +16,15 @@ from .corpora import SAMPLE_RATE
 from .distill import distil
 from .encoders import student_config
 from .merge import check_same
-from .probe import LRS, PREPROCESSING, choose_view, features, find_task, fit_probes
+from .features import PREPROCESSING, choose_view, features
+from .fit import LRS, fit_probes
+from .letters import Letters, Words
+from .published import PUBLISHED, REFERENCE, SOURCES
 from .profiles import profile as get_profile, with_settings
 from .results import NINE, OVERALL, missing, scale
 from .runs import data_dir
 from .statistics import bootstrap, mcnemar
-from .tasks import PUBLISHED, REFERENCE, SOURCES, Letters
+from .tasks import find_task
 
 # %% ../nbs/05c_paper.ipynb #38e618e8
 def gpu_time(flop:float) -> str: # operations
@@ -49,7 +52,7 @@ def probe_flop(task:str, layers:str="") -> float: # a published task; a key of `
     "Operations that one encoder's score on a published task takes."
     t = find_task(task)
     rate, source = _rates(layers)[bool(layers)], next(s for s in SOURCES.values() if t.segments in s.tables)
-    if t.kind != "ctc": return source.hours*3600*rate
+    if not isinstance(t.answer, Words): return source.hours*3600*rate
     r = REFERENCE.set_index("task").loc[task]
     weights = sum(p.numel() for p in Letters(1, 768, int(r.width)).parameters())
     return 3*r.steps*r.batch*UTTERANCE*(rate + 3*2*50*weights)    # three seeds; two operations a weight and frame, and twice that backward
@@ -113,7 +116,7 @@ def _default(f, name): return inspect.signature(f).parameters[name].default
 def _ours() -> dict:
     p, students = get_profile("paper"), sorted((data_dir()/"students").glob("*/model.*"))
     view = lambda layers: choose_view(SimpleNamespace(depth=layers+1))
-    steps = [t.steps for t in PUBLISHED.values() if t.kind != "ctc"]
+    steps = [t.steps for t in PUBLISHED.values() if not isinstance(t.answer, Words)]
     return {"λ": f"{_default(missing, 'lams')} values from 0 to 1", "distillation steps": f"{p.steps:,}", "batch": f"{p.batch} for both", "learning rate": f"{p.lr:g} for both", "crop": f"{p.seconds*SAMPLE_RATE:,.0f} samples ({p.seconds:g} s)",
             "layers predicted": ", ".join(map(str, p.predict)), "warm-up, clipping, weight decay": f"{p.warmup:.0%}, {p.clip:g}, {p.weight_decay:g}".replace("%", " %"), "precision": p.precision, "seed of distillation": f"{p.seed}, one run",
             "trainer of the endpoints": f"one: {distil.__module__}.{distil.__name__}, with the teacher as a parameter", "audio shorter than a crop": dict(join="joined with others of its folder; no padding", alone="shorter crops; no padding")[p.short],

@@ -40,8 +40,8 @@ print(json.dumps([featurizer.output_dim, featurizer.downsample_rate, featurizer.
 def test_s3prl_opens_a_saved_student(tmp_path):
     "A model folder of ours is all that s3prl's `hf_hubert_custom` needs, and it hears the same."
     python = peer("S3PRL")
-    from distilltv.probe import open_encoder
-    from distilltv.tasks import S3prlUpstream
+    from distilltv.features import open_encoder
+    from distilltv.features import S3prlUpstream
     encoder = open_encoder(str(STUDENT))
     torch.save(wavs(), tmp_path/"wavs.pt")
     assert run(python, OPENED, STUDENT, tmp_path/"wavs.pt", tmp_path/"heard.npz") == [encoder.dim, encoder.hop, encoder.depth]
@@ -79,13 +79,13 @@ import huggingface_hub, torchaudio, datasets
 for _ in range(2):
     t = sys.modules["transformers"]
     if not hasattr(t, "PreTrainedConfig"): t.PreTrainedConfig = t.PretrainedConfig
-    import distilltv.probe
+    import distilltv.features
 from argparse import Namespace
 import s3prl.downstream, torch
 from s3prl import hub
 from s3prl.downstream.runner import Runner
-from distilltv.probe import open_encoder
-from distilltv.tasks import S3prlUpstream
+from distilltv.features import open_encoder
+from distilltv.features import S3prlUpstream
 hub.distilltv = lambda ckpt, **_: S3prlUpstream(open_encoder(ckpt))
 s3prl.downstream.__path__.append(sys.argv[2])
 torch.manual_seed(0)
@@ -117,8 +117,8 @@ def test_a_step_equals_s3prls(tmp_path):
 CHECKED = """
 import json, sys, torch
 from xares.audio_encoder_checker import check_audio_encoder
-from distilltv.probe import open_encoder
-from distilltv.tasks import XaresEncoder
+from distilltv.features import open_encoder
+from distilltv.features import XaresEncoder
 good = XaresEncoder(open_encoder(sys.argv[1]))
 bad = XaresEncoder(open_encoder(sys.argv[1]))
 bad.output_dim += 1

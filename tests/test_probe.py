@@ -1,9 +1,9 @@
 "Probes: batched training, cache keys, padding-free batches, groupings, and messages that explain."
-import json
+import dataclasses, json, re
 import numpy as np, pandas as pd, pytest, soundfile as sf, torch
 from hypothesis import given, settings, strategies as st
 from transformers import HubertConfig, HubertModel
-from distilltv import probe as P
+from distilltv import features as E, fit as F, mini as M, probe as P, tasks as T
 from distilltv.runs import _trim, data_dir
 
 torch.set_num_threads(1)
@@ -54,16 +54,16 @@ def test_batched_probes_equal_probes_trained_one_by_one(layers, hidden, attend):
     if attend: x = framed(x, y)
     kw = dict(xv=x, yv=y, classes=3, steps=60, batch=32, hidden=hidden, attend=attend)
     lrs, seeds = (3e-3, 3e-2), (4, 5)
-    both = P.fit_probes(x, y, lrs=lrs, seeds=seeds, **kw)
+    both = F.fit_probes(x, y, lrs=lrs, seeds=seeds, **kw)
     for s, seed in enumerate(seeds):
         for r, lr in enumerate(lrs):
-            one = P.fit_probes(x, y, lrs=(lr,), seeds=(seed,), **kw)
+            one = F.fit_probes(x, y, lrs=(lr,), seeds=(seed,), **kw)
             for k, q in both["p"].items(): torch.testing.assert_close(q[s, r], one["p"][k][0, 0], atol=2e-5, rtol=1e-4)
             assert both["valid"][s, r] == one["valid"][0, 0]
 
 def test_one_copy_equals_torch_adamw():
     x, y = toy()
-    ours = P.fit_probes(x, y, x, y, 3, lrs=(1e-2,), seeds=(7,), steps=20, batch=120, every=20)
+    ours = F.fit_probes(x, y, x, y, 3, lrs=(1e-2,), seeds=(7,), steps=20, batch=120, every=20)
     g = torch.Generator().manual_seed(7)
     W, b = (torch.randn(6, 3, generator=g)*.01).requires_grad_(), torch.zeros(3, requires_grad=True)
     opt = torch.optim.AdamW([W, b], 1e-2, weight_decay=1e-2)
@@ -77,14 +77,14 @@ def test_attention_starts_as_the_mean_and_weights_frames_by_a_softmax(layers):
     x, y = toy(n=40, layers=layers)
     f, g = framed(x, y), torch.Generator().manual_seed(1)
     W, b, q, a = torch.randn(2, 1, 6, 3, generator=g), torch.zeros(2, 1, 1, 3), torch.zeros(2, 1, 6), torch.randn(2, 1, layers, generator=g) if layers > 1 else None
-    torch.testing.assert_close(P.logits(f[:, None], W, b, a, q=q), P.logits(f.nanmean(2)[:, None], W, b, a), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(F.logits(f[:, None], W, b, a, q=q), F.logits(f.nanmean(2)[:, None], W, b, a), atol=1e-5, rtol=1e-4)
     q = torch.randn(2, 1, 6, generator=g)
     for s in range(2):
         h = f[0] if a is None else torch.einsum("lntd,l->ntd", f, a[s, 0].softmax(0))
         for i in range(40):
             there = h[i][~h[i, :, 0].isnan()]
             want = ((there @ q[s, 0]).softmax(0) @ there) @ W[s, 0]
-            torch.testing.assert_close(P.logits(f[:, None], W, b, a, q=q)[s, 0, i], want, atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(F.logits(f[:, None], W, b, a, q=q)[s, 0, i], want, atol=1e-5, rtol=1e-4)
 
 def test_attention_finds_the_frame_that_a_mean_hides():
     g = torch.Generator().manual_seed(0)
@@ -93,7 +93,7 @@ def test_attention_finds_the_frame_that_a_mean_hides():
     at = torch.randint(0, 7, (300,), generator=g)
     for i, t in enumerate(at): x[0, i, t, 0], x[0, i, t, 1], x[0, i, t+1, 1] = 2., 2.*y[i] - 1, 1 - 2.*y[i]
     parts = lambda v: (v[:, :200], y[:200], v[:, 200:], y[200:], 2)
-    assert P.fit_probes(*parts(x.mean(2)), seeds=(0,))["valid"].max() < .75 < .95 < P.fit_probes(*parts(x), seeds=(0,), attend=True)["valid"].max()
+    assert F.fit_probes(*parts(x.mean(2)), seeds=(0,))["valid"].max() < .75 < .95 < F.fit_probes(*parts(x), seeds=(0,), attend=True)["valid"].max()
 
 def test_project_pool_classify_is_one_matrix():
     "The reference probe, Linear - mean - Linear, is the linear map that we train on the mean."
@@ -103,7 +103,7 @@ def test_project_pool_classify_is_one_matrix():
 
 def test_the_learned_sum_finds_the_layer_with_the_answer():
     x, y = toy(n=300, layers=3)
-    fit = P.fit_probes(x, y, x, y, 3, lrs=(3e-2,), seeds=(0,), steps=200)
+    fit = F.fit_probes(x, y, x, y, 3, lrs=(3e-2,), seeds=(0,), steps=200)
     assert fit["p"]["a"][0, 0].argmax() == 2 and fit["valid"].item() > .8
 
 @settings(max_examples=30, deadline=None)
@@ -111,55 +111,55 @@ def test_the_learned_sum_finds_the_layer_with_the_answer():
 def test_pool_is_the_mean_of_frames_whose_centre_is_inside(frames, spans):
     h = torch.randn(2, frames, 3)
     lo, hi = np.array([a for a, _ in spans]), np.array([a + b for a, b in spans])
-    got = P.pool(h, lo, hi)
+    got = E.pool(h, lo, hi)
     for i, (a, b) in enumerate(zip(lo, hi)):
         inside = [t for t in range(frames) if a <= 320*t + 200 < b] or [min(range(frames), key=lambda t: abs(320*t + 200 - (a+b)/2))]
         torch.testing.assert_close(got[:, i], h[:, inside].mean(1))
 
 def test_batches_are_free_of_padding(runs, corpus):
-    e, table = P.check_encoder(P.Transformer(hubert())), P.segment_table("notes", str(corpus))
-    together = P.extract(e, table, corpus)
-    alone = np.concatenate([P.extract(e, table.iloc[[i]], corpus) for i in range(len(table))], 1)
+    e, table = E.check_encoder(E.Transformer(hubert())), M.notes(corpus)
+    together = E.extract(e, table, corpus)
+    alone = np.concatenate([E.extract(e, table.iloc[[i]], corpus) for i in range(len(table))], 1)
     np.testing.assert_allclose(together, alone, atol=1e-4)
 
 def test_cache_is_keyed_by_weights_and_audio_and_survives_damage(runs, corpus):
-    a, b, table = P.Transformer(hubert(0)), P.Transformer(hubert(1)), P.segment_table("notes", str(corpus))
-    fa, fb = P.features(a, "notes", corpus), P.features(b, "notes", corpus)
-    assert not np.allclose(fa, fb) and P.features_key(a, table, corpus) != P.features_key(b, table, corpus)
-    f = runs/"cache"/f"{P.features_key(a, table, corpus)}.npy"
+    a, b, table = E.Transformer(hubert(0)), E.Transformer(hubert(1)), M.notes(corpus)
+    fa, fb = E.features(a, M.notes(corpus), corpus), E.features(b, M.notes(corpus), corpus)
+    assert not np.allclose(fa, fb) and E.features_key(a, table, corpus) != E.features_key(b, table, corpus)
+    f = runs/"cache"/f"{E.features_key(a, table, corpus)}.npy"
     f.write_bytes(f.read_bytes()[:200])
-    np.testing.assert_array_equal(P.features(a, "notes", corpus), fa)
-    before = P.features_key(a, table, corpus)
+    np.testing.assert_array_equal(E.features(a, M.notes(corpus), corpus), fa)
+    before = E.features_key(a, table, corpus)
     x, _ = sf.read(corpus/"music/a.flac"); x[0] += .1
     sf.write(corpus/"music/a.flac", x, 16000)
-    assert P.features_key(a, table, corpus) != before
+    assert E.features_key(a, table, corpus) != before
 
 def test_same_weights_in_another_class_of_name_share_a_key():
-    class Renamed(P.Transformer): pass
-    assert P.Transformer(hubert()).hash == Renamed(hubert()).hash
+    class Renamed(E.Transformer): pass
+    assert E.Transformer(hubert()).hash == Renamed(hubert()).hash
 
 def test_same_weights_in_another_configuration_have_a_key_of_their_own(corpus):
-    usual, table = hubert(), P.segment_table("notes", str(corpus))
+    usual, table = hubert(), M.notes(corpus)
     other = HubertModel(HubertConfig(**usual.config.to_dict() | dict(hidden_act="relu")))
     other.load_state_dict(usual.state_dict())
-    a, b = P.Transformer(usual), P.Transformer(other)
-    assert a.hash == b.hash and P.features_key(a, table, corpus) != P.features_key(b, table, corpus)
+    a, b = E.Transformer(usual), E.Transformer(other)
+    assert a.hash == b.hash and E.features_key(a, table, corpus) != E.features_key(b, table, corpus)
 
 def test_mert_folders_open_without_their_code(tmp_path):
     hubert().save_pretrained(tmp_path/"mert")
     f = tmp_path/"mert/config.json"
     f.write_text(json.dumps(json.loads(f.read_text()) | dict(model_type="mert_model", sample_rate=16000, auto_map=dict(AutoModel="modeling_MERT.MERTModel"))))
     (tmp_path/"mert/modeling_MERT.py").write_text("raise SystemExit('this code must never run')")
-    assert P.open_encoder(str(tmp_path/"mert")).hash == P.Transformer(hubert()).hash
+    assert E.open_encoder(str(tmp_path/"mert")).hash == E.Transformer(hubert()).hash
 
 def test_cache_is_bounded(runs, corpus):
-    for s in range(3): P.features(P.Transformer(hubert(s)), "notes", corpus, most=2e6)
+    for s in range(3): E.features(E.Transformer(hubert(s)), M.notes(corpus), corpus, most=2e6)
     size = lambda: sum(f.stat().st_size for f in (runs/"cache").glob("*.npy"))
     _trim(runs/"cache", 1)
     assert len(list((runs/"cache").glob("*.npy"))) == 1 and size() < 2e6
 
 def test_a_solvable_task_is_solved_and_predictions_are_kept(runs, corpus, tmp_path):
-    d = P.probe(P.open_encoder("logmel"), "instrument,pitch", seeds=3, root=str(corpus), out=tmp_path/"out")
+    d = P.probe(E.open_encoder("logmel"), "instrument,pitch", seeds=3, root=str(corpus), out=tmp_path/"out")
     linear = d[d.probe == "linear"]
     assert (linear.score == 1).all() and set(linear.seed) == {0, 1, 2} and (d[d.probe == "knn"].score == 1).all()
     z = np.load(tmp_path/"out/predictions.npz", allow_pickle=False)
@@ -175,44 +175,44 @@ def test_a_row_names_what_it_was_made_from(runs, corpus, tmp_path):
     assert P.probe("logmel", "pitch", seeds=1, root=str(corpus)).data_hash[0] != d.data_hash[0] == pd.read_csv(tmp_path/"out/scores.csv").data_hash[0]
 
 def test_frames_are_those_that_are_averaged(runs, corpus):
-    e, table = P.Transformer(hubert()), P.segment_table("notes", str(corpus))
-    frames = P.frame_features(e, "notes", root=str(corpus))
+    e, table = E.Transformer(hubert()), M.notes(corpus)
+    frames = E.frame_features(e, M.notes(corpus), corpus)
     assert frames.shape[:2] == (1, len(table)) and set(np.isfinite(frames[0, ..., 0]).sum(1)) == set((table.hi - table.lo - 400)//320 + 1)
-    np.testing.assert_allclose(np.nanmean(frames[0], 1), P.features(e, "notes", str(corpus))[-1], atol=1e-4)
-    assert P.frame_features(e, "notes", "sum", str(corpus)).shape[0] == 3
-    np.testing.assert_array_equal(P.frame_features(e, "notes", root=str(corpus)), frames)      # from the cache
-    with pytest.raises(ValueError, match="frames of table notes would take .* use the head `linear`"): P.frame_features(e, "notes", root=str(corpus), largest=1e4)
+    np.testing.assert_allclose(np.nanmean(frames[0], 1), E.features(e, M.notes(corpus), corpus)[-1], atol=1e-4)
+    assert E.frame_features(e, M.notes(corpus), corpus, "sum").shape[0] == 3
+    np.testing.assert_array_equal(E.frame_features(e, M.notes(corpus), corpus), frames)      # from the cache
+    with pytest.raises(ValueError, match="the frames of 48 segments would take .* use the head `linear`"): E.frame_features(e, M.notes(corpus), corpus, largest=1e4)
 
 def test_an_attentive_probe_solves_a_solvable_task(runs, corpus):
-    d = P.probe(P.open_encoder("logmel"), "instrument", seeds=2, root=str(corpus), head="attentive")
+    d = P.probe(E.open_encoder("logmel"), "instrument", seeds=2, root=str(corpus), head="attentive")
     assert d.encoder[0] == "logmel@attentive" and (d.score == 1).all() and set(d.probe) == {"attentive", "knn"}
-    with pytest.raises(ValueError, match="head 'deep' is unknown; use linear, mlp, attentive"): P.score_task(P.LogMel(), "pitch", root=str(corpus), head="deep")
+    with pytest.raises(ValueError, match="head 'deep' is unknown; use linear, mlp, attentive"): P.score_task(E.LogMel(), "pitch", root=str(corpus), head="deep")
 
 @pytest.mark.parametrize("change", [lambda m: m.encoder.layers[0].feed_forward.output_dense.weight.data.mul_(3), lambda m: torch.nn.init.zeros_(m.feature_projection.projection.weight)])
 def test_weights_changed_after_wrapping_do_not_meet_cached_features(runs, corpus, change):
-    e = P.Transformer(hubert())
-    P.features(e, "notes", corpus)
-    P.features(e, "notes", corpus)
+    e = E.Transformer(hubert())
+    E.features(e, M.notes(corpus), corpus)
+    E.features(e, M.notes(corpus), corpus)
     change(e.model)
-    with pytest.raises(ValueError, match="does not compute the features that the cache holds under its hash .* wrap it again"): P.features(e, "notes", corpus)
+    with pytest.raises(ValueError, match="does not compute the features that the cache holds under its hash .* wrap it again"): E.features(e, M.notes(corpus), corpus)
 
 def rewrite(corpus, **change):
     m = pd.read_csv(corpus/"music/metadata.csv", dtype=str, keep_default_na=False)
     for c, f in change.items(): m[c] = f(m)
     m.to_csv(corpus/"music/metadata.csv", index=False)
-    P._segment_table.cache_clear()
+    T.forget_tables()
 
 def test_bad_tables_are_named(corpus):
     rewrite(corpus, split=lambda m: m.split.replace("valid", "train"))
-    with pytest.raises(ValueError, match="valid split of table notes is empty"): P.task_table("pitch", str(corpus))
+    with pytest.raises(ValueError, match="valid split of table notes is empty"): T.task_table("pitch", str(corpus))
 
 def test_a_group_in_two_splits_is_named(corpus):
     rewrite(corpus, program=lambda m: "0", split=lambda m: m.split.replace("test", "valid").where(m.id != "n47", "test").where(m.id != "n46", "test"), pitch=lambda m: (m.id.str[1:].astype(int) % 4).astype(str))
-    with pytest.raises(ValueError, match="note '0/[0-3]' is in more than one split"): P.task_table("pitch", str(corpus))
+    with pytest.raises(ValueError, match="note '0/[0-3]' is in more than one split"): T.task_table("pitch", str(corpus))
 
 def test_labels_only_in_test_or_missing_are_set_apart(corpus):
     rewrite(corpus, family=lambda m: m.family.where(m.id != "n47", "unheard of").where(m.id != "n0", ""))
-    t = P.task_table("instrument", str(corpus))
+    t = T.task_table("instrument", str(corpus))
     assert t[~t.usable].id.tolist() == ["n0", "n47"]
 
 def test_what_a_label_makes_unusable_is_counted_in_the_status(runs, corpus):
@@ -223,20 +223,19 @@ def test_what_a_label_makes_unusable_is_counted_in_the_status(runs, corpus):
 def test_labels_that_are_not_there_at_all(corpus):
     m = pd.read_csv(corpus/"music/metadata.csv")
     m.drop(columns="family").to_csv(corpus/"music/metadata.csv", index=False)
-    P._segment_table.cache_clear()
-    with pytest.raises(ValueError, match="task instrument: table notes has no column family"): P.task_table("instrument", str(corpus))
+    T.forget_tables()
+    with pytest.raises(ValueError, match="task instrument: table notes has no column family"): T.task_table("instrument", str(corpus))
     m.assign(family=np.nan).to_csv(corpus/"music/metadata.csv", index=False)
-    P._segment_table.cache_clear()
-    with pytest.raises(ValueError, match="no family in the test and train and valid split is labelled"): P.task_table("instrument", str(corpus))
+    T.forget_tables()
+    with pytest.raises(ValueError, match="no family in the test and train and valid split is labelled"): T.task_table("instrument", str(corpus))
 
-def test_nan_is_no_label(corpus, monkeypatch):
-    monkeypatch.setitem(P.SEGMENTS, "notes", lambda root: P.notes(root).assign(family=lambda d: d.family.where(d.id != "n0", np.nan)))
-    assert P.notes(str(corpus)).id[0] == "n0" and not P.task_table("instrument", str(corpus)).usable[0]
-    P._segment_table.cache_clear()
+def test_nan_is_no_label(corpus):
+    t = dataclasses.replace(T.find_task("instrument"), load=lambda root: M.notes(root).assign(family=lambda d: d.family.where(d.id != "n0", np.nan)))
+    assert M.notes(corpus).id[0] == "n0" and not t.split(corpus).usable[0]
 
 def test_a_task_that_the_recording_chain_gives_away_is_refused(corpus):
     rewrite(corpus, bank=lambda m: m.family)
-    with pytest.raises(P.Leak, match="bank, velocity alone predict family"): P.check_leakage("instrument", str(corpus))
+    with pytest.raises(T.Leak, match="bank, velocity alone predict family"): T.check_leakage("instrument", str(corpus))
 
 def test_a_leak_costs_the_task_not_the_run(runs, corpus):
     rewrite(corpus, bank=lambda m: m.family, pitch=lambda m: (m.id.str[1:].astype(int)//2 % 2).astype(str))
@@ -245,10 +244,9 @@ def test_a_leak_costs_the_task_not_the_run(runs, corpus):
 
 def leaky(monkeypatch, table, **task):
     "Leakage of a task with the columns `label` and `c`."
-    monkeypatch.setitem(P.SEGMENTS, "leaky", lambda root: table.assign(id=range(len(table)), g=range(len(table))))
-    monkeypatch.setitem(P.TASKS, "leaky", P.Task("leaky", "music", "leaky", "label", "g", ("c",), **task))
-    P._segment_table.cache_clear()
-    return P.leakage("leaky", "nowhere")
+    load = lambda root: table.assign(id=range(len(table)), g=range(len(table)))
+    monkeypatch.setitem(T.TASKS, "leaky", T.Task("leaky", "music", load, "label", "g", ("c",), **task))
+    return T.leakage("leaky", "nowhere")
 
 def test_leakage_by_hand(monkeypatch):
     splits = ["train"]*4 + ["valid"] + ["test"]*4
@@ -264,89 +262,87 @@ def test_leakage_by_hand(monkeypatch):
 def test_leakage_of_numbers_and_tags(monkeypatch):
     splits = ["train"]*4 + ["valid"] + ["test"]*4
     t = pd.DataFrame(dict(label=["1|0", "1|0", "0|1", "0|1", "1|0", "1|0", "0|1", "1|0", "0|1"], c=list("xxyyxxyxy"), split=splits))
-    tags, blind = leaky(monkeypatch, t, kind="tags", metric="roc-auc"), leaky(monkeypatch, t.assign(c="x"), kind="tags", metric="roc-auc")
+    tags, blind = leaky(monkeypatch, t, answer=F.Tags(), metric="roc-auc"), leaky(monkeypatch, t.assign(c="x"), answer=F.Tags(), metric="roc-auc")
     assert (tags["majority"], tags["chain"]) == (.5, 1.) and blind["chain"] == .5
-    numbers = leaky(monkeypatch, t, kind="numbers", metric="r2")
+    numbers = leaky(monkeypatch, t, answer=F.Numbers(), metric="r2")
     assert (numbers["majority"], numbers["chain"]) == (0., 1.)
-    with pytest.raises(P.Leak, match="c alone predict label at 1.00, the majority at 0.00"): P.check_leakage("leaky", "nowhere")
+    with pytest.raises(T.Leak, match="c alone predict label at 1.00, the majority at 0.00"): T.check_leakage("leaky", "nowhere")
 
 @pytest.mark.parametrize("change, message", [
     (dict(sample_rate=24000), "wants 24000 Hz"), (dict(hop=None), "no whole number `hop`"), (dict(hop=160), "about 32[0-9] samples"), (dict(dim=12), "says dim = 12 and returns 80")])
 def test_the_contract_explains(change, message):
-    e = P.LogMel()
+    e = E.LogMel()
     for k, v in change.items(): setattr(e, k, v)
-    with pytest.raises(ValueError, match=message): P.check_encoder(e)
+    with pytest.raises(ValueError, match=message): E.check_encoder(e)
 
 def test_a_call_of_the_wrong_shape_is_explained():
-    class Flat(P.LogMel):
+    class Flat(E.LogMel):
         def __call__(self, wav): return super().__call__(wav)[0]
-    with pytest.raises(ValueError, match=r"expected \[layers, 2, frames, dim\]"): P.check_encoder(Flat())
+    with pytest.raises(ValueError, match=r"expected \[layers, 2, frames, dim\]"): E.check_encoder(Flat())
 
 def test_any_transformers_audio_model_opens(tmp_path):
     from transformers import Wav2Vec2Config, Wav2Vec2Model
     Wav2Vec2Model(Wav2Vec2Config(**SHAPE)).save_pretrained(tmp_path/"w2v")
-    e = P.open_encoder(str(tmp_path/"w2v"))
+    e = E.open_encoder(str(tmp_path/"w2v"))
     assert (e.hop, e.dim, e.depth) == (320, 24, 3) and e.info["role"] == "other"
 
 @pytest.mark.parametrize("name", ["no-such-thing", "/no/such/folder"])
 def test_an_unknown_encoder_is_named(name):
-    with pytest.raises(ValueError, match="no config.json"): P.open_encoder(name)
+    with pytest.raises(ValueError, match="no config.json"): E.open_encoder(name)
 
 def test_unknown_tasks_and_views_are_named():
-    with pytest.raises(ValueError, match="task 'tempo' is unknown; use all, more, paper, or some of phones"): P.probe("logmel", "tempo")
-    with pytest.raises(ValueError, match="layer from 0 to 0"): P.choose_view(P.LogMel(), "3")
-    assert P.choose_view(P.LogMel()) == "last"
+    with pytest.raises(ValueError, match="task 'tempo' is unknown; use all, more, paper, a domain, or some of phones"): P.probe("logmel", "tempo")
+    with pytest.raises(ValueError, match="layer from 0 to 0"): E.choose_view(E.LogMel(), "3")
+    assert E.choose_view(E.LogMel()) == "last"
 
 def test_knn_votes_and_breaks_ties_by_nearness():
     x, y = torch.tensor([[1., 0], [1., .1], [0, 1.], [.1, 1.]]), torch.tensor([0, 0, 1, 1])
-    assert P.knn(x, y, torch.tensor([[1., .05], [.05, 1.]]), k=2).tolist() == [0, 1]
-    assert P.knn(x, y, torch.tensor([[1., .4]]), k=4).tolist() == [0]
+    assert F.knn(x, y, torch.tensor([[1., .05], [.05, 1.]]), k=2).tolist() == [0, 1]
+    assert F.knn(x, y, torch.tensor([[1., .4]]), k=4).tolist() == [0]
 
 def test_match_finds_the_same_content_in_another_voice():
     g = torch.Generator().manual_seed(0)
     content = torch.randn(30, 8, generator=g)
     df = pd.DataFrame([dict(label=str(i), voice=v, lang="fr", split="train" if i < 10 else "test") for v in "ab" for i in range(30)])
     x = torch.cat([content, 3*content + 5])   # another voice: another colour and loudness, same content
-    assert P.match(x, df).all() and len(P.match(x, df)) == 40
-    assert P.match(torch.randn(60, 8, generator=g), df).mean() < .3
+    assert F.match(x, df).all() and len(F.match(x, df)) == 40
+    assert F.match(torch.randn(60, 8, generator=g), df).mean() < .3
 
 @pytest.mark.skipif(not (data_dir()/"speech/metadata.csv").exists(), reason="the mini corpus is not here")
-@pytest.mark.parametrize("task", list(P.TASKS))
+@pytest.mark.parametrize("task", T.task_names("all") + T.task_names("more"))
 def test_shipped_tasks_are_grouped_and_leak_nothing(task):
-    t, df = P.TASKS[task], P.task_table(task)
+    t, df = T.TASKS[task], T.task_table(task)
     assert (df.groupby(t.group).split.nunique() == 1).all()
     assert (df.split == "test").sum() >= 80 and df.usable.mean() > .95
-    P.check_leakage(task)
+    T.check_leakage(task)
 
 shipped = pytest.mark.skipif(not (data_dir()/"drums/metadata.csv").exists(), reason="the mini corpus is not here")
 
 @shipped
 def test_detection_hides_nothing_but_the_question(runs):
-    d = P.segment_table("detection")
+    d = M.detection(data_dir())
     alone, both = d[d.with_file == ""], d[d.with_file != ""]
     for s in ("train", "valid", "test"):
         n = d[d.split == s].content.value_counts()
         assert n.nunique() == 1 and set(n.index) == {"speech", "music", "both"}
     where = lambda t, *c: sorted(map(tuple, t[list(c)].to_numpy()))
     assert where(alone, "file", "start") == sorted(where(both, "file", "start") + where(both, "with_file", "with_start"))
-    assert both.groupby(["split", "heard"]).size().groupby("split").agg(np.ptp).max() <= 1 and set(both.speech_db) == set(P.SNRS)
+    assert both.groupby(["split", "heard"]).size().groupby("split").agg(np.ptp).max() <= 1 and set(both.speech_db) == set(M.SNRS)
     # a corpus that mixes one voice only would give the mixtures away
-    P.check_leakage("speech-music-both")
-    l = P.leakage("speech-music-both")
+    T.check_leakage("speech-music-both")
+    l = T.leakage("speech-music-both")
     assert abs(l["chain"] - l["majority"]) < .02 and .6 < l["majority"] < .7
 
-def test_detection_that_mixes_one_voice_only_is_refused(monkeypatch):
+def test_detection_that_mixes_one_voice_only_is_refused():
     rows = [dict(content=c, heard="speech", performer="a" if c == "both" else "bc"[i % 2], source="s", pair=f"{s}{i}{c}", id=f"{s}{i}{c}", split=s) for s in ("train", "valid", "test") for i in range(6) for c in ("speech", "both")]
-    monkeypatch.setitem(P.SEGMENTS, "detection", lambda root: pd.DataFrame(rows))
-    P._segment_table.cache_clear()
-    with pytest.raises(P.Leak, match="source, performer alone predict content at 1.00, the majority at 0.50"): P.check_leakage("speech-music-both", "nowhere")
-    P._segment_table.cache_clear()
+    task = dataclasses.replace(T.find_task("speech-music-both"), load=lambda root: pd.DataFrame(rows))
+    with pytest.raises(T.Leak, match="source, performer alone predict content at 1.00, the majority at 0.50"): T.check_leakage(task, "nowhere")
 
 def test_mixtures_and_single_windows_in_one_table(runs, corpus):
-    clean = P.segment_table("notes", str(corpus)).iloc[:6].reset_index(drop=True)
+    clean = M.notes(corpus).iloc[:6].reset_index(drop=True)
     one = clean.assign(with_file="", with_start=0, snr=0.)
     two = clean.assign(with_file=clean.file[::-1].to_numpy(), with_start=clean.start[::-1].to_numpy(), snr=[-10., 0, 10]*2)
-    w, audio = P.windows(pd.concat([one, two], ignore_index=True), corpus)
+    w, audio = E.windows(pd.concat([one, two], ignore_index=True), corpus)
     assert len(w) == 12
     at = np.cumsum([0, *(w.end - w.start)])
     cut = {r[0]: audio[a:b].astype(float) for r, a, b in zip(w.rows, at, at[1:])}
@@ -354,51 +350,51 @@ def test_mixtures_and_single_windows_in_one_table(runs, corpus):
         x, z = cut[i], cut[6+i]
         scale = np.dot(z, x)/np.dot(x, x)        # the windows hardly correlate, and a mixture that would clip is made quieter
         assert 10*np.log10(np.mean((scale*x)**2)/np.mean((z - scale*x)**2)) == pytest.approx(snr, abs=1.5)
-    keys = {P.features_key(P.LogMel(), pd.concat([one, two.assign(snr=v)], ignore_index=True), corpus) for v in ([-10., 0, 10]*2, [10., 0, -10]*2, [0.]*6)}
+    keys = {E.features_key(E.LogMel(), pd.concat([one, two.assign(snr=v)], ignore_index=True), corpus) for v in ([-10., 0, 10]*2, [10., 0, -10]*2, [0.]*6)}
     assert len(keys) == 3
 
 @shipped
 def test_drum_kits_of_a_maker_share_a_fold():
-    d = P.segment_table("drums")
+    d = M.drums(data_dir())
     assert (d.groupby("maker").fold.nunique() == 1).all() and (d.groupby("kit").maker.nunique() == 1).all() and d.maker.nunique() >= 7
     assert set(d.drum) == {"kick", "snare", "tom", "hat", "cymbal"} and (d.groupby("fold").drum.nunique() == 5).all() and d.id.is_unique
 
 @shipped
 def test_test_notes_are_another_bank_and_unheard_pairs():
-    n = P.segment_table("notes")
+    n = M.notes(data_dir())
     test, train = n[n.split == "test"], n[n.split != "test"]
     assert not set(test.bank) & set(train.bank) and not set(test.note) & set(train.note)
 
 def test_a_hidden_layer_solves_what_a_linear_probe_cannot():
     x = torch.tensor([[0., 0], [0, 1], [1, 0], [1, 1]]).repeat(50, 1)[None]*2 - 1
     y = ((x[0, :, 0] > 0) ^ (x[0, :, 1] > 0)).long()
-    assert P.fit_probes(x, y, x, y, 2, seeds=(0,))["valid"].max() <= .75 and P.fit_probes(x, y, x, y, 2, seeds=(0,), hidden=32)["valid"].max() == 1
+    assert F.fit_probes(x, y, x, y, 2, seeds=(0,))["valid"].max() <= .75 and F.fit_probes(x, y, x, y, 2, seeds=(0,), hidden=32)["valid"].max() == 1
 
 @given(st.floats(-20, 20))
 def test_mixtures_have_the_stated_ratio(snr):
     g = np.random.default_rng(0)
     x, y = .01*g.standard_normal(4000), .02*np.sin(np.arange(4000))
-    z = P.mix(x, y, snr)
+    z = E.mix(x, y, snr)
     if np.abs(z).max() < .98: assert 10*np.log10(np.mean(x**2)/np.mean((z-x)**2)) == pytest.approx(snr, abs=1e-6)
     assert np.abs(z).max() <= .99 + 1e-9
 
 def test_mixed_windows_have_their_own_cache_key(runs, corpus):
-    clean = P.segment_table("notes", str(corpus))
-    e, keys = P.LogMel(), set()
-    for t in (clean, P.mixed(clean.copy(), clean, 0.), P.mixed(clean.copy(), clean, 5.)): keys.add(P.features_key(e, t, corpus))
+    clean = M.notes(corpus)
+    e, keys = E.LogMel(), set()
+    for t in (clean, M.mixed(clean.copy(), clean, 0.), M.mixed(clean.copy(), clean, 5.)): keys.add(E.features_key(e, t, corpus))
     assert len(keys) == 3
-    t = P.mixed(clean.copy(), clean.iloc[::-1].reset_index(drop=True), 0.)
-    assert not np.allclose(P.windows(t, corpus)[1], P.windows(clean, corpus)[1])
+    t = M.mixed(clean.copy(), clean.iloc[::-1].reset_index(drop=True), 0.)
+    assert not np.allclose(E.windows(t, corpus)[1], E.windows(clean, corpus)[1])
 
 def test_another_view_or_head_has_another_name(runs, corpus):
-    e = P.open_encoder("logmel")
+    e = E.open_encoder("logmel")
     assert P.probe(e, "pitch", seeds=1, root=str(corpus), view="0").encoder.iloc[0] == "logmel@0"
     d = P.probe(e, "pitch", seeds=1, root=str(corpus), head="mlp")
     assert d.encoder.iloc[0] == "logmel@mlp" and d.probe.iloc[0] == "mlp" and d.score.iloc[0] == 1
 
 def test_encoders_probed_together_score_as_one_by_one(runs, corpus, tmp_path):
     "Same features, same seeds: the scores of three encoders of one shape, and one of another, are those of each alone."
-    encoders = [P.Transformer(hubert(s)) for s in range(3)] + [P.open_encoder("logmel")]
+    encoders = [E.Transformer(hubert(s)) for s in range(3)] + [E.open_encoder("logmel")]
     for i, e in enumerate(encoders[:3]): e.info = dict(encoder=f"e{i}", role="other")
     folders = [tmp_path/str(i) for i in range(4)]
     together = P.probe(encoders, "pitch,instrument", root=str(corpus), out=folders)
@@ -411,9 +407,9 @@ def test_probes_of_several_encoders_equal_their_own(layers, hidden, kind):
     (a, y), (b, _) = toy(layers=layers), toy(layers=layers, seed=1)
     if kind != "classify": y = torch.nn.functional.one_hot(y, 3).float()
     x, kw = torch.stack([a, b]), dict(classes=3, lrs=(3e-3, 3e-2), seeds=(4, 5), steps=60, batch=32, hidden=hidden, kind=kind)
-    both = P.fit_probes(x, y, x, y, **kw)
+    both = F.fit_probes(x, y, x, y, **kw)
     for e in range(2):
-        one = P.fit_probes(x[e], y, x[e], y, **kw)
+        one = F.fit_probes(x[e], y, x[e], y, **kw)
         for k in one["p"]: torch.testing.assert_close(both["p"][k][e], one["p"][k], atol=2e-5, rtol=1e-4)
         torch.testing.assert_close(both["valid"][e], one["valid"])
 
@@ -422,12 +418,72 @@ def test_logits_are_those_of_each_copy(copies):
     g = torch.Generator().manual_seed(0)
     x, W, b = torch.randn(1, 2, 5, 6, generator=g), torch.randn(2, 3, 6, 4, generator=g), torch.randn(2, 3, 1, 4, generator=g)
     x = x if copies else x[:, :1]
-    said = P.logits(x, W, b)
+    said = F.logits(x, W, b)
     for s in range(2):
         for r in range(3): torch.testing.assert_close(said[s, r], x[0, s if copies else 0] @ W[s, r] + b[s, r])
 
 @given(st.integers(400, 90000), st.floats(.2, 3))
 @settings(max_examples=25, deadline=None)
 def test_long_clips_are_heard_in_pieces_without_losing_a_frame(samples, longest):
-    e, wav = P.LogMel(), torch.randn(1, samples, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(P.hear(e, wav, longest), e(wav), atol=1e-4, rtol=1e-4)
+    e, wav = E.LogMel(), torch.randn(1, samples, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(E.hear(e, wav, longest), e(wav), atol=1e-4, rtol=1e-4)
+
+def test_two_encoders_of_one_folder_name_are_two(runs, corpus, tmp_path):
+    for n in "ab": hubert(ord(n)).save_pretrained(tmp_path/n/"final")
+    both = [E.open_encoder(str(tmp_path/n/"final")) for n in "ab"]
+    assert both[0].info["encoder"] == f"final-{both[0].hash[:8]}"
+    d = P.probe(both, "pitch", seeds=1, root=str(corpus), out=[tmp_path/"out"/e.info["encoder"] for e in both])
+    assert d.encoder.nunique() == 2 and len(list((tmp_path/"out").glob("*/scores.csv"))) == 2
+    for e in both: e.info["encoder"] = "final"
+    with pytest.raises(ValueError, match="two encoders of different weights are called 'final'"): P.probe(both, "pitch", seeds=1, root=str(corpus))
+    assert P.probe([both[0], both[0]], "pitch", seeds=1, root=str(corpus)).encoder.nunique() == 1
+
+def test_a_domain_means_its_default_tasks():
+    assert T.task_names("speech") + T.task_names("music") == T.task_names("all") and len(T.task_names("speech")) >= 4 <= len(T.task_names("music"))
+    assert T.task_names("sound,pitch".split(",")[1:]) == ["pitch"]
+    with pytest.raises(ValueError, match="task 'sound' is unknown"): T.task_names("sound")
+
+def test_names_like_numbers_and_missing_values_stay_text(corpus):
+    rewrite(corpus, program=lambda m: "007", family=lambda m: m.family.replace("low", "NA"), pitch=lambda m: m.id.str[1:])
+    d = T.task_table("instrument", str(corpus))
+    assert set(d.label) == {"NA", "high"} and d.usable.all() and set(d.program) == {"007"}
+
+@shipped
+def test_words_are_those_of_the_transcript():
+    w = pd.read_csv(data_dir()/"speech/words.csv", dtype=dict(id=str, word=str), keep_default_na=False)
+    m = pd.read_csv(data_dir()/"speech/metadata.csv", dtype=str, keep_default_na=False).set_index("id")
+    assert (w.end > w.start).all() and (w.end <= w.id.map(m.end.astype(int) - m.start.astype(int))).all()
+    for i, d in w.groupby("id"):
+        said = re.findall(r"[^\W\d_]+", m.text[i].lower().replace("+", ""))
+        assert d.start.is_monotonic_increasing and iter_in(d.word, said)
+    d = T.task_table("words")
+    assert (d.split == "test").sum() >= 300 and d.usable.all()
+
+def iter_in(some, all_):
+    "Whether `some` are among `all_` in this order."
+    rest = iter(all_)
+    return all(x in rest for x in some)
+
+@shipped
+def test_chords_hold_their_notes_and_no_note_is_in_two_splits():
+    d, n = T.task_table("chord"), M.notes(data_dir()).set_index("note")
+    parts = {s: set("+".join(g.notes).split("+")) for s, g in d.groupby("split")}
+    assert not parts["train"] & parts["test"] and not parts["train"] & parts["valid"] and not parts["valid"] & parts["test"]
+    for r in d.itertuples():
+        root, quality = r.chord.split(":")
+        classes = {(int(p.split("/")[1]) - int(root)) % 12 for p in r.notes.split("+")}
+        assert classes == {0, 4 if quality == "major" else 3, 7}
+    assert (d.split == "test").sum() >= 300 and d[d.split == "train"].chord.value_counts().min() >= 20
+
+def test_three_windows_are_mixed_at_one_level(runs, corpus):
+    d = M.notes(corpus).iloc[:6].reset_index(drop=True)
+    t = d.assign(with_file=d.file, with_start=d.start[::-1].to_numpy(), also_file=d.file, also_start=np.roll(d.start, 1), snr=0.)
+    w, audio = E.windows(t, corpus)
+    cut = lambda table: [a.astype(float) for a in np.split(E.windows(table, corpus)[1], len(table))]
+    same = t.assign(end=t.start + 4000)
+    x, y, z = cut(d.assign(end=d.start + 4000)), cut(d.assign(start=same.with_start, end=same.with_start + 4000)), cut(d.assign(start=same.also_start, end=same.also_start + 4000))
+    w, audio = E.windows(same, corpus)
+    for i, a in zip([r[0] for r in w.rows], np.split(audio.astype(float), len(same))):
+        want = E.mix(x[i]/32768, [y[i]/32768, z[i]/32768], 0.)
+        np.testing.assert_allclose(a/32768, want, atol=1e-4)
+    assert len({E.features_key(E.LogMel(), v, corpus) for v in (t, t.drop(columns=["also_file", "also_start"]), t.assign(also_start=t.start))}) == 3

@@ -7,7 +7,7 @@ from sklearn.metrics import r2_score, roc_auc_score
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_effectsize
-from distilltv import figures as F, findings as W, paper as P, results as R, statistics as S, tasks as T
+from distilltv import figures as F, findings as W, paper as P, results as R, published, statistics as S
 from distilltv.profiles import profile
 
 TASKS = dict(phones="speech", match="speech", pitch="music", key="music")
@@ -250,7 +250,7 @@ def test_commands_of_rows_are_accepted(beside, monkeypatch):
             exec("from distilltv.runs import Choice, Integer, Text, check_parameters\nfrom distilltv.rules import RULES\nuse_threads = lambda: None\n" + cells[nb][1], scope)
         encoder, tasks = given["encoder"].removeprefix("$DISTILLTV_HOME/"), given["tasks"]
         assert encoder in merged | students | {"teacher-speech", "teacher-music"}
-        assert set(tasks.split(",")) <= set(T.PUBLISHED)
+        assert set(tasks.split(",")) <= set(published.PUBLISHED)
 
 def test_what_ours_does_is_read_and_not_typed(monkeypatch, tmp_path):
     t = P.code_table().set_index("what")
