@@ -165,7 +165,9 @@ def again(cell):
     "Wait until the run's job is back in the queue, and spare it the two minutes that Slurm lets such a job wait."
     name = s.latest(cell).name
     until(lambda: s.queue()[name].state == "PENDING")
-    sh("scontrol", "update", f"jobid={s.queue()[name].number}", "starttime=now")
+    number = s.queue()[name].number
+    until(lambda: f"slurmstepd: [{number}." not in sh("ps", "-eo", "args"))    # the node has cleared up
+    sh("scontrol", "update", f"jobid={number}", "starttime=now")
 
 def test_a_grid(repo):
     "Needs come first, small runs share a job, nothing runs twice, and what fails names its notebook and its log."
