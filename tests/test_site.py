@@ -67,7 +67,7 @@ def test_titles_begin_with_a_capital_and_are_told_apart():
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES.get)
 def test_a_page_says_in_a_line_what_it_is_about(path):
-    assert re.search(r"^# .+\n\n> \S", "\n".join(source(c) for c in cells(path) if c["cell_type"] == "markdown"), re.M)
+    assert re.search(r"^# .+\n+> \S", "\n".join(source(c) for c in cells(path) if c["cell_type"] == "markdown"), re.M)
 
 def uncaptioned(path):
     "Cells that show a table without a caption."
@@ -97,16 +97,21 @@ def test_every_method_has_its_reference_and_is_cited():
         assert len(re.findall(rf"^@\w+\{{{key},", bib, re.M)) == 1, f"{key} is not once in the bibliography"
         assert f"@{key}" in text, f"{name} is named and never cited"
 
-def imports_only(text):
-    lines = [l for l in text.splitlines() if l.strip() and not l.startswith("#")]
-    return bool(lines) and all(l.startswith(("import ", "from ")) for l in lines)
+def script(name):
+    "A script of .ci as a module."
+    spec = importlib.util.spec_from_file_location(name, ROOT/f".ci/{name}.py")
+    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+    return module
 
-@pytest.mark.parametrize("path", [p for p in NOTEBOOKS if re.match(r"0\d", p.name)], ids=NAMES.get)
-def test_boxes_of_imports_are_folded_with_a_name(path):
-    for c in cells(path):
-        if c["cell_type"] == "code" and imports_only(source(c)) and "#| hide" not in source(c):
-            assert "code-fold: true" in source(c) or c["metadata"].get("code-fold"), f"unfolded:\n{source(c)}"
-            assert "code-summary" in source(c) or c["metadata"].get("code-summary"), f"without a name:\n{source(c)}"
+@pytest.mark.parametrize("source, name", [("import os\nfrom pathlib import Path", "Imports"), ("#| export\ndef _a(): pass\nclass _B: pass", "Helper: _a, _B"),
+                                          ("check_parameters(globals(), lam=1)", "Checking the parameters"), ("import os\nos.getcwd()", None), ("def a(): pass", None), ("%%bash\nls", None)])
+def test_what_is_folded(source, name): assert script("fold").name_of(source) == name
+
+@pytest.mark.parametrize("path", [p for p in NOTEBOOKS if re.match(r"0|a\d", p.name)], ids=NAMES.get)
+def test_boxes_of_imports_and_helpers_are_folded_with_a_name(path):
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    assert not (open_ := [name for _, name in script("fold").unfolded(notebook)]), f"run `python .ci/fold.py`: {open_}"
+    for c in notebook["cells"]: assert not c["metadata"].get("code-fold") or c["metadata"].get("code-summary"), f"without a name:\n{''.join(c['source'])}"
 
 # --- where things are
 
@@ -120,11 +125,9 @@ def test_one_search_box_and_home_marked_on_home_alone():
     assert [t[0] for t in numbered] == list("0123456")
 
 def test_search_finds_pages_to_read():
-    spec = importlib.util.spec_from_file_location("offline", ROOT/SITE["project"]["post-render"])
-    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
     page = r'<math>…<annotation encoding="application/x-tex">\theta_0 &lt; 1</annotation></math><math><annotation encoding="application/x-tex">a</annotation></math>'
     entries = [dict(href="nbs/a.html#x", title="A", text="the start θ0 < 1\\theta_0 < 1 of a student"), dict(href="data/mini/runs/merge-lam-0.50.html", title="Run", text="…")]
-    assert module.searched(entries, {"nbs/a.html": page}) == [dict(href="nbs/a.html#x", title="A", text="the start θ0 < 1 of a student")]
+    assert script("offline").searched(entries, {"nbs/a.html": page}) == [dict(href="nbs/a.html#x", title="A", text="the start θ0 < 1 of a student")]
 
 def test_the_promises_name_tests_that_are_there():
     held = re.findall(r'"(tests/\w+\.py)::(\w+)"', "\n".join(source(c) for c in cells(ROOT/"nbs/promises.ipynb")))
