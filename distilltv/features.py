@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np, pandas as pd, torch, torchaudio
 from torch import nn
 from torch.nn import functional as F
-from .profiles import profile as get_profile
+from .cards import merged_name
+from .profiles import SHIPPED, profile as get_profile
 from .runs import cached, data_dir, file_hash, home, write_json
 from .corpora import SAMPLE_RATE, AudioError, normalise, segment_audio
 from .encoders import FAMILIES, HOP, WINDOW, hidden_states, load_encoder, random_student, weights_hash
@@ -76,6 +77,8 @@ def open_encoder(name:str,            # a model folder, a hub name, `logmel`, `r
         return _described(check_encoder(Transformer(random_student(AutoConfig.from_pretrained(where), seed))), name=f"random-{seed}" if seed else "random", role="random")
     model, rate = _opened(str(where), name)
     encoder, info = check_encoder(Transformer(model, rate)), _provenance(where, "base" if name == "base" else None)
+    if (domain := name.removeprefix("teacher-")) != name and domain in get_profile(profile).teachers:
+        info |= dict(name=name, role="teacher", taught_by=domain)    # wherever it lies, and whatever it is called there
     if info["role"] == "other": info["name"] += f"-{encoder.hash[:8]}"      # two folders may be called `final`
     return _described(encoder, **info)
 
@@ -98,25 +101,40 @@ def _named(name, p):
     if name in ("base", "random"): return shipped_or_run("base", p)
     return Path({f"teacher-{d}": t for d, t in get_profile(p).teachers.items()}.get(name, name))
 
-def _described(encoder, name, role, lam=None, method=None, corpus=None):
-    encoder.info = dict(encoder=name, role=role, lam=lam, method=method, corpus=corpus)
+_MADE = ("lam", "method", "corpus", "distil_seed", "steps", "taught_by")
+
+def _described(encoder, name, role, **made):
+    "The encoder, with what is known of how it was made."
+    encoder.info = dict(encoder=name, role=role, **{k: made.get(k) for k in _MADE})
     return encoder
 
 # %% ../nbs/04a_features.ipynb #7fd1f50a
 def _provenance(folder, role=None):
-    # what distilltv.json says, else what the path below runs/ or data/ says
+    "What `distilltv.json` says, else what the path below runs/ or data/ says."
     f = folder/"distilltv.json"
     info = json.loads(f.read_text(encoding="utf-8")) if f.exists() else {}
     full = str(folder.absolute())
-    for top in (home(), data_dir()):
-        if full.startswith(str(top) + os.sep): full = full[len(str(top))+1:]; break
-    else: full = folder.name
-    parts, teacher = [p for p in Path(full).parts if p not in ("mini", "hub", "paper")], info.get("teacher")
-    role = role or ("merged" if info.get("lam") is not None else "teacher" if "teacher" == info.get("role") or "teachers" in parts else "base" if "base" in (info.get("role"), parts[-1])
-                    else "ensemble" if "ensemble" in (teacher, parts[-1]) else "endpoint" if teacher or "students" in parts else "other")
-    lam, method, corpus = info.get("lam"), info.get("method"), info.get("corpus")
-    name = {"teacher": f"teacher-{parts[-1]}", "base": "base", "merged": f"{'' if method in ('linear', None) else method + '-'}lam-{lam or 0:.2f}"}.get(role, parts[-1])
-    return dict(name=f"{name}-{corpus}" if corpus and role in ("merged", "endpoint", "ensemble") else name, role=role, lam=lam, method=method, corpus=corpus)
+    top = next((t for t in map(str, (home(), data_dir())) if full.startswith(t + os.sep)), None)
+    parts = [p for p in Path(full[len(top)+1:] if top else folder.name).parts if p not in SHIPPED]
+    role = role or _role(info, parts)
+    made = {k: info.get(k) for k in ("lam", "method", "corpus", "steps")} if role in ("merged", "endpoint", "ensemble") else {}
+    seed = (info.get("seed") or 0) if made else None
+    name = {"teacher": f"teacher-{parts[-1]}", "base": "base", "merged": _merged_as(info, seed)}.get(role, parts[-1])
+    taught = info.get("teacher") if role == "endpoint" else parts[-1] if role == "teacher" else None
+    return dict(name=f"{name}-{made['corpus']}" if made.get("corpus") else name, role=role, distil_seed=seed, taught_by=taught, **made)
+
+def _role(info, parts):
+    if info.get("lam") is not None or info.get("weights"): return "merged"
+    if info.get("role") == "teacher" or "teachers" in parts: return "teacher"
+    if "base" in (info.get("role"), parts[-1]): return "base"
+    if "ensemble" in (info.get("teacher"), parts[-1]): return "ensemble"
+    return "endpoint" if info.get("teacher") or "students" in parts else "other"
+
+def _merged_as(info, seed):
+    "Such as `lam-0.40`, `ties-lam-0.40-seed1`; equal only for equal weights."
+    weights = info["lam"] if info.get("lam") is not None else info.get("weights")
+    if weights is None: return None
+    return merged_name(info.get("method") or "linear", weights).removeprefix("linear-") + (f"-seed{seed}" if seed else "")
 
 # %% ../nbs/04a_features.ipynb #f78c2781
 def whole_frames(df, seconds:float=None) -> pd.DataFrame: # rows with start and end; longest window
