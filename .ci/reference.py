@@ -60,7 +60,7 @@ def relink(text):
     fix = lambda m: m[0] if re.match(r"[a-z]+:|#|/", m[1]) else f"]({posixpath.normpath(posixpath.join('../../../nbs', m[1]))})"
     return re.sub(r"\]\(([^)\s]+)\)", fix, text)
 
-PAGES = "index use honesty gallery dial ten_minutes claims 03c_path 05_results".split()    # those that show what data/mini/results says
+PAGES = "index use honesty gallery dial ten_minutes claims 03c_path 05_results 05c_paper 05d_findings".split()    # those that show what data/mini/results says
 
 def execute(names, **env):
     "Run notebooks in place, as their authors do, and clean them."
