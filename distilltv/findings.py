@@ -93,7 +93,7 @@ def dial_turns(ev, # `Evidence`
 def _dial(ev, es, how):
     (a, b), (ends, wrong), lam = ev.domains, dial_turns(ev, es), ev.info.lam
     verdict = "The dial works." if ends and not wrong else "The dial works from end to end, but not at every step." if ends else "A trade-off is not shown by these runs."
-    steps = "; no step between neighbouring λ goes the wrong way beyond its interval" if not wrong else "; the wrong way go " + ", ".join(
+    steps = "; no step between neighbouring λ goes the wrong way beyond its interval" if not wrong else "; beyond its interval, the wrong way goes " + ", ".join(
         f"{d} from λ = {lam[lo]:.2g} to {lam[hi]:.2g}" for d, lo, hi in wrong)
     return (f"{verdict} From λ = {lam[es[0]]:.2g} to {lam[es[-1]]:.2g} ({how}) the {a} mean changes by {ev.points(a, es[-1], es[0])}, "
             f"the {b} mean by {ev.points(b, es[-1], es[0])}{steps} ({_seeds(ev)}).")
@@ -101,10 +101,10 @@ def _dial(ev, es, how):
 _WORDS = {1: "better", 0: "not clearly different", -1: "worse"}
 
 def _against_ensemble(ev, half, ref):
-    got, merged = {d: ev.counts(d, half, ref) for d in ev.domains}, f"merged at λ = {ev.info.lam[half]:.2g}, the two students are"
-    if len(set(got.values())) > 1: says = f"{merged} {', '.join(f'{_WORDS[g]} on {d}' for d, g in got.items())}, against the ensemble student."
-    elif 0 in got.values(): says = f"{merged} not clearly different from the ensemble student on either mean."
-    else: says = f"{merged} {_WORDS[got[ev.domains[0]]]} on both means than the ensemble student."
+    got, lam = {d: ev.counts(d, half, ref) for d in ev.domains}, f"at λ = {ev.info.lam[half]:.2g}"
+    if len(set(got.values())) > 1: says = f"against the ensemble student, the merge {lam} is {' and '.join(f'{_WORDS[g]} on {d}' for d, g in got.items())}."
+    elif 0 in got.values(): says = f"the merge {lam} is not clearly different from the ensemble student on either mean."
+    else: says = f"the merge {lam} is {_WORDS[got[ev.domains[0]]]} than the ensemble student on both means."
     if ev.seeds == 1: says = f"whether merging beats the ensemble is not decided by one distillation seed. In this run, {says}"
     return f"{says[0].upper()}{says[1:]} " + ", ".join(f"{d} mean {ev.points(d, half, ref)}" for d in ev.domains).capitalize() + f" ({_seeds(ev)})."
 

@@ -196,7 +196,6 @@ def with_means(d,     # from `bootstrap`
             more[OVERALL, e] = sum(1000*(d[t, e] - k.zero[t])/(k.best[t] - k.zero[t]) for t in NINE)/len(NINE)
     return pd.concat([d, pd.DataFrame(more)], axis=1)
 
-# %% ../nbs/05_results.ipynb #7d72c824
 def by_seed(hits,            # from `gather`
             scores,
             draws:int=1000
@@ -206,6 +205,7 @@ def by_seed(hits,            # from `gather`
     if len(seeds) < 2: return {}
     return {s: with_means(bootstrap(of_seed(hits, s), draws), scores) for s in seeds}
 
+# %% ../nbs/05_results.ipynb #7d72c824
 _RANK = {r: i for i, r in enumerate("logmel random base other merged endpoint ensemble teacher".split())}
 
 def order(scores) -> list: # from `gather`

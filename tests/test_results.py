@@ -115,7 +115,7 @@ def test_a_claim_needs_every_distillation_seed(tmp_path):
     assert set(scores.encoder) >= {"speech-both", "ensemble-both", "ensemble-2x-both", "lam-0.50-both"} and set(each) == {0, 1, 2}
     assert scores.groupby("encoder").distil_seed.nunique()["lam-0.50-both"] == 3 and draws["phones", "lam-0.50-both"].iloc[0] == pytest.approx(
         scores[(scores.task == "phones") & (scores.encoder == "lam-0.50-both")].score.mean())
-    assert says[1].startswith("Merged at λ = 0.5, the two students are better on both means than the ensemble student.") and "3 distillation seeds" in says[1]
+    assert says[1].startswith("The merge at λ = 0.5 is better than the ensemble student on both means.") and "3 distillation seeds" in says[1]
     assert any(s.startswith("Against ensemble student (2x the updates): λ = 0.5 is better on speech") for s in says)
     verdicts = {c["id"]: c["verdict"] for c in W.claims(draws, scores, each)}
     assert verdicts["ensemble"] == verdicts["dial"] == verdicts["both"] == "holds" and verdicts["scores"] == "not tested here"
@@ -123,7 +123,7 @@ def test_a_claim_needs_every_distillation_seed(tmp_path):
     assert set(tests.distil_seed) == {"all", "0", "1", "2"} and (tests[tests.distil_seed == "0"].test == "McNemar").all()
     assert tests[(tests.distil_seed == "all") & (tests.encoder == "lam-0.50-both")].holds.all()
     scores, hits, draws, each, says = seeded(tmp_path/"mixed", (.25, .25, -.05))     # better in the mean, worse with one seed
-    assert says[1].startswith("Merged at λ = 0.5, the two students are not clearly different from the ensemble student on either mean.")
+    assert says[1].startswith("The merge at λ = 0.5 is not clearly different from the ensemble student on either mean.")
     assert {c["id"]: c["verdict"] for c in W.claims(draws, scores, each)}["ensemble"] == "does not hold"
 
 def test_distillation_seeds_widen_the_interval():
