@@ -72,6 +72,13 @@ def test_notebooks_run():
     done = tool("nbdev_test", "--n_workers", min(2, os.cpu_count()), "--do_print", "--timing", OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stdout[-6000:]
 
+def test_the_distillation_chapter_runs_with_few_steps(tmp_path):
+    "`nbdev_test` leaves its run of minutes out (`slow`), so here it is with six steps, figure and record included."
+    done = tool("papermill", "nbs/02_distill.ipynb", tmp_path/"out.ipynb", "-p", "steps", 6, "-p", "teacher", "music", "--no-progress-bar",
+                DISTILLTV_HOME=str(tmp_path), OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert json.loads((tmp_path/"mini/students/both/music-6steps/distilltv.json").read_text())["steps"] == 6
+
 def test_prose_numbers_are_computed(tmp_path):
     "The pages whose numbers come from the results show what those results say today."
     for name in ("index", "honesty"):

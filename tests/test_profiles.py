@@ -37,8 +37,9 @@ def test_the_shipped_profiles_hold_what_they_always_held():
     mini, hub, paper = map(profile, SHIPPED)
     d = data_dir()/"teachers"
     assert mini.teachers == dict(speech=str(d/"speech"), music=str(d/"music")) and mini.audio == dict(speech="mini:speech", music="mini:music")
-    assert (mini.init, mini.predict, mini.student_layers, mini.corpus) == ("music", (4, 8, 12), 2, "both")
-    assert (mini.steps, mini.batch, mini.seconds, mini.lr, mini.precision) == (240, 6, 2.56, 1e-3, "no")
+    assert (mini.init, mini.predict, mini.student_layers, mini.corpus) == ("speech", (4, 8, 12), 2, "both")
+    assert (mini.steps, mini.batch, mini.seconds, mini.lr, mini.precision) == (2400, 6, 2.56, 1e-3, "no")
+    assert (mini.epoch, mini.cache) == (240, "float16")
     assert hub.teachers == paper.teachers == dict(speech="facebook/hubert-base-ls960", music="m-a-p/MERT-v0-public")
     assert (hub.steps, hub.batch, hub.seconds, hub.lr, hub.precision, hub.validate_every) == (20_000, 24, 10., 2e-4, "bf16", 1000)
     assert (paper.steps, paper.corpus, paper.seconds, paper.precision, paper.validate_every) == (220_000, "speech", 15.625, "fp16", 5000)
