@@ -7,6 +7,7 @@ pytest.importorskip("submitit", reason="--slurm is an extra: pip install -e .[sl
 from distilltv import slurm as s
 from distilltv.profiles import STAGES, profile
 from distilltv.grid import GridRun, fresh
+from distilltv.runner import run_stale
 
 PACKAGE = Path(s.__file__).parent.parent
 PATH = os.environ["PATH"] + ":/usr/sbin:/sbin"
@@ -134,10 +135,12 @@ def repo(cluster, tmp_path, monkeypatch):
     subprocess.run(["scancel", "-u", sh("id", "-un")])
     until(lambda: not any(j.alive for j in s.queue().values()))
 
-def make(name, x=1, steps=1): return GridRun("distil", name, str(Path("nbs/make.ipynb").absolute()), dict(name=name, x=x, steps=steps), name)
+def at(notebook): return str(Path("nbs", notebook).absolute())
+def make(name, x=1, steps=1):
+    return GridRun("distil", name, at("make.ipynb"), dict(name=name, x=x, steps=steps), name)
 def add(name, *of, stage="probe"):
     names, ids = " ".join(c.name for c in of), tuple(c.id for c in of)
-    return GridRun(stage, name, str(Path("nbs/add.ipynb").absolute()), dict(name=name, of=names), name, ids)
+    return GridRun(stage, name, at("add.ipynb"), dict(name=name, of=names), name, ids)
 
 NEEDS = {stage: s.needs_of(profile("mini"), stage) for stage in STAGES}
 def driver(runs, limit=0): return s.Driver(runs, NEEDS, limit, settle=1.)
@@ -313,3 +316,19 @@ def test_a_wrong_partition_is_named(repo):
     needs = {"distil": s.needs_of(profile("mini"), "distil", partition="gpus")}
     says = "sbatch refused a job .*partition.*look at --slurm-partition"
     with pytest.raises(RuntimeError, match=says): s.Driver([make("a")], needs).step()
+
+def test_the_table_is_that_of_a_local_run(cluster, tmp_path, monkeypatch):
+    "Distilling, merging, probing and the results, on this machine and through Slurm: byte for byte the same."
+    from test_rehearsal import ROOT, rehearse, runs_of
+    rehearse(tmp_path)
+    monkeypatch.setenv("DISTILLTV_DATASETS", str(tmp_path/"datasets"))
+    monkeypatch.chdir(ROOT)
+    made = {}
+    for way in ("local", "slurm"):
+        monkeypatch.setenv("DISTILLTV_HOME", str(tmp_path/way))
+        runs = runs_of(tmp_path/"hub-rehearsal.toml")
+        failed = run_stale(runs) if way == "local" else s.drive(runs, NEEDS, every=.5, settle=5.)
+        assert failed == {}
+        made[way] = [(runs[-1].folder/name).read_bytes() for name in ("table.csv", "predictions.npz")]
+        made[way] += [(r.folder/"model.safetensors").read_bytes() for r in runs if r.stage in ("distil", "merge")]
+    assert made["local"] == made["slurm"] and len(made["local"]) == 5

@@ -1,0 +1,105 @@
+"The experiment of the `hub` profile, whole, on local checkpoints in the hub's layout; and the script for a GPU."
+import json, os, subprocess, sys
+from dataclasses import replace
+from pathlib import Path
+import numpy as np, pandas as pd, pytest, soundfile as sf, torch
+from transformers import HubertConfig, HubertModel
+from distilltv.grid import grid
+from distilltv.runner import run_stale
+from test_tasks import MAKERS
+
+ROOT = Path(__file__).resolve().parent.parent
+REAL = bool(os.environ.get("DISTILLTV_REAL_SIZE"))    # HuBERT Base as it is, 95 million weights: minutes a step
+NARROW = dict(hidden_size=48, num_attention_heads=4, intermediate_size=96, conv_dim=(24,)*7,
+              num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=4)
+
+def checkpoint(folder, seed, **config):
+    "A model of random weights as the hub keeps it: twelve layers, `pytorch_model.bin`, old names of the weight norm."
+    torch.manual_seed(seed)
+    model = HubertModel(HubertConfig(**{} if REAL else NARROW, num_hidden_layers=12))
+    folder.mkdir(parents=True)
+    old = {"parametrizations.weight.original0": "weight_g", "parametrizations.weight.original1": "weight_v"}
+    state = model.state_dict()
+    for new, name in old.items(): state = {k.replace(new, name): v for k, v in state.items()}
+    torch.save(state, folder/"pytorch_model.bin")
+    (folder/"config.json").write_text(json.dumps(model.config.to_dict() | config))
+    rate = dict(feature_extractor_type="Wav2Vec2FeatureExtractor", sampling_rate=16000, do_normalize=True)
+    (folder/"preprocessor_config.json").write_text(json.dumps(rate))
+
+def recordings(folder, form, rate):
+    "Some seconds of tones, with a part that validates."
+    for part in ("train", "dev"):
+        for i in range(4):
+            (folder/part).mkdir(parents=True, exist_ok=True)
+            hz, n = 200*(i+1), 2*rate
+            noise = np.random.default_rng(i).standard_normal(n)
+            sf.write(folder/f"{part}/{i}.{form}", .2*np.sin(2*np.pi*hz*np.arange(n)/rate) + .02*noise, rate)
+
+PROFILE = """
+name = "hub-rehearsal"
+[teachers]
+speech = "./hub/hubert-base-ls960"
+music = "./hub/MERT-v0-public"
+[audio]
+speech = "./audio/LibriSpeech"
+music = "./audio/music"
+[student]
+init = "speech"
+layers = 2
+[training]
+predict = [4, 8, 12]
+steps = 4
+batch = 2
+seconds = 1.0
+lr = 2e-4
+"""
+
+def rehearse(folder):
+    "Teachers, audio, published data sets and the profile; the runs of a small grid."
+    checkpoint(folder/"hub/hubert-base-ls960", 1)
+    mert = dict(model_type="mert_model", sample_rate=16000, feature_extractor_cqt=False, deepnorm=False)
+    checkpoint(folder/"hub/MERT-v0-public", 2, **mert, auto_map={"AutoModel": "modeling_MERT.MERTModel"})
+    recordings(folder/"audio/LibriSpeech", "flac", 16000)
+    recordings(folder/"audio/music", "ogg", 44100)
+    for name in ("speech_commands", "nsynth"): MAKERS[name](folder/"datasets")
+    (folder/"hub-rehearsal.toml").write_text(PROFILE)
+    return runs_of(folder/"hub-rehearsal.toml")
+
+def runs_of(profile):
+    "Two students, their merge, its probe on two published tasks, the results: each stage of the grid, and no more."
+    wanted = "distil/speech", "distil/music", "merge/lam-0.50", "probe/lam-0.50-both", "results/all"
+    runs = [r for r in grid(str(profile), lams=(.5,)) if r.id in wanted]
+    probes = tuple(r.id for r in runs if r.stage == "probe")
+    def smaller(r):
+        few = dict(r.parameters, tasks="ks,instcls", seeds=1)
+        if r.stage == "probe": return replace(r, parameters=few)
+        return replace(r, needs=probes) if r.stage == "results" else r
+    return [smaller(r) for r in runs]
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.setenv("DISTILLTV_HOME", str(tmp_path/"runs"))
+    monkeypatch.setenv("DISTILLTV_DATASETS", str(tmp_path/"datasets"))
+    monkeypatch.chdir(ROOT)
+    return tmp_path
+
+def test_from_distilling_to_the_results_page(here):
+    runs = rehearse(here)
+    assert run_stale(runs) == {}
+    results = here/"runs/hub-rehearsal/results"
+    table = pd.read_csv(results/"table.csv", dtype=str)
+    assert len(table) == 1 and (results/"findings.json").exists() and (results/"05_results.ipynb").exists()
+    student = json.loads((here/"runs/hub-rehearsal/students/both/music/distilltv.json").read_text())
+    assert student["steps"] == 4
+
+def test_the_gpu_script_has_no_typing_errors(tmp_path):
+    "Every check runs on a CPU with tiny shapes."
+    out = tmp_path/"gpu.json"
+    command = [sys.executable, ROOT/".ci/gpu", "--rehearse", out]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    found = json.loads(out.read_text())
+    assert found["failed"] == {} and found["card"]["name"].startswith("none") and found["seconds"] > 0
+    names = "product steps student teachers loop resume overflow features lambdas mini".split()
+    checks = found["checks"]
+    assert list(checks) == names and checks["resume"]["same"] and checks["overflow"]["handled"]
