@@ -7,7 +7,7 @@ __all__ = ['LAMBDAS', 'SHOWING', 'GridRun', 'expand', 'simplex', 'merge_weights'
            'fresh', 'state']
 
 # %% ../nbs/06b_grid.ipynb #f34a90c5
-import ast, hashlib, itertools, json, os, re
+import ast, hashlib, itertools, json, os, re, threading
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -133,12 +133,15 @@ def _cells(path, drawing):
     sources = ["".join(c["source"]) for c in json.loads(text)["cells"] if c["cell_type"] == "code"]
     return [re.sub(r"^[%!].*$", "", s, flags=re.M) for s in sources if drawing or not _draws(s)]    # without IPython's magics
 
+_PARSING = threading.Lock()    # Python 3.11 can fail when two threads parse at once (cpython issue 106905)
+
 @lru_cache(maxsize=None)
 def _read_code(path, size, changed, drawing):
     "Hash of what a notebook or module runs, without comments and layout; and the modules of this package that it names."
     code, named = [], set()
     for source in _cells(Path(path), drawing):
-        try: tree = ast.parse(source)
+        try:
+            with _PARSING: tree = ast.parse(source)
         except SyntaxError: code.append(source); continue    # take it as it stands
         code.append(ast.unparse(tree))
         for node in ast.walk(tree): named |= _modules_in(node)
