@@ -133,7 +133,9 @@ def _both_means(ev, es, ref):
     ahead = [e for e in es if all(ev.difference(d, e, ref)[0] > 0 for d in ev.domains)]
     sure = [e for e in es if all(ev.counts(d, e, ref) == 1 for d in ev.domains)]
     says = lambda l: ", ".join(f"{ev.info.lam[e]:.2g}" for e in l) or "none"
-    return [f"{len(ahead)} of {len(es)} λ are ahead of the ensemble student on both domain means (λ = {says(ahead)}). Beyond intervals and with each seed: {says(sure)}."]
+    if not ahead: return [f"No λ of {len(es)} is ahead of the ensemble student on both domain means."]
+    return [f"{len(ahead)} of {len(es)} λ {'is' if len(ahead) == 1 else 'are'} ahead of the ensemble student on both domain means "
+            f"(λ = {says(ahead)}). Beyond intervals and with each seed: {says(sure)}."]
 
 def _longer(ev, half, ref):
     "The ensemble of as many updates as all endpoints together, where it was made."
