@@ -213,7 +213,7 @@ def _save(folder, last, best, accelerator, batch_at, module, optimiser, state):
 def _resume(path, settings, module, optimiser, accelerator, batch_at):
     "Step to start from, the log so far and the steps skipped so far."
     if not path.exists(): return 0, [], []
-    try: saved = torch.load(path, weights_only=True, map_location=accelerator.device)
+    try: saved = torch.load(path, weights_only=True, map_location="cpu")  # loaded into a module on any device
     except Exception as e:
         raise ValueError(f"{path} is no checkpoint of ours, or is damaged ({type(e).__name__}): "
                          "delete it to start afresh, or copy best.pt over it") from None
