@@ -172,14 +172,20 @@ class Crops:
         ids = [s.name if s in self.streams else [(r["id"], r["start"], r["end"]) for r in s.rows] for s in self.sources]
         return hashlib.sha256(json.dumps(ids).encode()).hexdigest()
     def state(self, step) -> dict:
-        "What a process must know to go on at that step: the positions of its streams, and its quarantine."
-        return dict(streams=self._marks.get(step, []), quarantine=dict(self.quarantine))
+        "What a process must know to go on at that step: where its streams are, its quarantine, and where that was met."
+        return dict(streams=self._marks.get(step, []), quarantine=dict(self.quarantine),
+                    places=[dict(s.bad) for s in self.streams])
     def restore(self, step, states, rank=0):
         "Go on at that step, from the states of all processes."
-        self.quarantine |= merge_quarantines(states)
-        if not self.streams: return
+        if not self.streams:
+            self.quarantine |= merge_quarantines(states)
+            return
         if len(states) != self.world: raise ValueError(f"the streams were shared by {len(states)} processes, not {self.world}: continue with {len(states)}")
-        for s, mark in zip(self.streams, states[rank]["streams"]): s.seek(mark)
+        mine = states[rank]    # without those of others: an example's name depends on what this process has met
+        self.quarantine |= mine["quarantine"]
+        for s, mark, bad in zip(self.streams, mine["streams"], mine["places"]):
+            s.seek(mark)
+            s.bad = dict(bad)
         self._marks, self._next = {step: self._mark()}, step
 
 # %% ../nbs/00a_scale.ipynb #c4c0e0b1

@@ -540,6 +540,26 @@ def test_crops_of_a_stream_continue_and_their_shares_are_apart(parquet):
     with pytest.raises(ValueError, match="no way to step 9 but through step 6"): again(9)
     with pytest.raises(ValueError, match="shared by 2 processes, not 1"): again.restore(4, [whole.state(4)]*2)
 
+@pytest.mark.parametrize("world, steps", [(1, 14), (2, 7)])
+def test_broken_examples_have_the_same_names_after_a_restart(tmp_path, world, steps):
+    "Two shards with a broken example of one name in each, met before the restart or after it, and again in later epochs."
+    buffer = io.BytesIO()
+    sf.write(buffer, np.random.default_rng(0).normal(0, .1, 6000), 16_000, format="WAV")
+    for s in range(2):
+        audio = [dict(path=f"{s}{i}.wav", bytes=buffer.getvalue()) for i in range(3+6*s)] + [dict(path="a.wav", bytes=b"<html>404</html>")]
+        Dataset.from_dict(dict(audio=audio)).cast_column("audio", Audio(decode=False)).to_parquet(tmp_path/f"train-{s}.parquet")
+    def crops(): return [Crops([f"stream:{tmp_path}"], 2*world, .3, rank=r, world=world) for r in range(world)]
+    def hear(all_crops, steps):
+        for k in steps:
+            for r, c in enumerate(all_crops): c.items(k, slice(2*r, 2*r+2))
+    for stop in range(1, 6):
+        whole, again = crops(), crops()
+        hear(whole, range(stop))
+        saved = [c.state(stop) for c in whole]
+        for r, c in enumerate(again): c.restore(stop, saved, r)
+        for run in (whole, again): hear(run, range(stop, steps))
+        assert [c.quarantine for c in again] == [c.quarantine for c in whole] and sum(len(c.quarantine) for c in whole) == 2
+
 def test_shares_of_a_folder_are_the_batch(tmp_path):
     crops = Crops([folder_of(tmp_path)], 6, 1.)
     assert torch.equal(torch.cat([crops.items(2, slice(0, 3)), crops.items(2, slice(3, 6))]), crops(2))
