@@ -317,6 +317,7 @@ def test_a_wrong_partition_is_named(repo):
     says = "sbatch refused a job .*partition.*look at --slurm-partition"
     with pytest.raises(RuntimeError, match=says): s.Driver([make("a")], needs).step()
 
+@pytest.mark.skipif("DISTILLTV_LONG" not in os.environ, reason="two whole grids, minutes: set DISTILLTV_LONG=1")
 def test_the_table_is_that_of_a_local_run(cluster, tmp_path, monkeypatch):
     "Distilling, merging, probing and the results, on this machine and through Slurm: byte for byte the same."
     from test_rehearsal import ROOT, rehearse, runs_of
