@@ -65,7 +65,7 @@ def fit(module,            # `module(wav)`, with lengths where they differ: a di
     bar = tqdm(range(start, steps), initial=start, total=steps, unit="step", disable=not accelerator.is_main_process,
                bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}, {rate_fmt}{postfix}]")
     clock = TimeLeft(steps, p.epoch if p.cache else 0, p.validate_every if validate else 0)
-    cache = getattr(module, "cache", None)
+    cache, said = getattr(module, "cache", None), ""
     batches = _ahead(_share(batch_at, p, accelerator), range(start, steps), prefetch)
     for step in bar:
         began, made = time.perf_counter(), cache.seconds if cache else 0.
@@ -77,6 +77,7 @@ def fit(module,            # `module(wav)`, with lengths where they differ: a di
         if finite or accelerator.scaler: optimiser.step()  # a scaler skips the step itself, and must hear of it
         optimiser.zero_grad()
         clock.step(time.perf_counter()-began, cache.seconds-made if cache else 0.)
+        bar.set_postfix_str(f"{said}{clock.text(step)} left", refresh=False)
         if not finite: skipped.append(step)
         if skipped[-patience:] == list(range(step-patience+1, step+1)):
             raise FloatingPointError(_diverged(skipped[-patience:], batch_at, folder))
@@ -90,7 +91,8 @@ def fit(module,            # `module(wav)`, with lengths where they differ: a di
             model.train()
             clock.check(time.perf_counter()-began)
         log.append(row)
-        bar.set_postfix_str(f"loss {row['loss']:.3f}, {clock.text(step)} left")
+        said = f"loss {row['loss']:.3f}, "
+        bar.set_postfix_str(f"{said}{clock.text(step)} left")
         accelerator.log({k: v for k, v in row.items() if k != "step"}, step=step)
         best = check and row["validation"] <= min(r.get("validation", math.inf) for r in log)
         state = dict(settings=settings, step=step+1, log=log, skipped=skipped)
@@ -130,7 +132,7 @@ class TimeLeft:
                  once:int=0,           # steps after which targets are read, not made; 0: they are made in every step
                  check_every:int=0):   # steps between validations; 0: only at the end, and not counted
         self.steps, self.once, self.check_every = steps, once, check_every
-        self.recent, self.checks = deque(maxlen=50), deque(maxlen=5)
+        self.recent, self.checks = deque(maxlen=51), deque(maxlen=5)
     def step(self, seconds:float, making:float=0.):
         "Note what a step took, in seconds, and how much of it was making targets."
         self.recent.append((seconds-making, making))
@@ -139,10 +141,11 @@ class TimeLeft:
         self.checks.append(seconds)
     def seconds(self, step:int) -> float:
         "What is left after that step."
-        bare, making = np.mean(self.recent, 0)
-        checks = self.steps//self.check_every - (step+1)//self.check_every if self.check_every else 0
+        bare, making = np.mean(list(self.recent)[1:] or self.recent, 0)    # the first step is slower than others
+        left = self.steps-step-1
+        checks = (self.steps-1)//self.check_every - (step+1)//self.check_every + 1 if self.check_every and left else 0
         once = max(0, min(self.once, self.steps)-step-1)
-        return bare*(self.steps-step-1) + making*once + checks*np.mean(self.checks or [0.])
+        return bare*left + making*once + checks*np.mean(self.checks or [0.])
     def text(self, step:int) -> str:
         "The same as `2 h 05 min`, `2 min 05 s` or `5 s`."
         minutes, s = divmod(round(self.seconds(step)), 60)

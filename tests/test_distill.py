@@ -469,6 +469,12 @@ def test_time_left_counts_what_is_computed_once():
     short = TimeLeft(10, once=100)
     short.step(1., making=.5)
     assert short.seconds(0) == pytest.approx(9*1.)
+    short.step(.1, making=.05)
+    assert short.seconds(1) == pytest.approx(8*.1)     # the first step, which warms up, counts only while it is alone
+    late = TimeLeft(30, check_every=20)
+    for _ in range(3): late.step(1.)
+    late.check(5.)
+    assert late.seconds(19) == pytest.approx(10*1. + 5.) and late.seconds(29) == 0    # a validation comes at the end too
     for k, says in ((0, "0 s"), (59, "59 s"), (60, "1 min 00 s"), (3725, "1 h 02 min")):
         clock = TimeLeft(2)
         clock.step(k)
