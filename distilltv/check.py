@@ -15,6 +15,7 @@ from .profiles import profile as get_profile
 from .corpora import SAMPLE_RATE, load_corpus
 from .scale import Stream
 from .encoders import FAMILIES, Heads, load_encoder, student_config
+from .tasks import table_task
 
 # %% ../nbs/01a_check.ipynb #02304f8e
 PEAK, SHARE = 312e12, (.6, .2)    # operations a second of an A100 in bfloat16, from its data sheet; shares of it that may be reached
@@ -127,6 +128,15 @@ def _budget(p, opened, student, check):
     check.lines.append(f"then\n  merges of {', '.join(p.domains)}" if len(p.domains) > 1 else "then\n  nothing to merge: there is one domain")
     check.lines.append(f"  probes of the features, θ₀ and random weights, {len(p.domains)} teachers, {len(runs)} students and every merge")
 
+def _tasks(p, check):
+    "The profile's own questions, each with its items by split."
+    for name, said in p.tasks.items():
+        try: t = table_task(name, **said).split()
+        except ValueError as e: check.wrong.append(str(e))
+        else:
+            items = ", ".join(f"{(t.usable & (t.split == s)).sum():,} {s}" for s in ("train", "valid", "test"))
+            check.lines.append(f"  beside the default tasks {name} ({said['domain']}): {t.label.nunique()} classes, {items} items")
+
 def check_profile(profile # a profile, its name or its file
                  ) -> Check:
     "What the profile would do and what is wrong with it; a file that cannot be read is the one thing wrong."
@@ -139,5 +149,6 @@ def check_profile(profile # a profile, its name or its file
     with torch.random.fork_rng(devices=[]): opened = _teachers(p, check)
     _audio(p, check)
     _budget(p, opened, _student(p, opened, check), check)
+    _tasks(p, check)
     if p.cache and not p.epoch: check.wrong.append(f"cache = {p.cache} keeps what is heard again, and with epoch = 0 nothing is: set epoch to a number of steps")
     return check

@@ -101,7 +101,7 @@ def _named(name, p):
     if name in ("base", "random"): return shipped_or_run("base", p)
     return Path({f"teacher-{d}": t for d, t in get_profile(p).teachers.items()}.get(name, name))
 
-_MADE = ("lam", "method", "corpus", "distil_seed", "steps", "taught_by")
+_MADE = ("lam", "weights", "method", "corpus", "distil_seed", "steps", "taught_by")
 
 def _described(encoder, name, role, **made):
     "The encoder, with what is known of how it was made."
@@ -118,6 +118,7 @@ def _provenance(folder, role=None):
     parts = [p for p in Path(full[len(top)+1:] if top else folder.name).parts if p not in SHIPPED]
     role = role or _role(info, parts)
     made = {k: info.get(k) for k in ("lam", "method", "corpus", "steps")} if role in ("merged", "endpoint", "ensemble") else {}
+    if info.get("weights") and info.get("lam") is None: made["weights"] = json.dumps(info["weights"])    # more than two domains
     seed = (info.get("seed") or 0) if made else None
     name = {"teacher": f"teacher-{parts[-1]}", "base": "base", "merged": _merged_as(info, seed)}.get(role, parts[-1])
     taught = info.get("teacher") if role == "endpoint" else parts[-1] if role == "teacher" else None

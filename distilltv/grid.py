@@ -110,7 +110,7 @@ def _merges(p, c, seed, common, lams):
 
 def _probes(p, c, distil, merge, common):
     "Probes of the references, the teachers, the students and the merges."
-    data = ("{data}/speech", "{data}/music")
+    data = ("{data}/speech", "{data}/music", *(f"task:{t}" for t in p.tasks))
     def probe(name, encoder, needs=(), inputs=()):
         out = f"{p.name}/probes/{name}"
         return GridRun("probe", name, "04_probe.ipynb", dict(common, encoder=encoder, out=f"{{home}}/{out}"), out, needs, (*data, *inputs))
@@ -198,9 +198,14 @@ def digest(path:Path,          # a file or a folder; it may be missing
     lines = [line(f) for f in files if f.is_file()]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest() if lines else "absent"
 
+def _question(task):
+    "A profile's question, with digests of its table and of the folder that it lies in."
+    return dict(task, table=digest(Path(task["table"])), audio=digest(Path(task["table"]).parent, contents=False))
+
 def _state(text, p):
     "What is known of an input of a run: a digest, or the name of what is not on this disk."
     kind, _, domain = text.partition(":")
+    if kind == "task": return _question(p.tasks[domain])
     if kind not in ("audio", "teacher"): return digest(Path(expand(text)))
     place = (p.audio if kind == "audio" else p.teachers)[domain]
     if place.startswith("mini:"): return digest(data_dir()/place.removeprefix("mini:"))

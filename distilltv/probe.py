@@ -54,7 +54,7 @@ def _heard_twice(t, root):
     return f"{len(d)} rows have the audio of a row in another split, such as {d.id[0]} and {d.id[1]}"
 
 # %% ../nbs/04_probe.ipynb #df0c6563
-COLUMNS = ("encoder role lam method corpus distil_seed steps taught_by task domain probe seed view layer metric score n_test valid lr "
+COLUMNS = ("encoder role lam weights method corpus distil_seed steps taught_by task domain probe seed view layer metric score n_test valid lr "
            "weights_hash data_hash seconds peak_mb commit versions status").split()
 
 def probe(encoder,                   # an encoder, or a name for `open_encoder`; several in a list

@@ -65,7 +65,7 @@ def _scores_of(f):
     # with the tasks whose data were not there, which probes keep in a file of their own
     parts = [read_table(g) for g in (f, f.with_name("not_run.csv")) if g.exists()]
     t = pd.concat([p for p in parts if len(p)] or parts, ignore_index=True)
-    missing = {n: np.nan for n in ("lam", "method", "corpus", "weights_hash", "steps", "taught_by") if n not in t}
+    missing = {n: np.nan for n in ("lam", "weights", "method", "corpus", "weights_hash", "steps", "taught_by") if n not in t}
     return t.assign(distil_seed=t.distil_seed.fillna(0).astype(int) if "distil_seed" in t else 0, **missing)
 
 def _students(t):

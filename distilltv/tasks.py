@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TASKS', 'SPLITS', 'TableError', 'Task', 'forget_tables', 'add_task', 'find_task', 'task_names', 'task_table', 'Leak',
-           'leakage', 'check_leakage', 'duplicates', 'samples_of', 'from_datasets']
+           'leakage', 'check_leakage', 'duplicates', 'table_task', 'profile_tasks', 'samples_of', 'from_datasets']
 
 # %% ../nbs/04d_tasks.ipynb #effdce09
 import hashlib
@@ -162,6 +162,52 @@ def duplicates(table, root) -> pd.DataFrame: # rows with file, start, split, id;
     h = audio_hashes(list(table.file.unique()), root)
     d = table.assign(audio=table.file.map(h) + ":" + table.start.astype(str)).query("not audio.str.startswith('unreadable')")
     return d[d.groupby("audio").split.transform("nunique") > 1][["audio", "split", "id"]].sort_values("audio", kind="stable").reset_index(drop=True)
+
+# %% ../nbs/04d_tasks.ipynb #7a0b3c11
+def table_task(name:str,   # of the task
+               table,      # a CSV file with columns `file`, `split`, the label and the group; `start` and `end` in seconds if wanted
+               label:str,  # column to predict
+               group:str,  # column whose values stay within a split
+               domain:str  # whose mean the task counts in
+              ) -> Task:
+    "A classification task of a table; what is wrong with the table is said when it is read."
+    table = Path(table)
+    def load(root): return _of_file(Path(root)/table.name, name, label, group)
+    load.__name__ = table.name
+    return Task(name, domain, load, label, group, asked="own", home=lambda: table.parent)
+
+def profile_tasks(p) -> list: # a `Profile`; names, in the profile's order
+    "Enter the questions of a profile; `probe` knows them by name afterwards."
+    for name, said in p.tasks.items():
+        if name in TASKS and TASKS[name].asked != "own":
+            raise ValueError(f"profile {p.name}: tasks.{name} is a task that exists already; give it another name")
+        TASKS[name] = table_task(name, **said)
+    return list(p.tasks)
+
+# %% ../nbs/04d_tasks.ipynb #7a0b3c12
+def _of_file(path, name, label, group):
+    "The segment table of a CSV file; a `TableError` names what is wrong with it."
+    if not path.is_file(): raise TableError(f"task {name}: there is no table {path}; correct tasks.{name}.table in the profile")
+    df = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+    if lacking := [c for c in ("file", "split", label, group) if c not in df]:
+        raise TableError(f"task {name}: {path} has no column {lacking[0]}; it has {', '.join(df.columns)}")
+    df["split"] = df.split.str.lower().replace(SPLITS)
+    if strange := sorted(set(df.split) - {"train", "valid", "test"}):
+        raise TableError(f"task {name}: {path} has the split {strange[0]!r}; write train, valid or test")
+    if lost := [f for f in df.file.unique() if not (path.parent/f).is_file()]:
+        raise TableError(f"task {name}: {path} names {lost[0]}, which is not there")
+    whole = df.file.map({f: samples_of(path.parent/f) for f in df.file.unique()})
+    try: start, end = _samples(df, "start", 0*whole), _samples(df, "end", whole)
+    except ValueError as e: raise TableError(f"task {name}: {path} has a time that is no number of seconds ({e})") from None
+    if len(bad := df.index[(start < 0) | (end > whole) | (start >= end)]):
+        raise TableError(f"task {name}: row {bad[0]+2} of {path}, {df.file[bad[0]]}, is empty or ends after its recording")
+    ids = df["id"] if "id" in df else df.file + ":" + start.astype(str)
+    return whole_frames(df.assign(id=ids, start=start, end=end))
+
+def _samples(df, column, otherwise):
+    "A column of seconds as samples; `otherwise` where it is not there or says nothing."
+    if column not in df: return otherwise
+    return pd.to_numeric(df[column].where(df[column] != "")).mul(SAMPLE_RATE).round().fillna(otherwise).astype(int)
 
 # %% ../nbs/04d_tasks.ipynb #4de97dab
 def samples_of(path) -> int:

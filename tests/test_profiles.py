@@ -99,6 +99,10 @@ WRONG = {  # what is written -> the sentence
     "name = 'x'\n[teachers]\na = 'b'\n[training]\nprecision = 'fp8'": "precision = 'fp8' is not one of 'no', 'bf16', 'fp16'",
     "name = 'x'\n[teachers]\na = 'b'\n[training]\nloss = ['kd']": "loss = .'kd'. is not one of",
     "name = 'x'\n[teachers]\na = 'b'\n[slurm.distill]\ngpus = 1": "slurm.distill is no stage: did you mean distil",
+    "name = 'x'\n[teachers]\na = 'b'\n[tasks.who]\ntable = 'a.csv'\nlabel = 'who'\ngroup = 'day'": "tasks.who.domain is missing",
+    "name = 'x'\n[teachers]\na = 'b'\n[tasks.who]\nlabels = 'who'": "tasks.who.labels is unknown: did you mean label",
+    "name = 'x'\n[teachers]\na = 'b'\n[tasks.who]\ntable = 3\nlabel = 'who'\ngroup = 'day'\ndomain = 'a'": "tasks.who.table = 3 is not text",
+    "name = 'x'\n[teachers]\na = 'b'\n[tasks]\nwho = 3": "tasks.who is not a table with table, label, group, domain",
     "name = 'x'\n[teachers]\na = 'b'\n[slurm.distil]\ngpu = 1": "slurm.distil.gpu is unknown: did you mean gpus",
     "name = 'x'\n[teachers]\na = 'b'\n[slurm.distil]\ngpus = -1": "slurm.distil.gpus = -1 is not a whole number",
 }
@@ -117,7 +121,7 @@ def test_what_is_no_profile_is_a_sentence(tmp_path):
 
 def test_the_record_holds_every_value_but_what_decides_no_result(tmp_path):
     p = profile(written(tmp_path, GOOD))
-    names = {f.name for f in fields(Profile)} - {"slurm", "cache_gb", "log_with"}
+    names = {f.name for f in fields(Profile)} - {"slurm", "cache_gb", "log_with", "tasks"}
     assert set(record(p)) == names | {"versions"} and json.loads(json.dumps(record(p))) == record(p)
     assert record(replace(p, slurm={}, cache_gb=1., log_with="tensorboard")) == record(p)
     for change in (dict(steps=11), dict(seed=1), dict(predict=(1,)), dict(audio=dict(speech="/x")), dict(precision="bf16"), dict(licence="MIT")):

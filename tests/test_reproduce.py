@@ -247,6 +247,24 @@ def test_profile_audio_and_teachers_are_in_the_key(tmp_path, monkeypatch):
     (tmp_path/"three.toml").write_text(text.replace("steps = 7", "steps = 8").replace("hours = 2", "hours = 3"), encoding="utf-8")
     assert not changed()                    # what decides no result
 
+def test_a_profiles_question_makes_probes_stale_and_no_student(tmp_path):
+    (tmp_path/"q").mkdir()
+    (tmp_path/"q/t.csv").write_text("file,split,what,who\n", encoding="utf-8")
+    text = 'name = "one"\n[teachers]\na = "x/y"\n[tasks.high]\ntable = "q/t.csv"\nlabel = "what"\ngroup = "who"\ndomain = "a"\n'
+    def keys():
+        runs = {r.id: r for r in grid(tmp_path/"one.toml")}
+        return [key(runs[r], runs) for r in ("distil/a", "probe/logmel")]
+    (tmp_path/"one.toml").write_text(text, encoding="utf-8")
+    seen = [keys()]
+    for change in (lambda: (tmp_path/"q/t.csv").write_text("file,split,what,who\na.wav,test,b,c\n", encoding="utf-8"),
+                   lambda: (tmp_path/"q/a.wav").write_bytes(b"new"),
+                   lambda: (tmp_path/"one.toml").write_text(text.replace('"who"', '"day"'), encoding="utf-8"),
+                   lambda: (tmp_path/"one.toml").write_text(text[:text.index("[tasks")], encoding="utf-8")):
+        change()
+        seen.append(keys())
+    student, probe = zip(*seen)
+    assert len(set(student)) == 1 and len(set(probe)) == 5
+
 def test_audio_behind_a_link_counts(tmp_path):
     (tmp_path/"store").mkdir()
     (tmp_path/"store/a.ogg").write_bytes(b"1")

@@ -1,8 +1,10 @@
 "Published data sets on tiny trees with their real layout and file formats; letters; adapters for others' tools."
 import csv, dataclasses, json, os, shutil, zlib
+from dataclasses import replace
 import datasets, numpy as np, pandas as pd, pytest, soundfile as sf, torch
 from hypothesis import given, settings, strategies as st
 from distilltv import features as E, fit as F, letters as L, probe as P, published as B, tasks as T
+from distilltv.profiles import profile
 
 torch.set_num_threads(1)
 
@@ -387,6 +389,55 @@ def test_rows_of_datasets_without_audio_or_columns_are_named(tmp_path):
     rows = datasets.Dataset.from_list([dict(audio=dict(bytes=None, path=str(tmp_path/"a.wav")), label=None, split="test")]).cast_column("audio", datasets.Audio(decode=False))
     assert T.from_datasets(rows, tmp_path)[["file", "label"]].values.tolist() == [[str(tmp_path/"a.wav"), ""]]
     with pytest.raises(ValueError, match="row 0 of the data set has neither"): T._recording(dict(bytes=None, path=None), tmp_path, 0)
+
+QUESTION = """
+name = "mine"
+[teachers]
+speech = "a/b"
+[tasks.high]
+table = "tones/table.csv"
+label = "what"
+group = "who"
+domain = "tones"
+"""
+
+@pytest.fixture
+def question(tmp_path):
+    "A profile with a question of its own, and the table that it asks about."
+    (tmp_path/"tones").mkdir()
+    rows = []
+    for i in range(32):
+        tone = .3*np.sin(np.arange(16_000)*(.1 + .4*(i % 2))) + .01*np.random.default_rng(i).normal(size=16_000)
+        sf.write(tmp_path/f"tones/{i}.wav", tone, 8_000)
+        rows.append(dict(file=f"{i}.wav", split=("train", "train", "dev", "test")[i//2 % 4], what="low high".split()[i % 2], who=f"00{i//2}",
+                         start="" if i % 3 else ".5", end="1.25"))
+    pd.DataFrame(rows).to_csv(tmp_path/"tones/table.csv", index=False, encoding="utf-8-sig")
+    (tmp_path/"mine.toml").write_text(QUESTION, encoding="utf-8")
+    yield tmp_path
+    T.TASKS.pop("high", None)
+
+def test_a_question_of_a_profile(question):
+    p = profile(question/"mine.toml")
+    assert T.profile_tasks(p) == T.profile_tasks(p) == ["high"] and "high" not in T.task_names("all")     # entered once, however often
+    t = T.task_table("high")
+    assert t.split.value_counts().to_dict() == dict(train=16, valid=8, test=8) and t.who[0] == "000" and set(t.start) == {0, 8_000}
+    assert set(t.end - t.start) == {(n - 400)//320*320 + 400 for n in (12_000, 20_000)}                   # seconds, in whole frames at 16 kHz
+    scores = P.probe("logmel", ["high"], seeds=1)
+    assert (scores.score == 1).all() and set(scores.domain) == {"tones"}
+    with pytest.raises(ValueError, match="tasks.phones is a task that exists already"):
+        T.profile_tasks(replace(p, tasks=dict(phones=p.tasks["high"])))
+
+@pytest.mark.parametrize("change, says", [
+    (lambda d: d.drop(columns="what"), "has no column what; it has file, split, who"), (lambda d: d.assign(split="tset"), "has the split 'tset'"),
+    (lambda d: d.assign(file="no.wav"), "names no.wav, which is not there"), (lambda d: d.assign(end="soon"), "no number of seconds"),
+    (lambda d: d.assign(end="7"), "row 2 of .*, 0.wav, is empty or ends after its recording"), (lambda d: d.assign(who="a"), "who 'a' is in more than one split"),
+    (lambda d: d[d.split != "dev"], "the valid split of table table.csv is empty"), (None, "there is no table .*table.csv; correct tasks.high.table")])
+def test_a_question_that_cannot_be_asked_is_a_sentence(question, change, says):
+    file = question/"tones/table.csv"
+    if change: change(pd.read_csv(file, dtype=str, keep_default_na=False, encoding="utf-8-sig")).to_csv(file, index=False)
+    else: file.unlink()
+    with pytest.raises(ValueError, match=f"task high: .*{says}") as e: T.table_task("high", **profile(question/"mine.toml").tasks["high"]).split()
+    assert "\n" not in str(e.value)
 
 def levenshtein(a, b):
     "The textbook table, as an independent opinion."
