@@ -12,7 +12,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import HubertModel, PreTrainedConfig
 from .profiles import profile as get_profile
-from .corpora import SAMPLE_RATE, load_corpus
+from .audio import SAMPLE_RATE
+from .corpora import load_corpus
 from .scale import Stream
 from .encoders import FAMILIES, Heads, load_encoder, student_config
 from .tasks import table_task

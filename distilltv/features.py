@@ -17,7 +17,8 @@ from torch.nn import functional as F
 from .cards import merged_name
 from .profiles import SHIPPED, profile as get_profile
 from .runs import cached, data_dir, file_hash, home, write_json
-from .corpora import SAMPLE_RATE, AudioError, normalise, segment_audio
+from .audio import SAMPLE_RATE, AudioError, audible, load_part, normalise
+from .corpora import read_shard
 from .encoders import FAMILIES, HOP, WINDOW, hidden_states, load_encoder, random_student, weights_hash
 
 # %% ../nbs/04a_features.ipynb #f3432492
@@ -204,7 +205,7 @@ def windows(table, root, most:float=4e9) -> tuple: # rows with file, start, end;
     "The distinct windows of a table (file, start, end, and rows that use it) and their samples, int16, end to end."
     w = _distinct(table)
     def cut_out(file, start, end):
-        x = segment_audio(dict(path=str(Path(root)/file), start=start, end=end, license=""))
+        x = read_shard(Path(root)/file, start, end)
         if len(x) != end - start: raise ValueError(f"{file} is shorter than its table says; fetch it again or rebuild metadata.csv")
         return x
     def added_to(r, n):
@@ -248,14 +249,19 @@ def hear(encoder, wav,           # waveforms [batch, samples]
     return torch.cat([encoder(wav[:, i*hop:(min(i+m, n)-1)*hop + WINDOW]) for i in range(0, n, m)], 2)
 
 def read_window(root, file, start, end):
-    x = segment_audio(dict(path=str(Path(root)/file), start=int(start), end=int(end)))[:end-start]
+    path = Path(root)/file
+    x = audible(load_part(path, int(start), int(end)), path)
     if len(x) < end - start - 2: raise AudioError(f"{file} ends before its table says: fetch it again or leave it out")
     return np.pad(x, (0, end - start - len(x)))     # resampling may round the last sample away
 
 # %% ../nbs/04a_features.ipynb #92fddd06
+def _in_shards(table):
+    "Whether the segments lie in shards, which are decoded once and kept; a column `shard` says so."
+    return "shard" in table and bool(table.shard.all())
+
 def _listen(encoder, table, root, seconds, lost, only=None):
     # rows and hidden states [layers, frames, dim] of each distinct window, or of that with the row `only`; `lost` takes what cannot be read
-    w, audio = windows(table, root) if "license" in table else (_distinct(table), None)
+    w, audio = windows(table, root) if _in_shards(table) else (_distinct(table), None)
     w["at"] = (w.end - w.start).cumsum() - (w.end - w.start)
     if only is not None: w = w[[only in r for r in w.rows]]
     def sound(window):

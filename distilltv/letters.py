@@ -10,7 +10,7 @@ __all__ = ['LETTERS', 'letters', 'heard_text', 'word_errors', 'letter_errors', '
 import jiwer, numpy as np, torch
 import torch.nn.functional as F
 from torch import nn
-from .corpora import AudioError, normalise
+from .audio import AudioError, normalise
 from .encoders import WINDOW
 from .features import frame_features, hear, read_window, view_layers
 from .fit import Answer, BatchedAdam, batches, keep_best, logits, prepared, shortfall

@@ -11,7 +11,7 @@ __all__ = ['TRIADS', 'SNRS', 'some_groups', 'phones', 'words', 'prompts', 'sylla
 import hashlib, unicodedata
 from pathlib import Path
 import numpy as np, pandas as pd
-from .corpora import SAMPLE_RATE
+from .audio import SAMPLE_RATE
 from .features import whole_frames
 from .fit import Match
 from .letters import Spelling
@@ -37,7 +37,7 @@ def _parts(name, root):
     return _read(Path(root)/"speech"/name, start=int, end=int).rename(columns=dict(start="lo", end="hi"))
 
 def _windows(df, corpus, seconds=None):
-    return whole_frames(df.assign(file=corpus + "/" + df.file), seconds)
+    return whole_frames(df.assign(file=corpus + "/" + df.file, shard=True), seconds)
 
 # %% ../nbs/04e_mini.ipynb #c211c566
 def phones(root):

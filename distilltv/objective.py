@@ -9,7 +9,7 @@ __all__ = ['LOSSES', 'kd_loss', 'cl_loss', 'frame_clock', 'match_frames', 'Disti
 import torch, torchaudio
 from torch import nn, distributed as dist
 from torch.nn import functional as F
-from .corpora import SAMPLE_RATE, normalise
+from .audio import SAMPLE_RATE, normalise
 from .encoders import Heads, receptive
 
 # %% ../nbs/02a_objective.ipynb #a44c4f4e

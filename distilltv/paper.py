@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pandas as pd
 from transformers import HubertConfig
 from .check import PEAK, SHARE, operations
-from .corpora import SAMPLE_RATE
+from .audio import SAMPLE_RATE
 from .distill import distil
 from .encoders import student_config
 from .merge import check_same

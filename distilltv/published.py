@@ -12,7 +12,7 @@ import csv, hashlib, json, os, re
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np, pandas as pd
-from .corpora import SAMPLE_RATE
+from .audio import SAMPLE_RATE
 from .encoders import WINDOW
 from .features import whole_frames
 from .fit import Numbers, Slots, Tags

@@ -15,7 +15,8 @@ from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from datasets import Audio, load_dataset
 from datasets.distributed import split_dataset_by_node
-from .corpora import DRAWS, SAMPLE_RATE, AudioError, Segments, load_audio, open_segments, normalise
+from .audio import SAMPLE_RATE, AudioError, load_audio
+from .corpora import DRAWS, Segments, as_batch, draw_crop, open_segments
 from .runs import write_atomic
 
 # %% ../nbs/00a_scale.ipynb #91957291
@@ -130,7 +131,7 @@ class Crops:
         self.parts = [np.random.default_rng([seed, j]).permutation(self.epoch*self._slots(j)) for j in range(len(corpora))]
         self.quarantine = {path: why for s in self.sources if s not in self.streams for path, why in s.refused.items()}
         self._marks, self._used, self._next = {0: self._mark()}, {}, 0
-        loose = not self.streams and not any("license" in s.rows[0] for s in self.sources)
+        loose = not self.streams and not any(s.rows[0]["shard"] for s in self.sources)
         self._map = ThreadPoolExecutor(min(8, os.cpu_count())).map if loose else map  # files are decoded side by side; a stream has an order
     def __call__(self, step): return self.items(step, slice(None))
     def items(self, step, part:slice): # [share, samples], each crop normalised; of several lengths: padded, and the lengths [share]
@@ -140,13 +141,14 @@ class Crops:
         bins = [self._bin(same, j) for j in range(n)]
         def cut(item):
             (i, c), (m, source), names = item, bins[item[0] % n], []
-            return source.crop(self.samples//m, np.random.default_rng([self.seed, same, i, c]), self.quarantine, names, *self._part(same, i)), names
+            how = self.quarantine, names, *self._part(same, i)
+            return draw_crop(source, self.samples//m, self.seed, same, i, c, *how), names
         crops, names = zip(*self._map(cut, [(i, c) for i in range(self.batch_size)[part] for c in range(bins[i % n][0])]))
         used += sum(names, [])
         self._next, self._marks[step+1] = step+1, self._mark()
         for kept in (self._marks, self._used):
             if len(kept) > 16: del kept[min(kept)]
-        return _batch(crops)
+        return as_batch(crops)
     def _same(self, step):
         "The step whose crops are heard at this one: of the first epoch, in an order of this epoch's own."
         if not self.epoch or step < self.epoch: return step
@@ -199,14 +201,6 @@ def _by_length(pool, samples):
     "Segments by the number of their crops that fill so many samples, with crops of a second at least: {1: those that are long enough, 2: those of a half, …}."
     need = [min(max(1, samples//SAMPLE_RATE), -(-samples//(r["end"]-r["start"]))) for r in pool.rows]
     return {m: Segments([r for r, k in zip(pool.rows, need) if k == m], alone=True) for m in sorted(set(need))}
-
-def _batch(crops):
-    "Crops, each normalised, as rows; where lengths differ, what fills up the shorter ones is not a number, so that it cannot be heard unnoticed."
-    lengths = [len(x) for x in crops]
-    if len(set(lengths)) == 1: return normalise(torch.from_numpy(np.stack(crops)))
-    wav = torch.full((len(crops), max(lengths)), torch.nan)
-    for row, x in zip(wav, crops): row[:len(x)] = normalise(torch.from_numpy(x))
-    return wav, torch.tensor(lengths)
 
 # %% ../nbs/00a_scale.ipynb #911d350d
 def merge_quarantines(states:list # of all processes, from `Crops.state`

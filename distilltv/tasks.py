@@ -14,7 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 import numpy as np, pandas as pd, soundfile as sf
 from datasets import Audio, ClassLabel, DatasetDict, concatenate_datasets
-from .corpora import SAMPLE_RATE
+from .audio import SAMPLE_RATE
 from .features import audio_hashes, whole_frames
 from .fit import Answer, Classes
 from .runs import data_dir, write_atomic

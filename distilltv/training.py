@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import gather_object, set_seed
 from tqdm.auto import tqdm
-from .corpora import SAMPLE_RATE
+from .audio import SAMPLE_RATE
 from .encoders import weights_hash
 from .profiles import Profile, record
 from .runs import cached, home, keep_memory, write_atomic

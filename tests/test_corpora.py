@@ -4,8 +4,9 @@ from collections import defaultdict
 import numpy as np, pandas as pd, pyarrow as pa, pytest, soundfile as sf, torch
 from datasets import Audio, Dataset
 from hypothesis import given, settings, strategies as st
-from distilltv import corpora
-from distilltv.corpora import AudioError, SAMPLE_RATE, crop_batch, load_audio, load_corpus, normalise, segment_audio
+from distilltv import audio, corpora
+from distilltv.audio import AudioError, SAMPLE_RATE, load_audio, normalise
+from distilltv.corpora import crop_batch, load_corpus, segment_audio
 from distilltv.runs import data_dir
 from distilltv.scale import Crops, Stream, merge_quarantines, write_quarantine
 
@@ -190,8 +191,8 @@ def test_missing_file_and_folder_are_named(tmp_path):
 
 def test_too_long_is_refused_before_decoding(tmp_path, monkeypatch):
     sf.write(tmp_path/"long.wav", tone(4), SAMPLE_RATE)
-    monkeypatch.setattr(corpora, "MAX_HOURS", 3/3600)
-    monkeypatch.setattr(corpora, "_read", lambda *a: pytest.fail("decoded"))
+    monkeypatch.setattr(audio, "MAX_HOURS", 3/3600)
+    monkeypatch.setattr(audio, "_read", lambda *a: pytest.fail("decoded"))
     with pytest.raises(AudioError, match="long.wav.*more than the limit"): load_audio(tmp_path/"long.wav")
 
 def test_stereo_and_other_rates_come_back_mono_16k(tmp_path):
@@ -461,8 +462,8 @@ def test_a_long_file_is_cropped_without_being_decoded(tmp_path, monkeypatch):
     head[4:8], head[40:44] = (size-8).to_bytes(4, "little"), (size-44).to_bytes(4, "little")
     with open(path, "r+b") as f: f.write(head); f.truncate(size)      # sparse: no disk is used
     with pytest.raises(AudioError, match="long.wav.*3.2 h, more than the limit of 3 h: cut it"): load_audio(path)
-    read, frames = corpora._read, []
-    monkeypatch.setattr(corpora, "_read", lambda p, start, n, *a: frames.append(n) or read(p, start, n, *a))
+    read, frames = audio._read, []
+    monkeypatch.setattr(audio, "_read", lambda p, start, n, *a: frames.append(n) or read(p, start, n, *a))
     corpora.open_segments.cache_clear()
     assert Crops([tmp_path], 2, 1.)(0).shape == (2, 16_000) and max(frames) == 16_000
 
@@ -471,7 +472,7 @@ def test_headers_of_a_folder_are_read_once(tmp_path, monkeypatch):
     folder = folder_of(tmp_path, 3)
     rows = corpora._rows(str(folder), None)
     with monkeypatch.context() as m:
-        m.setattr(corpora, "_open", lambda *a: pytest.fail("read again"))
+        m.setattr(audio, "_open", lambda *a: pytest.fail("read again"))
         assert corpora._rows(str(folder), None) == rows
     (folder/"1.flac").touch()
     cut(folder/"0.flac", 0)
@@ -575,7 +576,7 @@ def lengths(tmp_path):
 def heard_alone(crops, step, monkeypatch):
     "What a batch was cut from, before it is normalised."
     with monkeypatch.context() as m:
-        m.setattr("distilltv.scale.normalise", lambda x: x)
+        m.setattr("distilltv.corpora.normalise", lambda x: x)
         return crops(step)
 
 def test_short_recordings_alone_are_heard_in_shorter_crops_and_more_of_them(lengths, monkeypatch):
