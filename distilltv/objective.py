@@ -104,13 +104,13 @@ def _over(loss, pairs):
 class Distiller(nn.Module):
     "A student, its prediction heads and its frozen teachers; `forward(wav)` gives the loss and its parts."
     def __init__(self, student,        # `HubertModel`, trained in place
-                 teachers:dict,        # name -> frozen `HubertModel`
+                 teachers:dict,        # name -> frozen `HubertModel`; a `ValueError` if it wants waveforms as they are
                  layers=(4, 8, 12),    # teacher layers to predict, counted from 1; a `ValueError` if there are fewer
                  feature_grad=.1,      # gradient multiplier of the convolutions
                  loss="kd",            # `kd` (L1 and cosine) or `cl` (correlation and cosine)
                  cache=None):          # `TargetCache`; `None`: targets are computed anew each time
         super().__init__()
-        _check_layers(teachers, layers)
+        _check_teachers(teachers, layers)
         self.student, self.layers = student.requires_grad_(True), layers
         self.loss, self.cache = LOSSES[loss], cache
         wide = student.config.hidden_size
@@ -152,8 +152,12 @@ def _hidden(teacher, wav, layers):
     with torch.inference_mode(): h = teacher(wav, output_hidden_states=True).hidden_states
     return torch.stack([h[l] for l in layers])
 
-def _check_layers(teachers, layers):
+def _check_teachers(teachers, layers):
+    "A `ValueError` for a teacher that lacks a layer, or that wants waveforms that are not normalised."
     for n, t in teachers.items():
+        if not getattr(t, "do_normalize", True):
+            raise ValueError(f"the {n} teacher wants waveforms as they are (do_normalize is false in its preprocessor_config.json), "
+                             "but all crops are normalised: choose another teacher")
         if max(layers) > t.config.num_hidden_layers:
             raise ValueError(f"the {n} teacher has {t.config.num_hidden_layers} layers, so layer {max(layers)} "
                              "cannot be predicted: name others in `predict`")

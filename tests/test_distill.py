@@ -105,6 +105,18 @@ def test_teachers_that_cannot_be_used_are_named():
     small = HubertModel(HubertConfig(**TINY | dict(num_hidden_layers=2)))
     with pytest.raises(ValueError, match="speech teacher has 2 layers, so layer 12.*`predict`"): Distiller(make_base(small), dict(speech=small))
 
+def test_a_teacher_that_wants_waveforms_as_they_are_is_refused_by_name(tmp_path):
+    "All crops are normalised, so what its preprocessor_config.json says cannot be done."
+    folder = save_encoder(HubertModel(HubertConfig(**TINY)), tmp_path/"raw")
+    file = folder/"preprocessor_config.json"
+    said = json.loads(file.read_text(encoding="utf-8"))
+    for wants in (True, False):
+        file.write_text(json.dumps(said | dict(do_normalize=wants)), encoding="utf-8")
+        teacher = load_encoder(folder)
+        if wants: Distiller(make_base(teacher), dict(sound=teacher))
+        else:
+            with pytest.raises(ValueError, match="the sound teacher wants waveforms as they are"): Distiller(make_base(teacher), dict(sound=teacher))
+
 def test_frames_are_matched_by_their_times():
     "A linear function of time, sampled at 75 frames a second, read off at 50; same clocks are cropped and untouched."
     theirs, ours = frame_clock(HubertConfig(**TINY), 24_000), frame_clock(HubertConfig(**TINY))
