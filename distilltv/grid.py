@@ -11,7 +11,9 @@ import ast, hashlib, itertools, json, os, re, threading
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from .profiles import SHIPPED, Profile, profile as get_profile, record
+from .cards import merged_name, weights_name
+from .profiles import (SHIPPED, Profile, as_asked, listens_to, profile as get_profile, record, student_folder,
+                                taught_by)
 from .runs import data_dir, file_hash, home, root
 
 # %% ../nbs/06b_grid.ipynb #e73bf74c
@@ -50,14 +52,11 @@ def simplex(domains, # names
     shares = itertools.product(range(parts+1), repeat=len(domains))
     return [dict(zip(domains, (k/parts for k in s))) for s in shares if sum(s) == parts]
 
-def _exact(x): return f"{x:.2f}" if x == round(x, 2) else str(x)    # two weights that round alike keep different names
-
-def merge_weights(domains, lams=LAMBDAS) -> list: # of (name, parameters of the merge notebook)
+def merge_weights(domains, lams=LAMBDAS) -> list: # of parameters of the merge notebook: `lam`, or `weights` by domain
     "The merges of an experiment: λ for two domains, a grid of weights for more, none for one."
     if len(domains) < 2: return []
-    if len(domains) == 2: return [(f"lam-{_exact(l)}", dict(lam=l)) for l in lams]
-    grid = simplex(domains, 4 if len(domains) == 3 else 2)
-    return [("-".join(f"{d}{_exact(w)}" for d, w in ws.items()), dict(weights=ws)) for ws in grid]
+    if len(domains) == 2: return [dict(lam=l) for l in lams]
+    return [dict(weights=w) for w in simplex(domains, 4 if len(domains) == 3 else 2)]
 
 # %% ../nbs/06b_grid.ipynb #7d6d817b
 def grid(profile:str="mini",   # a shipped profile's name, or the path of a .toml file
@@ -81,31 +80,33 @@ def grid(profile:str="mini",   # a shipped profile's name, or the path of a .tom
 # %% ../nbs/06b_grid.ipynb #adb6fd8a
 def _tag(seed): return f"-seed{seed}" if seed else ""
 
-def _folder(p, c, who, seed, times=1):
-    "The folder of a student; `distill.student_folder` says the same and needs torch."
-    return who + ("" if p.loss == "kd" else f"-{p.loss}") + (f"-{times}x" if times > 1 else "") + _tag(seed)
-
 def _distillations(p, c, seed, common, longer):
     "A student for each domain and the ensemble, with one seed; `longer`: also an ensemble of as many updates as all of them."
-    inputs = tuple(f"{kind}:{d}" for kind in ("teacher", "audio") for d in p.domains) + _base(p)
     wanted = [(d, 1) for d in p.domains]
     if len(p.domains) > 1: wanted += [("ensemble", 1)] + [("ensemble", len(p.domains))]*longer
     runs = []
     for who, times in wanted:
-        name = _folder(p, c, who, seed, times)
+        name = student_folder(p, who, c, seed, times*p.steps).name
         more = dict(steps=times*p.steps) if times > 1 else {}
         runs.append(GridRun("distil", name, "02_distill.ipynb", dict(common, teacher=who, corpus=c, seed=seed, **more),
-                            f"{p.name}/students/{c}/{name}", inputs=inputs))
+                            f"{p.name}/students/{c}/{name}", inputs=_reads(p, c, who)))
     return runs
+
+def _reads(p, c, who):
+    "What a student's distillation reads: its teachers and that of θ₀; the audio it hears, and the files it is validated on."
+    teachers = {*taught_by(p, who), p.init}
+    audio = {*listens_to(as_asked(p, c), who), *(d for d in p.domains if not p.audio[d].startswith("stream:"))}
+    return tuple(f"{kind}:{d}" for kind, of in (("teacher", teachers), ("audio", audio)) for d in p.domains if d in of) + _base(p)
 
 def _merges(p, c, seed, common, lams):
     "The merges of the students of one seed."
-    students = tuple(f"distil/{_folder(p, c, d, seed)}" for d in p.domains)
+    students = tuple(f"distil/{student_folder(p, d, c, seed).name}" for d in p.domains)
     runs = []
-    for name, weights in merge_weights(p.domains, lams):
-        out = f"{p.name}/merged/{c}/linear-{name}{_tag(seed)}"
+    for weights in merge_weights(p.domains, lams):
+        (said,) = weights.values()
+        out = f"{p.name}/merged/{c}/{merged_name('linear', said)}{_tag(seed)}"
         parameters = dict(common, corpus=c, seed=seed, out=f"{{home}}/{out}", **weights)
-        runs.append(GridRun("merge", name + _tag(seed), "03_merge.ipynb", parameters, out, students, _base(p)))
+        runs.append(GridRun("merge", weights_name(said) + _tag(seed), "03_merge.ipynb", parameters, out, students, _base(p)))
     return runs
 
 def _probes(p, c, distil, merge, common):
@@ -213,12 +214,19 @@ def _state(text, p):
     return place
 
 # %% ../nbs/06b_grid.ipynb #329f5602
+def _decided(run, p):
+    "What the profile decides of a run's numbers: of teachers and audio, the places of those that the run reads."
+    found = record(p)
+    for kind, table in dict(teacher="teachers", audio="audio").items():
+        found[table] = [(d, place if f"{kind}:{d}" in run.inputs else "") for d, place in found[table].items()]
+    return found
+
 def key(run:GridRun, # the run
         runs:dict,   # id -> run, for those it needs
        ) -> str:     # SHA-256 as hex
     "Hash of everything that decides a run's numbers."
     p = run.profile
-    parts = dict(code=code_of(run.notebook, run.stage == "results"), profile=record(p) if p else {},
+    parts = dict(code=code_of(run.notebook, run.stage == "results"), profile=_decided(run, p) if p else {},
                  parameters={k: v for k, v in run.parameters.items() if k != "profile"},
                  inputs={i: _state(i, p) for i in run.inputs}, needs={n: digest(runs[n].folder) for n in run.needs})
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -15,7 +15,6 @@ from .check import PEAK, SHARE, operations
 from .audio import SAMPLE_RATE
 from .distill import distil
 from .encoders import student_config
-from .merge import check_same
 from .features import PREPROCESSING, choose_view, features
 from .fit import LRS, fit_probes
 from .letters import Letters, Words
@@ -25,6 +24,7 @@ from .results import NINE, OVERALL, missing, scale
 from .runs import data_dir
 from .statistics import bootstrap, mcnemar
 from .tasks import find_task
+from .weights import check_same
 
 # %% ../nbs/05c_paper.ipynb #38e618e8
 def gpu_time(flop:float) -> str: # operations

@@ -10,8 +10,8 @@ import reprlib
 from fractions import Fraction
 from pathlib import Path
 import re, yaml
-from .merge import TaskVector, load_student, merge, options_of
-from .rules import FAMILY, RULES
+from .merge import TaskVector, load_student, merge
+from .rules import FAMILY, RULES, options_of
 from .weights import ByName, check_dtype, finite, read_json
 
 # %% ../nbs/03b_recipes.ipynb #1c4d57ce

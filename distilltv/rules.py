@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['FAMILY', 'RULES', 'blocks', 'check_share', 'trim', 'breadcrumbs', 'dare', 'magprune', 'add', 'vote', 'elect', 'slerp',
-           'model_stock', 'fisher', 'regmean', 'correlation', 'best_match', 'apply_rule']
+           'model_stock', 'fisher', 'regmean', 'correlation', 'best_match', 'apply_rule', 'options_of', 'check_options']
 
 # %% ../nbs/03a_rules.ipynb #fced2d9b
-import zlib
+import inspect, zlib
 import numpy as np
+from .weights import spread
 
 # %% ../nbs/03a_rules.ipynb #060cc078
 def _ranks(t):
@@ -208,3 +209,33 @@ def apply_rule(rule:str,     # one of `RULES`
     sparsify, consensus = FAMILY[rule]
     rngs = (np.random.default_rng([seed, zlib.crc32(name.encode()), i]) for i in range(len(vectors)))
     return _by_blocks(consensus, [sparsify(t, rng=r, **options) for t, r in zip(vectors, rngs)], weights)
+
+# %% ../nbs/03a_rules.ipynb #0b7d0c12
+def options_of(rule # one of `RULES`
+              ) -> dict: # `{option: default}`
+    "A rule's options with their defaults."
+    ps = inspect.signature(FAMILY[rule][0]).parameters if rule in FAMILY else {}
+    return {n: p.default for n, p in ps.items() if n not in ("t", "rng", "_")}
+
+def check_options(rule:str,     # one of `RULES`
+                  weights:list, # of each model: a number, a list over depth or a `ByName`
+                  seed:int,     # for rules that draw at random
+                  options:dict, # of the rule, as they were asked for
+                  names:list    # of the tensors
+                 ) -> dict:     # `{option: value}`, defaults filled in
+    "All options of a rule; a `ValueError` for one that it lacks or out of range, or for weights that it does not use."
+    count, known = len(weights), options_of(rule)
+    for o in options:
+        if o not in known:
+            raise ValueError(f"rule {rule} has no option {o!r}" + (f"; it has {', '.join(known)}" if known else ""))
+    if not (isinstance(seed, int) and not isinstance(seed, bool) and seed >= 0):
+        raise ValueError(f"seed is {seed!r}; give a whole number of at least 0")
+    # refuses what is out of range
+    if rule in FAMILY: FAMILY[rule][0](np.zeros(1), rng=np.random.default_rng(0), **known | options)
+    if rule == "slerp" and count != 2:
+        raise ValueError(f"slerp merges two models, not {count}; use task_arithmetic or ties for more")
+    if rule == "model_stock" and count < 2: raise ValueError("model_stock needs at least two models; give another")
+    if rule == "model_stock" and any(spread(w, names) != spread(weights[0], names) for w in weights):
+        raise ValueError("model_stock takes its models as equals; "
+                         "give all of them the same weight, or leave the weights out")
+    return known | options

@@ -7,11 +7,11 @@ from torch.nn import functional as F
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import HubertConfig, HubertModel
 from distilltv import distill, training
-from distilltv.distill import base_of, crops_of, distil, listens_to, load_heads, student_folder, validate, validation_crops
+from distilltv.distill import base_of, crops_of, distil, load_heads, validate, validation_crops
 from distilltv.encoders import load_encoder, make_base, save_encoder, weights_hash
 from distilltv.grid import grid
 from distilltv.objective import Distiller, cl_loss, frame_clock, kd_loss, match_frames
-from distilltv.profiles import Profile, profile, record
+from distilltv.profiles import Profile, listens_to, profile, record, student_folder
 from distilltv.runs import data_dir
 from distilltv.scale import Crops
 from distilltv.training import TargetCache, TimeLeft, fit, lr_at

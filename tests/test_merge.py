@@ -7,7 +7,8 @@ from safetensors.torch import load_file, save_file
 from transformers import HubertConfig, HubertModel
 from distilltv.geometry import geometry
 from distilltv.cards import merged_name
-from distilltv.merge import Student, TaskVector, add_scores, find_students, load_student, merge
+from distilltv.merge import Student, TaskVector, add_scores, load_student, merge
+from distilltv.profiles import find_students
 from distilltv.recipes import domain_weights, merge_recipe
 from distilltv.rules import RULES, apply_rule
 from distilltv.weights import ByName, Checkpoint, part, parts

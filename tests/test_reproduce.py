@@ -208,7 +208,7 @@ def test_each_module_makes_exactly_its_runs_stale(tree):
     for path in sorted((tree/"distilltv").glob("*.py")): stages[path.stem] = stale_after(tree, path, lambda text: text + "\n_edited = 1\n")
     assert {m: s for m, s in stages.items() if m in STALE} == STALE
     expected = dict(runs="distil merge probe results", profiles="distil merge probe results", objective="distil results", training="distil results",
-                    rules="merge results", merge="merge results")
+                    rules="merge", merge="merge")
     assert {m: stages[m] for m in expected} == expected
     assert not any(stages[m] for m in "grid runner reproduce slurm queueing public path align".split()), stages
 
@@ -239,7 +239,7 @@ def test_profile_audio_and_teachers_are_in_the_key(tmp_path, monkeypatch):
         keys.append(now())
         return keys[-1] != keys[-2]
     (tmp_path/"c/x.wav").write_bytes(b"other")
-    assert changed()                        # audio, and a teacher
+    assert changed()                        # audio, and another's teacher
     monkeypatch.setenv("OTHER", str(tmp_path/"c"))
     assert changed()                        # an environment variable that the profile names
     (tmp_path/"three.toml").write_text(text.replace("steps = 7", "steps = 8"), encoding="utf-8")
@@ -265,6 +265,42 @@ def test_a_profiles_question_makes_probes_stale_and_no_student(tmp_path):
     student, probe = zip(*seen)
     assert len(set(student)) == 1 and len(set(probe)) == 5
 
+def test_a_student_is_stale_with_what_it_reads_and_nothing_else(tmp_path, monkeypatch):
+    for d in ("a", "b", "c", "heard"):
+        (tmp_path/d).mkdir()
+        (tmp_path/d/"x").write_bytes(b"one")
+    text = ('name = "three"\n[teachers]\na = "./a"\nb = "./b"\nc = "${C}"\n[audio]\na = "./heard"\nb = "stream:x:y:train"\nc = "${STREAM}"\n'
+            '[student]\ninit = "a"\n[training]\ncorpus = "own"\n')
+    (tmp_path/"three.toml").write_text(text, encoding="utf-8")
+    monkeypatch.setenv("C", str(tmp_path/"c"))
+    monkeypatch.setenv("STREAM", "stream:z:y:train")
+    runs = {r.id: r for r in grid(tmp_path/"three.toml")}
+    asked = ["distil/a", "distil/b", "distil/c", "distil/ensemble", "probe/logmel", "probe/teacher-b", "probe/teacher-c"]
+    last = {r: key(runs[r], runs) for r in asked}
+    def stale():
+        now = {r: key(runs[r], runs) for r in asked}
+        found = [r for r in asked if now[r] != last[r]]
+        last.update(now)
+        return found
+    (tmp_path/"b/x").write_bytes(b"other weights")
+    assert stale() == ["distil/b", "distil/ensemble", "probe/teacher-b"]
+    monkeypatch.setenv("C", str(tmp_path/"b"))               # another place for a teacher
+    assert stale() == ["distil/c", "distil/ensemble", "probe/teacher-c"]
+    monkeypatch.setenv("STREAM", "stream:elsewhere:y:train")
+    assert stale() == ["distil/c", "distil/ensemble"]        # a stream holds out nothing, so the others do not read it
+    (tmp_path/"a/x").write_bytes(b"other start")             # the teacher of θ₀
+    assert stale() == ["distil/a", "distil/b", "distil/c", "distil/ensemble"]
+    (tmp_path/"heard/y").write_bytes(b"more")                # all are validated on files, whoever hears them
+    assert stale() == ["distil/a", "distil/b", "distil/c", "distil/ensemble"]
+
+def test_grid_and_notebook_name_a_merge_alike(tmp_path):
+    from distilltv.cards import merged_name
+    (tmp_path/"three.toml").write_text('name = "three"\n[teachers]\na = "x/a"\nb = "x/b"\nc = "x/c"\n', encoding="utf-8")
+    for r in [r for r in grid(tmp_path/"three.toml", seeds=2) + grid("mini") if r.stage == "merge"]:
+        said = r.parameters["weights"] if "weights" in r.parameters else r.parameters["lam"]
+        seed = f"-seed{r.parameters['seed']}" if r.parameters["seed"] else ""
+        assert r.out.split("/")[-1] == merged_name("linear", said) + seed     # the folder that 03_merge.ipynb writes by itself
+
 def test_audio_behind_a_link_counts(tmp_path):
     (tmp_path/"store").mkdir()
     (tmp_path/"store/a.ogg").write_bytes(b"1")
@@ -285,8 +321,8 @@ def test_grid_of_three_domains_and_two_seeds(tmp_path):
     assert names["distil"] == "a b c ensemble ensemble-3x a-seed1 b-seed1 c-seed1 ensemble-seed1 ensemble-3x-seed1".split()
     longer = next(r for r in runs if r.name == "ensemble-3x")
     assert longer.parameters["steps"] == 3*20_000 and longer.out == "three/students/both/ensemble-3x" and longer.parameters["profile"] == str(tmp_path/"three.toml")
-    assert len(names["merge"]) == 2*len(simplex("abc", 4)) == 30 and "a0.25-b0.25-c0.50-seed1" in names["merge"]
-    one = next(r for r in runs if r.name == "a0.25-b0.25-c0.50-seed1" and r.stage == "merge")
+    assert len(names["merge"]) == 2*len(simplex("abc", 4)) == 30 and "a-0.25-b-0.25-c-0.5-seed1" in names["merge"]
+    one = next(r for r in runs if r.name == "a-0.25-b-0.25-c-0.5-seed1" and r.stage == "merge")
     assert one.needs == ("distil/a-seed1", "distil/b-seed1", "distil/c-seed1") and one.parameters["weights"] == dict(a=.25, b=.25, c=.5)
     assert len(set(r.out for r in runs)) == len(runs) and len(names["probe"]) == 3 + 3 + 10 + 30
 
