@@ -208,7 +208,8 @@ def test_each_module_makes_exactly_its_runs_stale(tree):
     for path in sorted((tree/"distilltv").glob("*.py")): stages[path.stem] = stale_after(tree, path, lambda text: text + "\n_edited = 1\n")
     assert {m: s for m, s in stages.items() if m in STALE} == STALE
     expected = dict(runs="distil merge probe results", profiles="distil merge probe results", objective="distil results", training="distil results",
-                    rules="merge", merge="merge")
+                    rules="merge", merge="merge",
+                    features="probe results", fit="probe results")
     assert {m: stages[m] for m in expected} == expected
     assert not any(stages[m] for m in "grid runner reproduce slurm queueing public path align".split()), stages
 
