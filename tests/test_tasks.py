@@ -3,7 +3,7 @@ import csv, dataclasses, json, os, shutil, zlib
 from dataclasses import replace
 import datasets, numpy as np, pandas as pd, pytest, soundfile as sf, torch
 from hypothesis import given, settings, strategies as st
-from distilltv import features as E, fit as F, letters as L, probe as P, published as B, tasks as T
+from distilltv import adapters as A, features as E, fit as F, letters as L, probe as P, published as B, tasks as T
 from distilltv.profiles import profile
 
 torch.set_num_threads(1)
@@ -455,7 +455,7 @@ def test_word_errors(a, b):
 
 def test_xares_contract():
     "What X-ARES' checker asks: three attributes, and [batch, frames, dim] for a batch and for one long clip."
-    e = E.XaresEncoder(E.LogMel())
+    e = A.XaresEncoder(E.LogMel())
     assert isinstance(e.sampling_rate, int) and isinstance(e.output_dim, int) and isinstance(e.hop_size_in_ms, float)
     for seconds in (1, 45):
         h = e(torch.randn(2, 16000*seconds))
@@ -464,7 +464,7 @@ def test_xares_contract():
 
 def test_s3prl_contract():
     wavs = [torch.randn(16000), torch.randn(4000)]
-    u = E.S3prlUpstream(E.LogMel())
+    u = A.S3prlUpstream(E.LogMel())
     out = u(wavs)
     assert u.get_downsample_rates("hidden_states") == 320 and out["hidden_states"][0].shape == (2, 49, 80)
     torch.testing.assert_close(out["last_hidden_state"][1, :12], u([wavs[1]])["last_hidden_state"][0])
