@@ -149,10 +149,11 @@ def _card(note, rate, normal=True):
     "README.md of a saved encoder."
     scaled = ", each with zero mean and unit variance" if normal else ""
     rows = "\n".join(f"| {k} | {v} |" for k, v in note.items() if isinstance(v, (str, int, float)))
+    licence = f"\nlicense: {note['licence'].lower()}" if note.get("licence") else ""
     return f"""---
 library_name: transformers
 pipeline_tag: feature-extraction
-tags: [audio, speech, music, hubert]
+tags: [audio, hubert]{licence}
 ---
 # {str(note.get("role", "encoder")).capitalize()}
 
