@@ -12,7 +12,8 @@ import numpy as np, pandas as pd, torch
 from .runs import Run, commit, peak_memory, versions, write_atomic
 from .features import Transformer, check_encoder, choose_view, features, open_encoder, table_hash
 from .fit import LRS, fit_probes
-from .tasks import TASKS, Leak, TableError, check_leakage, duplicates, find_task, leakage, task_names, task_table
+from .tasks import TASKS, Leak, TableError, check_leakage, duplicates, find_task
+from .tasks import leakage, task_names, task_table
 from . import mini, published     # they enter their tasks
 
 # %% ../nbs/04_probe.ipynb #17e589bd
@@ -20,7 +21,7 @@ def score_task(encoder, task,            # see `check_encoder` and `find_task`
                view:str="default",       # see `choose_view`
                seeds=(0, 1, 2),          # probe seeds
                root=None,                # folder of the corpora
-               head:str="linear"         # `linear`, `mlp` (a hidden layer of 512 units) or `attentive` (frames are weighted)
+               head:str="linear"         # `linear`, `mlp` (512 hidden units) or `attentive` (frames are weighted)
               ) -> tuple:                # rows (list of dict), predictions (dict of arrays)
     "Score one encoder on one task."
     return score_encoders([encoder], task, view, seeds, root, head)[0]
@@ -45,7 +46,8 @@ def score_encoders(encoders, task,       # several encoders; see `find_task`
 # %% ../nbs/04_probe.ipynb #cb6c3e05
 def _common(encoder, t, view, data):
     layer = getattr(encoder, "depth", 1)-1 if view == "last" else view
-    return dict(task=t.name, domain=t.domain, view=view, layer=layer, weights_hash=getattr(encoder, "hash", None), data_hash=data)
+    return dict(task=t.name, domain=t.domain, view=view, layer=layer, weights_hash=getattr(encoder, "hash", None),
+                data_hash=data)
 
 def _heard_twice(t, root):
     table = t.table(root)
@@ -54,8 +56,8 @@ def _heard_twice(t, root):
     return f"{len(d)} rows have the audio of a row in another split, such as {d.id[0]} and {d.id[1]}"
 
 # %% ../nbs/04_probe.ipynb #df0c6563
-COLUMNS = ("encoder role lam weights method corpus distil_seed steps taught_by task domain probe seed view layer metric score n_test valid lr "
-           "weights_hash data_hash seconds peak_mb commit versions status").split()
+COLUMNS = ("encoder role lam weights method corpus distil_seed steps taught_by task domain probe seed view layer metric score "
+           "n_test valid lr weights_hash data_hash seconds peak_mb commit versions status").split()
 
 def probe(encoder,                   # an encoder, or a name for `open_encoder`; several in a list
           tasks="all",               # `all` (the default eight), `more`, `paper`, names with commas, or a list
@@ -116,8 +118,8 @@ def _told_apart(encoders, infos):
     for e, i in zip(encoders, infos):
         mark = getattr(e, "hash", None) or id(e)
         if seen.setdefault(i["encoder"], mark) != mark:
-            raise ValueError(f"two encoders of different weights are called {i['encoder']!r}, "
-                             "and their scores would be taken for one's: rename a folder, or set `encoder.info[\"encoder\"]`")
+            raise ValueError(f"two encoders of different weights are called {i['encoder']!r}, and their scores would be "
+                             "taken for one's: rename a folder, or set `encoder.info[\"encoder\"]`")
 
 # %% ../nbs/04_probe.ipynb #277dd883
 def _write(run, out, scores, kept, encoder):
