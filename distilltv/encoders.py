@@ -16,6 +16,7 @@ from torch import nn
 from transformers import (Data2VecAudioModel, HubertConfig, HubertModel, PreTrainedConfig, PreTrainedModel,
                           Wav2Vec2FeatureExtractor, Wav2Vec2Model, WavLMModel)
 from transformers.utils import logging as hf_logging
+from .cards import encoder_card
 from .runs import Fingerprint, atomic_folder, versions, commit
 
 hf_logging.disable_progress_bar()  # loading a 5 MB file needs no bar in every notebook
@@ -145,30 +146,6 @@ def weights_hash(model) -> str: # a module, or a dict of tensors
     return f.hash
 
 # %% ../nbs/01_encoders.ipynb #550da3c3
-def _card(note, rate, normal=True):
-    "README.md of a saved encoder."
-    scaled = ", each with zero mean and unit variance" if normal else ""
-    rows = "\n".join(f"| {k} | {v} |" for k, v in note.items() if isinstance(v, (str, int, float)))
-    licence = f"\nlicense: {note['licence'].lower()}" if note.get("licence") else ""
-    return f"""---
-library_name: transformers
-pipeline_tag: feature-extraction
-tags: [audio, hubert]{licence}
----
-# {str(note.get("role", "encoder")).capitalize()}
-
-An encoder made with distilltv {note["versions"]["distilltv"]}. It hears mono waveforms at {rate:,} Hz{scaled}.
-
-| | |
-|---|---|
-{rows}
-
-```python
-from transformers import HubertModel
-encoder = HubertModel.from_pretrained("this folder")
-```
-"""
-
 def save_encoder(model:HubertModel,
                  folder,               # where to; an older version there is replaced at once, never half
                  dtype=torch.float32,  # of the stored tensors
@@ -184,7 +161,7 @@ def save_encoder(model:HubertModel,
         masked = model.config.feat_extract_norm == "layer"    # a norm by frame may be told what is padding; one by group must not
         Wav2Vec2FeatureExtractor(sampling_rate=rate, do_normalize=normal, return_attention_mask=masked).save_pretrained(tmp)
         (tmp/"distilltv.json").write_text(json.dumps(note, indent=1, default=str)+"\n", encoding="utf-8")
-        (tmp/"README.md").write_text(_card(note, rate, normal), encoding="utf-8")
+        (tmp/"README.md").write_text(encoder_card(note, rate, normal), encoding="utf-8")
     return Path(folder)
 
 # %% ../nbs/01_encoders.ipynb #b8887f87
