@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['Needs', 'needs_of', 'request', 'Listed', 'queue', 'Attempt', 'jobs_dir', 'latest', 'claim', 'ended', 'log_of', 'Job',
-           'torchrun', 'launch', 'QueueFull', 'submit', 'Driver', 'drive', 'state_of', 'states', 'alive']
+           'torchrun', 'launch', 'QueueFull', 'submit', 'Driver', 'drive', 'report', 'state_of', 'states', 'alive']
 
 # %% ../nbs/06d_slurm.ipynb #aab066ef
-import getpass, json, os, subprocess, sys, time, uuid
+import getpass, json, os, socket, subprocess, sys, time, uuid
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from .grid import GridRun, fresh, key, state
+from .grid import GridRun, fresh, key, stamp, state
 from .profiles import NEEDS, Profile
-from .runner import Progress, RunError, alone, execute
+from .runner import Progress, RunError, alone, execute, steps_done
 from .runs import home, write_json
 
 # %% ../nbs/06d_slurm.ipynb #8e7b7bd1
@@ -101,6 +101,7 @@ class Attempt:
     lost:int = 0     # attempts before this one that ended without a word and without progress
     mark:float = 0.  # how far the run had come by then: when its checkpoint was written
     job:str = ""     # Slurm's number, for the log; "": not submitted yet
+    sent:float = 0.  # when it was submitted
 
 def jobs_dir() -> Path:
     "Where attempts and logs are kept."
@@ -168,7 +169,7 @@ class Job:
         except RunError as e:
             why = str(e)
             if "DeadKernelError" in why: return False
-        word = dict(why=why, began=began, ended=time.time())
+        word = dict(why=why, began=began, ended=time.time(), node=socket.gethostname())
         if _rank() == 0: write_json(_file(run, attempt.number, ".ended"), word)
         return True
 
@@ -275,7 +276,8 @@ class Driver:
         if outdated: subprocess.run(["scancel", job.number])
         else: self.followed[run.id] = replace(attempt, job=job.number)
         if "launch failed" in job.reason: subprocess.run(["scontrol", "release", job.number])  # its node was lost
-        if job.state == "RUNNING" and run.id not in self.progress.began: self.progress.start(run)
+        runs = job.state == "RUNNING" and stamp(run).get("key") == attempt.key    # else it waits for others in its job
+        if runs and run.id not in self.progress.began: self.progress.start(run)
 
     def _missed(self, run) -> bool:
         "Whether a run's attempt has been missed for so long that nothing more will be seen of it."
@@ -306,7 +308,7 @@ class Driver:
         self.todo.remove(run)
         self.finished.add(run.id)
         if why: self.failed[run.id] = why
-        self.progress.done(run, why)
+        self.progress.done(run, why, stamp(run).get("seconds", 0.))
 
     def _submit(self, ready, jobs):
         "Put runs into the queue: those that were killed alone, small ones together."
@@ -339,7 +341,7 @@ class Driver:
             self._say(f"the queue is full, trying again: {e}")
         if not number: self.unsent.append(job)
         for run in job.runs if number else ():
-            attempt = self.followed[run.id] = replace(latest(run), job=number)
+            attempt = self.followed[run.id] = replace(latest(run), job=number, sent=time.time())
             if attempt.name == job.name: write_json(_file(run, attempt.number), asdict(attempt))
         return bool(number)
 
@@ -372,7 +374,29 @@ def drive(runs:list,          # in order, of `grid`
         driver = Driver(runs, needs, limit, settle)
         while driver.step(): time.sleep(every)
         driver.progress.close()
+    write_json(jobs_dir()/"report.json", report(runs))
     return driver.failed
+
+def report(runs:list  # of `grid`
+          ) -> dict:  # `processors` of each node that ran something, and a row for each run
+    "What Slurm did for a grid: when each run was submitted, began and ended, in which job, on which node, and how."
+    rows = []
+    for run in runs:
+        attempt = latest(run)
+        word = _read(_file(run, attempt.number, ".ended")) if attempt else None
+        if word is None: continue    # it was fresh before, or waited in vain
+        why = word.pop("why").splitlines()
+        rows.append(dict(id=run.id, stage=run.stage, needs=list(run.needs), job=attempt.job, attempt=attempt.number,
+                         submitted=attempt.sent, state=f"failed, {why[0]}" if why else "done") | word)
+    return dict(processors=_processors({row["node"] for row in rows}), runs=rows)
+
+def _processors(nodes):
+    "Processors of these nodes, as Slurm counts them."
+    command = ["sinfo", "-h", "-N", "-o", "%N|%c"]
+    try: said = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    except subprocess.TimeoutExpired: return {}
+    found = dict(line.split("|") for line in said.stdout.split())
+    return {n: int(found[n]) for n in sorted(nodes) if n in found}
 
 # %% ../nbs/06d_slurm.ipynb #1e3422db
 def state_of(run:GridRun,    # the run
@@ -383,7 +407,9 @@ def state_of(run:GridRun,    # the run
     attempt = latest(run)
     why = ended(run, attempt) if attempt else None
     job = jobs.get(attempt.name) if attempt and why is None else None
-    if job and job.state == "RUNNING": return f"running, job {job.number} on {job.node}{_steps(run)}"
+    if job and job.state == "RUNNING":
+        done = steps_done(run) if run.stage == "distil" else 0
+        return f"running, job {job.number} on {job.node}" + (f", step {done}" if done else "")
     if job and job.alive: return f"waiting, job {job.number} ({job.reason})"
     if (now := state(run, runs)) == "up to date": return now
     if why: return f"failed, {why.splitlines()[0]}; log {log_of(attempt)}"
@@ -391,10 +417,7 @@ def state_of(run:GridRun,    # the run
     if job: return f"killed, job {job.number} as {job.state}; log {log_of(attempt)}"
     return now
 
-def _steps(run):
-    log = run.folder/"log.csv"
-    try: return f", step {int(log.read_text(encoding='utf-8').splitlines()[-1].split(',')[0])+1}"
-    except (OSError, ValueError, IndexError): return ""
+
 
 def states(runs:list,  # of `grid`
           ) -> dict:    # id of a run -> how it is

@@ -2,10 +2,9 @@
 import json, os, subprocess, sys
 from dataclasses import replace
 from pathlib import Path
-import numpy as np, pandas as pd, pytest, soundfile as sf, torch
+import numpy as np, pandas as pd, soundfile as sf, torch
 from transformers import HubertConfig, HubertModel
 from distilltv.grid import grid
-from distilltv.runner import run_stale
 from test_tasks import MAKERS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -76,20 +75,12 @@ def runs_of(profile):
         return replace(r, needs=probes) if r.stage == "results" else r
     return [smaller(r) for r in runs]
 
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    monkeypatch.setenv("DISTILLTV_HOME", str(tmp_path/"runs"))
-    monkeypatch.setenv("DISTILLTV_DATASETS", str(tmp_path/"datasets"))
-    monkeypatch.chdir(ROOT)
-    return tmp_path
-
-def test_from_distilling_to_the_results_page(here):
-    runs = rehearse(here)
-    assert run_stale(runs) == {}
-    results = here/"runs/hub-rehearsal/results"
-    table = pd.read_csv(results/"table.csv", dtype=str)
-    assert len(table) == 1 and (results/"findings.json").exists() and (results/"05_results.ipynb").exists()
-    student = json.loads((here/"runs/hub-rehearsal/students/both/music/distilltv.json").read_text())
+def test_from_distilling_to_the_results_page(rehearsed):
+    "Every run of the grid went well, and left what it should."
+    made = rehearsed/"local/hub-rehearsal"
+    table = pd.read_csv(made/"results/table.csv", dtype=str)
+    assert len(table) == 1 and (made/"results/findings.json").exists() and (made/"results/05_results.ipynb").exists()
+    student = json.loads((made/"students/both/music/distilltv.json").read_text())
     assert student["steps"] == 4
 
 def test_the_gpu_script_has_no_typing_errors(tmp_path):

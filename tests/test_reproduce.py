@@ -350,3 +350,33 @@ def test_time_left_is_a_rehearsal(repo):
     p.took[runs[0].id] = 20.                                       # this machine takes twice as long today
     assert p.time_left() == pytest.approx(2*(2*10 + 2*30 + 5))
     p.close()
+
+def test_time_left_of_a_profile_of_few_steps(tmp_path, monkeypatch):
+    "Four steps take seconds, and what opening their notebook took says nothing about hours of probes."
+    (tmp_path/"few.toml").write_text('name = "few"\n[teachers]\na = "x/a"\nb = "x/b"\n[training]\nsteps = 4\nbatch = 2\n', encoding="utf-8")
+    monkeypatch.setenv("DISTILLTV_HOME", str(tmp_path/"runs"))
+    p = Progress(grid(tmp_path/"few.toml"), 2)
+    p.pace = 1.                                                    # as if this were the reference machine
+    first, student = p.time_left(), p.runs[0]
+    p.start(student)
+    p.done(student)
+    p.took[student.id] = 30.                                       # twice as long as expected
+    assert 10*60 < first < p.time_left() < 2.1*first < 60*60
+    p.close()
+
+def test_time_left_of_a_distillation_by_its_own_steps(tmp_path, monkeypatch):
+    (tmp_path/"one.toml").write_text('name = "one"\n[teachers]\na = "x/a"\n[training]\nsteps = 1000\n', encoding="utf-8")
+    monkeypatch.setenv("DISTILLTV_HOME", str(tmp_path/"runs"))
+    student = next(r for r in grid(tmp_path/"one.toml") if r.stage == "distil")
+    def log(step):
+        student.folder.mkdir(parents=True, exist_ok=True)
+        (student.folder/"log.csv").write_text(f"step,loss\n{step-1},1.0\n", encoding="utf-8")
+    p = Progress([student], 1)
+    log(600)                                                       # of an earlier run, which this one continues
+    p.start(student)
+    p.began[student.id] -= 100
+    log(700)
+    assert p.time_left() == pytest.approx(300, rel=.05)            # a second a step
+    log(50)                                                        # it began afresh
+    assert p.time_left() == pytest.approx(2*950, rel=.05)
+    p.close()
