@@ -8,7 +8,7 @@ from distilltv.grid import grid
 from test_tasks import MAKERS
 
 ROOT = Path(__file__).resolve().parent.parent
-REAL = bool(os.environ.get("DISTILLTV_REAL_SIZE"))    # HuBERT Base as it is, 95 million weights: minutes a step
+REAL = bool(os.environ.get("DISTILLTV_REAL_SIZE"))    # HuBERT Base as it is, 95 million weights
 NARROW = dict(hidden_size=48, num_attention_heads=4, intermediate_size=96, conv_dim=(24,)*7,
               num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=4)
 
@@ -82,6 +82,17 @@ def test_from_distilling_to_the_results_page(rehearsed):
     assert len(table) == 1 and (made/"results/findings.json").exists() and (made/"results/05_results.ipynb").exists()
     student = json.loads((made/"students/both/music/distilltv.json").read_text())
     assert student["steps"] == 4
+    if REAL and "DISTILLTV_RECORD" in os.environ: Path(os.environ["DISTILLTV_RECORD"]).write_text(costs(made), encoding="utf-8")
+
+def costs(made):
+    "Seconds of each run, and the most memory of those that note it, as JSON."
+    rows = []
+    for file in sorted(made.rglob("stamp.json")):
+        found = file.with_name("result.json")
+        memory = json.loads(found.read_text(encoding="utf-8"))["peak_memory_mb"] if found.exists() else None
+        seconds = json.loads(file.read_text(encoding="utf-8"))["seconds"]
+        rows.append(dict(run=str(file.parent.relative_to(made)), seconds=seconds, peak_memory_mb=memory))
+    return json.dumps(rows, indent=1) + "\n"
 
 def test_the_gpu_script_has_no_typing_errors(tmp_path):
     "Every check runs on a CPU with tiny shapes."
