@@ -107,7 +107,7 @@ def _reproduce(args, parser):
     os.chdir(root())
     if threading.current_thread() is threading.main_thread(): signal.signal(signal.SIGINT, _stop)
     try:
-        _look_first(p, args.profile, runs)
+        _look_first(p, runs)
         failed = _by_jobs(p, runs, args) if args.slurm else _here(runs, args.jobs)
     except (RuntimeError, ValueError, OSError) as e: parser.error(str(e))
     if failed: print(f"\n{len(failed)} of {len(runs)} runs are missing:", *(f"{i}: {why}" for i, why in failed.items()), sep="\n", file=sys.stderr)
@@ -115,12 +115,13 @@ def _reproduce(args, parser):
     print(f"executed notebooks: {shown(home()/p.name)}/*/")
     return 1 if failed else 0
 
-def _look_first(p, profile, runs):
+def _look_first(p, runs):
     "Before anything is written: refuse an experiment of one's own whose teachers or audio cannot be opened."
     by_id = {r.id: r for r in runs}
     if p.name == "mini" or all(fresh(r, by_id) for r in runs if r.stage == "distil"): return
     from distilltv.check import check_profile
-    if wrong := check_profile(profile).wrong: raise ValueError(f"profile {p.name}: {'; '.join(wrong)}")
+    wrong = check_profile(runs[0].parameters["profile"]).wrong
+    if wrong: raise ValueError(f"profile {p.name}: {'; '.join(wrong)}")
 
 def _slurm():
     from distilltv import slurm    # needed on clusters only

@@ -338,6 +338,12 @@ def test_what_somebody_else_put_into_a_run_folder_stays(repo):
     assert (repo/"runs/m0/notes.txt").read_text() == "mine" and (repo/"runs/m0/number.txt").read_text() == "9"
     assert "notes.txt" not in stamp(small((9,))[0])["files"]
 
+def test_a_profile_beside_which_the_command_is_given(tmp_path):
+    "A path is relative to where one is, also when teachers are looked at before anything runs."
+    (tmp_path/"mine.toml").write_text('name = "mine"\n[teachers]\na = "./nothing"\n[audio]\na = "mini:speech"\n', encoding="utf-8")
+    said = cli("reproduce", "--profile", "mine.toml", "--home", "runs", cwd=tmp_path)
+    assert said.returncode == 2 and str(tmp_path/"nothing") in said.stderr and not (tmp_path/"runs").exists()
+
 def test_time_left_is_a_rehearsal(repo):
     runs = small((1, 2, 3, 4))
     for r in runs:
