@@ -8,8 +8,9 @@ __all__ = ['Evidence', 'findings', 'dial_turns', 'claims', 'report']
 # %% ../nbs/05d_findings.ipynb #f1cf51b2
 from pathlib import Path
 import matplotlib.pyplot as plt
+from .check import gpu_time
 from .figures import how_made, plot_differences, plot_learning, plot_tasks, plot_tradeoff
-from .paper import code_table, distil_flop, gpu_time, paper_table
+from .paper import code_table, distil_flop, paper_table
 from .profiles import SHIPPED, profile as get_profile
 from .results import by_seed, domains_of, find_source, gather, label_of, learning, missing, paired_tests, reference_of, save, sweeps, table, with_means
 from .runs import write_atomic, write_json
@@ -34,18 +35,21 @@ class Evidence:
     def difference(self, domain, a, b):
         "Draws of the difference of two encoders' means of a domain."
         return self.draws[f"{domain} mean", a] - self.draws[f"{domain} mean", b]
-    def counts(self, domain, a, b) -> int:
-        "1: `a` is better than `b` beyond the interval and with each seed; -1: worse; 0: not decided."
+    def measured(self, domain, a, b):
+        "The difference of two encoders' means of a domain, its 95 % interval, and the difference with each seed."
         d = self.difference(domain, a, b)
         single = [s[f"{domain} mean", a][0] - s[f"{domain} mean", b][0] for s in self.each.values()]
-        if d[1:].quantile(.025) > 0 and all(x > 0 for x in single): return 1
-        return -1 if d[1:].quantile(.975) < 0 and all(x < 0 for x in single) else 0
+        return d[0], (d[1:].quantile(.025), d[1:].quantile(.975)), single
+    def counts(self, domain, a, b) -> int:
+        "1: `a` is better than `b` beyond the interval and with each seed; -1: worse; 0: not decided."
+        _, (low, high), single = self.measured(domain, a, b)
+        if low > 0 and all(x > 0 for x in single): return 1
+        return -1 if high < 0 and all(x < 0 for x in single) else 0
     def points(self, domain, a, b) -> str:
         "Such as `+3.1 points [+1.0, +5.2]`, and with several seeds each one's difference."
-        d = self.difference(domain, a, b)
-        single = [100*(s[f"{domain} mean", a][0] - s[f"{domain} mean", b][0]) for s in self.each.values()]
-        by = f"; by seed {', '.join(f'{x:+.1f}' for x in single)}" if single else ""
-        return f"{100*d[0]:+.1f} points [{100*d[1:].quantile(.025):+.1f}, {100*d[1:].quantile(.975):+.1f}{by}]"
+        d, (low, high), single = self.measured(domain, a, b)
+        by = f"; by seed {', '.join(f'{100*x:+.1f}' for x in single)}" if single else ""
+        return f"{100*d:+.1f} points [{100*low:+.1f}, {100*high:+.1f}{by}]"
     def of_role(self, role, domain=None):
         "The first encoder of a role that has all means; `None`: there is none."
         ok = [e for e in self.info.index if self.info.role[e] == role and self.means(e) and (domain is None or self.is_of(e, domain))]

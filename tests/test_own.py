@@ -9,9 +9,9 @@ from distilltv.features import open_encoder
 from distilltv.figures import shares
 from distilltv.findings import report
 from distilltv.grid import grid, merge_weights
-from distilltv.merge import TaskVector, find_students, merge
+from distilltv.merge import TaskVector, merge
 from distilltv.probe import probe
-from distilltv.profiles import profile
+from distilltv.profiles import find_students, profile
 from distilltv.results import gather
 from distilltv.runs import root
 
