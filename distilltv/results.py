@@ -44,15 +44,16 @@ def gather(*sources # folders with `probes/*/scores.csv`, or with `scores.csv` a
     scores = pd.concat([t for t in renamed if len(t)], ignore_index=True)
     twice = scores[scores.duplicated(["encoder", "distil_seed", "task", "probe", "seed", "metric", "view"])]
     if len(twice):
-        raise ValueError(f"encoder {twice.encoder.iloc[0]!r} was scored on {twice.task.iloc[0]} in more than one folder of "
-                         f"{', '.join(map(str, sources))}; remove the older folder")
+        raise ValueError(f"encoder {twice.encoder.iloc[0]!r} was scored on {twice.task.iloc[0]} in more than one "
+                         f"folder of {', '.join(map(str, sources))}; remove the older folder")
     return scores, {t: _stack(t, p, metrics(scores)[t]) for t, p in sorted(parts.items())}
 
 def read_table(file) -> pd.DataFrame: # CSV that this package wrote
     "A table whose names are text: `007` stays `007` and `NA` is a name; only an empty field is missing."
     return pd.read_csv(file, dtype={n: str for n in _NAMES}, keep_default_na=False, na_values=[""], encoding="utf-8")
 
-_NAMES = "encoder role method corpus taught_by task domain probe view metric status weights_hash commit student teacher".split()
+_NAMES = ("encoder role method corpus taught_by task domain probe view metric status weights_hash commit student "
+          "teacher").split()
 
 # %% ../nbs/05_results.ipynb #5e01ae04
 def _score_files(source):
@@ -65,7 +66,8 @@ def _scores_of(f):
     # with the tasks whose data were not there, which probes keep in a file of their own
     parts = [read_table(g) for g in (f, f.with_name("not_run.csv")) if g.exists()]
     t = pd.concat([p for p in parts if len(p)] or parts, ignore_index=True)
-    missing = {n: np.nan for n in ("lam", "weights", "method", "corpus", "weights_hash", "steps", "taught_by") if n not in t}
+    also = ("lam", "weights", "method", "corpus", "weights_hash", "steps", "taught_by")
+    missing = {n: np.nan for n in also if n not in t}
     return t.assign(distil_seed=t.distil_seed.fillna(0).astype(int) if "distil_seed" in t else 0, **missing)
 
 def _students(t):
@@ -73,8 +75,8 @@ def _students(t):
     return list(zip(t.encoder, t.distil_seed, t.weights_hash.fillna("")))
 
 def _telling_names(scores):
-    """A function (encoder, seed, hash) -> (name, seed). The name leaves the seed out, so that students of one recipe have
-    one; encoders of one name and different weights are told apart by the beginning of their hash."""
+    """A function (encoder, seed, hash) -> (name, seed). The name leaves the seed out, so that students of one recipe
+    have one; encoders of one name and different weights are told apart by the beginning of their hash."""
     hashes = {}
     for e, seed, h in _students(scores): hashes.setdefault((e, seed), set()).update([h] if h else [])
     def name(who):
@@ -84,7 +86,7 @@ def _telling_names(scores):
     return name
 
 # %% ../nbs/05_results.ipynb #d62771c4
-_OWN, _SHARED = ("correct", "edits", "values"), ("items", "group", "words", "true_values")    # of a student; of its task
+_OWN, _SHARED = ("correct", "edits", "values"), ("items", "group", "words", "true_values")   # of a student; of its task
 
 def _kept(p):
     "What the statistics need of one student's predictions, and a fingerprint of the items and their truth."
@@ -117,7 +119,8 @@ def _stack(task, parts, metric):
     (first_name, _), first = next(iter(parts.items()))
     for (name, _), p in parts.items():
         if str(p["items"]) != str(first["items"]):
-            raise ValueError(f"task {task}: encoders {first_name!r} and {name!r} were tested on different items; probe the older one again")
+            raise ValueError(f"task {task}: encoders {first_name!r} and {name!r} were tested on different items; "
+                             "probe the older one again")
     own = next(k for k in _OWN if k in first)
     probes = min(len(p[own]) for p in parts.values())
     shared = {k: first[k] for k in _SHARED if k in first}
@@ -129,13 +132,14 @@ def save(folder, scores, hits) -> None: # where to; from `gather`
     "Write `scores.csv` and a compact `predictions.npz`, atomically."
     folder = Path(folder)
     with write_atomic(folder/"scores.csv") as tmp: scores.to_csv(tmp, index=False)
-    compact = dict(group=lambda v: np.unique(v, return_inverse=True)[1].astype(np.int32), correct=lambda v: np.packbits(v, -1))
+    compact = dict(group=lambda v: np.unique(v, return_inverse=True)[1].astype(np.int32),
+                   correct=lambda v: np.packbits(v, -1))
     flat = {f"{t}/{k}": compact.get(k, np.asarray)(v) for t, h in hits.items() for k, v in h.items() if k != "metric"}
     with write_atomic(folder/"predictions.npz") as tmp, open(tmp, "wb") as f: np.savez_compressed(f, **flat)
 
 # %% ../nbs/05_results.ipynb #5a7f064f
-ROLES = dict(teacher="teachers", endpoint="endpoint students", ensemble="ensemble student", merged="merged (λ)", base="θ₀",
-             random="random weights", logmel="log-mel")
+ROLES = dict(teacher="teachers", endpoint="endpoint students", ensemble="ensemble student", merged="merged (λ)",
+             base="θ₀", random="random weights", logmel="log-mel")
 
 def missing(scores,         # from `gather`
             lams:int=11,    # merges that a full sweep has
@@ -152,14 +156,15 @@ def missing(scores,         # from `gather`
     return out + [f"{r.task} {r.status}" for r in rest.itertuples()]
 
 # %% ../nbs/05_results.ipynb #4c930cb0
-NINE = tuple("asr ks ic er singid vocid instcls genreid esc50".split())    # without sid and pitchid, as in the authors' run_stat_tests_ch4_ch5.py
+# without sid and pitchid, as in the authors' run_stat_tests_ch4_ch5.py
+NINE = tuple("asr ks ic er singid vocid instcls genreid esc50".split())
 OVERALL = "overall of nine"
 
 def scale(d,      # from `bootstrap`
           scores, # from `gather`
           tasks=NINE
          ) -> pd.DataFrame:
-    "Per task the scores that become 0 (log-mel) and 1000 (the best teacher), for tasks where the teacher is at least a point better."
+    "Per task the scores that become 0 (log-mel) and 1000 (best teacher), where the teacher is at least a point better."
     role, sign, ends = scores.drop_duplicates("encoder").set_index("encoder").role, signs(scores), {}
     for t in [t for t in d.columns.unique(0) if t in sign.index and t in tasks]:
         s = sign[t]*d[t].iloc[0]
@@ -174,13 +179,15 @@ def accuracies(scores) -> list: # from `gather`
 
 def domains_of(scores) -> list: # from `gather`
     "Domains of the tasks, speech and music first; `mixed` tasks are of none."
-    return sorted(set(scores.domain.dropna()) - {"mixed"}, key=lambda d: (["speech", "music"].index(d) if d in ("speech", "music") else 2, d))
+    first = ("speech", "music")
+    there = set(scores.domain.dropna()) - {"mixed"}
+    return [d for d in first if d in there] + sorted(there - set(first))
 
 def with_means(d,     # from `bootstrap`
                scores # from `gather`
               ) -> pd.DataFrame:
-    """The draws, with a column `… mean` for each domain and `… over log-mel` beside it (a difference of means), for the encoders
-    that have all the tasks; and the paper's overall score where all its nine tasks have been run."""
+    """The draws, with a column `… mean` for each domain and `… over log-mel` beside it (a difference of means), for the
+    encoders that have all the tasks; and the paper's overall score where all its nine tasks have been run."""
     domain, role = (scores.drop_duplicates(k).set_index(k)[v] for k, v in (("task", "domain"), ("encoder", "role")))
     alike, more, encoders = set(accuracies(scores)), {}, d.columns.unique(1)
     for dom in domains_of(scores):
@@ -212,7 +219,8 @@ def order(scores) -> list: # from `gather`
     "Encoders in reading order: references, sweep by λ, endpoints, ensemble, teachers."
     e = scores.drop_duplicates("encoder")
     how = e.corpus.fillna("").astype(str) + e.method.fillna("").astype(str)
-    return e.assign(r=e.role.map(_RANK).fillna(3), how=how).sort_values(["r", "how", "lam", "steps", "encoder"]).encoder.tolist()
+    e = e.assign(r=e.role.map(_RANK).fillna(3), how=how)
+    return e.sort_values(["r", "how", "lam", "steps", "encoder"]).encoder.tolist()
 
 def task_order(scores) -> list: # from `gather`
     "Tasks by domain; those that nobody has run are tasks as well."
@@ -228,11 +236,12 @@ def _shown(column, r):
 def table(draws, # from `with_means`
           scores # from `gather`
          ) -> pd.DataFrame:
-    "Encoders by tasks and means: `estimate ± half-width` in percent or points; `not run` where there is no score."
+    "Encoders by means and tasks: `estimate ± half-width` in percent or points; `not run` where there is no score."
     out = pd.Series({column: _shown(column[0], r) for column, r in interval(draws).iterrows()}).unstack(0)
     means = [f"{d} {what}" for d in domains_of(scores) for what in ("mean", "over log-mel")] + [OVERALL]
-    columns = task_order(scores) + [c for c in means if c in out]
-    unlike = {t: f"{t} ({m}{' ↓' if m in LOWER else ''})" for t, m in metrics(scores).items() if t not in accuracies(scores)}
+    columns = [c for c in means if c in out] + task_order(scores)
+    unlike = {t: m for t, m in metrics(scores).items() if t not in accuracies(scores)}
+    unlike = {t: f"{t} ({m}{' ↓' if m in LOWER else ''})" for t, m in unlike.items()}
     out = out.reindex(index=order(scores), columns=columns).astype(object).fillna("not run")
     return out.rename(columns=unlike).rename_axis("encoder")
 
@@ -253,13 +262,14 @@ def paired_tests(hits,               # from `gather`
                  roles=("merged", "endpoint"), # roles to compare
                  each=None           # from `by_seed`
                 ) -> pd.DataFrame:
-    """`compare` each encoder of `roles` with the reference of its corpus. `distil_seed` is `all`, or the seed that a row is
-    about; `holds`: significant over all seeds together, and of the same sign in each of them."""
+    """`compare` each encoder of `roles` with the reference of its corpus. `distil_seed` is `all`, or the seed that a
+    row is about; `holds`: significant over all seeds together, and of the same sign in each of them."""
     info = scores.drop_duplicates("encoder").set_index("encoder")
     pairs = [(e, reference_of(e, info, against)) for e in order(scores) if info.role[e] in roles]
     pairs = [(e, r) for e, r in pairs if r and r in set().union(*(h["encoder"] for h in hits.values()))]
     pooled = compare(hits, draws, scores, pairs).assign(distil_seed="all")
-    single = {s: compare(of_seed(hits, s), d, scores, pairs).assign(distil_seed=str(s)) for s, d in (each or {}).items()}
+    single = {}
+    for s, d in (each or {}).items(): single[s] = compare(of_seed(hits, s), d, scores, pairs).assign(distil_seed=str(s))
     holds = pooled.p_adjusted < .05
     for t in single.values(): holds &= (np.sign(t.difference) == np.sign(pooled.difference)).to_numpy()
     return pd.concat([pooled.assign(holds=holds), *single.values()], ignore_index=True)
@@ -268,7 +278,8 @@ def paired_tests(hits,               # from `gather`
 def sweeps(scores) -> dict: # from `gather`
     "(corpus, method) -> merged encoders in the order of λ."
     m = scores[(scores.role == "merged") & scores.lam.notna()].drop_duplicates("encoder").sort_values("lam")
-    return {k: d for k, d in m.assign(corpus=m.corpus.fillna(""), method=m.method.fillna("linear")).groupby(["corpus", "method"])}
+    m = m.assign(corpus=m.corpus.fillna(""), method=m.method.fillna("linear"))
+    return dict(iter(m.groupby(["corpus", "method"])))
 
 def label_of(e,   # an encoder
              info # table of encoders, by name
@@ -277,7 +288,9 @@ def label_of(e,   # an encoder
     r, lam = info.role[e], info.lam[e]
     known = dict(endpoint=e.replace("-", " student, ", 1), base="θ₀", random="random", logmel="log-mel",
                  teacher=e.replace("teacher-", "") + " teacher")
-    if r == "ensemble": return e.split("-")[0] + " student" + "".join(f" ({part} the updates)" for part in e.split("-")[1:2] if part[:-1].isdigit())
+    if r == "ensemble":
+        name, *more = e.split("-")
+        return f"{name} student" + (f" ({more[0]} the updates)" if more and more[0][:-1].isdigit() else "")
     return f"λ = {lam:.2g}" if r == "merged" and lam == lam else known.get(r, e)
 
 # %% ../nbs/05_results.ipynb #5e01ac01
@@ -294,4 +307,5 @@ def learning(source # a profile's folder with `students/*/*/log.csv`, or a folde
             if not teacher or not layer.isdigit(): continue
             about = dict(student=f.parent.name, corpus=f.parent.parent.name, teacher=teacher, layer=int(layer))
             parts.append(pd.DataFrame(dict(step=log.step, loss=log[c].round(4))).assign(**about))
-    return pd.concat(parts, ignore_index=True).dropna(subset="loss")[columns] if parts else pd.DataFrame(columns=columns)
+    if not parts: return pd.DataFrame(columns=columns)
+    return pd.concat(parts, ignore_index=True).dropna(subset="loss")[columns]
