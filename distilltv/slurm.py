@@ -169,7 +169,8 @@ class Job:
         except RunError as e:
             why = str(e)
             if "DeadKernelError" in why: return False
-        word = dict(why=why, began=began, ended=time.time(), node=socket.gethostname())
+        node = os.environ.get("SLURMD_NODENAME", socket.gethostname())
+        word = dict(why=why, began=began, ended=time.time(), node=node)
         if _rank() == 0: write_json(_file(run, attempt.number, ".ended"), word)
         return True
 

@@ -85,9 +85,9 @@ def test_from_distilling_to_the_results_page(rehearsed):
     if REAL and "DISTILLTV_RECORD" in os.environ: Path(os.environ["DISTILLTV_RECORD"]).write_text(costs(made), encoding="utf-8")
 
 def costs(made):
-    "Seconds of each run, and the most memory of those that note it, as JSON."
+    "Seconds of each run in their order, and the most memory of those that note it, as JSON."
     rows = []
-    for file in sorted(made.rglob("stamp.json")):
+    for file in sorted(made.rglob("stamp.json"), key=lambda f: f.stat().st_mtime):    # as they ended
         found = file.with_name("result.json")
         memory = json.loads(found.read_text(encoding="utf-8"))["peak_memory_mb"] if found.exists() else None
         seconds = json.loads(file.read_text(encoding="utf-8"))["seconds"]

@@ -1,14 +1,12 @@
 "The grid on a real Slurm of one node: kills, cancellations, a full queue, a drained node, two drivers."
 import json, os, shutil, signal, subprocess, sys, tempfile, time
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 import pytest
 pytest.importorskip("submitit", reason="--slurm is an extra: pip install -e .[slurm]")
 from distilltv import slurm as s
 from distilltv.profiles import STAGES, profile
-from distilltv.grid import GridRun, fresh, grid
-from distilltv.runner import run_stale
+from distilltv.grid import GridRun, fresh
 
 PACKAGE = Path(s.__file__).parent.parent
 PATH = os.environ["PATH"] + ":/usr/sbin:/sbin"
@@ -323,55 +321,23 @@ def outcome(runs):
     made = {name: (runs[-1].folder/name).read_bytes() for name in ("table.csv", "predictions.npz")}
     return made | {r.id: (r.folder/"model.safetensors").read_bytes() for r in runs if r.stage in ("distil", "merge")}
 
-def both_ways(runs, needs, local, slurm, monkeypatch):
-    "What runs leave on this machine, and what they leave through Slurm; the report of the latter."
-    monkeypatch.setenv("DISTILLTV_HOME", str(local))
-    assert run_stale(runs) == {}
-    here = outcome(runs)
-    monkeypatch.setenv("DISTILLTV_HOME", str(slurm))
-    assert s.drive(runs, needs, every=.5) == {}
-    return here, outcome(runs), json.loads((slurm/"slurm-jobs/report.json").read_text())
-
 def test_the_table_is_that_of_a_local_run(cluster, rehearsed, tmp_path, monkeypatch):
-    "Distilling, merging, probing and the results, on this machine and through Slurm: byte for byte the same."
+    """Distilling, merging, probing and the results, on this machine and through Slurm: byte for byte the same.
+    `DISTILLTV_RECORD` names a file to keep the report in."""
     from test_rehearsal import ROOT, runs_of
     monkeypatch.setenv("DISTILLTV_DATASETS", str(rehearsed/"datasets"))
     monkeypatch.chdir(ROOT)
     runs = runs_of(rehearsed/"hub-rehearsal.toml")
-    here, there, report = both_ways(runs, NEEDS, rehearsed/"local", tmp_path/"slurm", monkeypatch)
+    monkeypatch.setenv("DISTILLTV_HOME", str(rehearsed/"local"))
+    here = outcome(runs)
+    monkeypatch.setenv("DISTILLTV_HOME", str(tmp_path/"slurm"))
+    assert s.drive(runs, NEEDS, every=.5) == {}
+    there, text = outcome(runs), (tmp_path/"slurm/slurm-jobs/report.json").read_text()
+    report = json.loads(text)
     assert here == there and len(here) == 5
     assert [r["id"] for r in report["runs"]] == [r.id for r in runs] and report["processors"] == {cluster.node: 2}
     times = {r["id"]: (r["submitted"], r["began"], r["ended"]) for r in report["runs"]}
     assert all(sorted(t) == list(t) for t in times.values())
     assert all(times[n][2] <= times[r.id][0] for r in runs for n in r.needs)    # submitted when its needs were there
     assert {r["state"] for r in report["runs"]} == {"done"}
-
-SHORT = """
-name = "short"
-[teachers]
-speech = "mini:speech"
-music = "mini:music"
-[audio]
-speech = "mini:speech"
-music = "mini:music"
-[student]
-init = "speech"
-[training]
-steps = 4
-batch = 2
-seconds = 1.28
-"""
-
-@pytest.mark.skipif("DISTILLTV_LONG" not in os.environ, reason="a whole grid twice, minutes: set DISTILLTV_LONG=1")
-def test_the_whole_mini_grid_with_few_steps(cluster, tmp_path, monkeypatch):
-    "Every kind of run, with the shipped teachers and audio; `DISTILLTV_RECORD` names a file to keep the report in."
-    from test_rehearsal import ROOT
-    monkeypatch.chdir(ROOT)
-    (tmp_path/"short.toml").write_text(SHORT)
-    few = dict(tasks="phones,pitch", seeds=1)
-    runs = [replace(r, parameters=dict(r.parameters, **few)) if r.stage == "probe" else r
-            for r in grid(tmp_path/"short.toml", lams=(0., .5, 1.))]
-    here, there, report = both_ways(runs, NEEDS, tmp_path/"local", tmp_path/"slurm", monkeypatch)
-    assert here == there and len(report["runs"]) == len(runs)
-    if "DISTILLTV_RECORD" in os.environ:
-        Path(os.environ["DISTILLTV_RECORD"]).write_text(json.dumps(report, indent=1) + "\n")
+    if "DISTILLTV_RECORD" in os.environ: Path(os.environ["DISTILLTV_RECORD"]).write_text(text, encoding="utf-8")
