@@ -42,7 +42,7 @@ def notebook(run):
             if "image/png" in o.get("data", {}): o["data"]["image/png"] = smaller(o["data"]["image/png"])
     record = json.loads((run.folder/"result.json").read_text(encoding="utf-8")) if (run.folder/"result.json").exists() else {}
     says = " ".join(f"-p {k} {v}" for k, v in run.parameters.items() if k != "profile")
-    cost = f"{record['seconds']:.0f} s and {record['peak_memory_mb']:.0f} MB on {record['machine']}, commit {record['commit']}. " if record else ""
+    cost = f"{record['seconds']:.1f} s and {record['peak_memory_mb']:.0f} MB on {record['machine']}, commit {record['commit']}. " if record else ""
     head = (f"# Run: {run.stage} {run.name}\n\n> `{f'papermill nbs/{run.notebook} out.ipynb {says}'.strip()}`\n\n"
             f"A run of the reference experiment, as papermill left it: its parameters, and what it did. {cost}"
             f"The code that is used but not shown is explained in the chapter it ran, [nbs/{run.notebook}](../../../nbs/{run.notebook}).")

@@ -27,7 +27,8 @@ from .tasks import find_task
 from .weights import check_same
 
 # %% ../nbs/05c_paper.ipynb #de41638f
-SHAPES = {"": "", "2": "", "3": " student_layers=3", "wide": " student_width=1536 student_heads=6"}    # of the paper's table; as settings
+# of the paper's table, as settings
+SHAPES = {"": "", "2": "", "3": " student_layers=3", "wide": " student_width=1536 student_heads=6"}
 
 @lru_cache
 def _rates(layers):
@@ -49,27 +50,34 @@ def probe_flop(task:str, layers:str="") -> float: # a published task; a key of `
     if not isinstance(t.answer, Words): return source.hours*3600*rate
     r = REFERENCE.set_index("task").loc[task]
     weights = sum(p.numel() for p in Letters(1, 768, int(r.width)).parameters())
-    return 3*r.steps*r.batch*UTTERANCE*(rate + 3*2*50*weights)    # three seeds; two operations a weight and frame, and twice that backward
+    # three seeds; two operations a weight and frame, and twice that backward
+    return 3*r.steps*r.batch*UTTERANCE*(rate + 3*2*50*weights)
 
 UTTERANCE = 12.7    # mean seconds of train-clean-100: 100.6 hours in 28,539 utterances
 
 # %% ../nbs/05c_paper.ipynb #dc570c6c
-NAMES = {"ASR": "asr", "KS": "ks", "IC": "ic", "SID": "sid", "SingerID": "singid", "VocID": "vocid", "PitchID": "pitchid", "ESC-50": "esc50", "overall": ",".join(NINE), "non-ASR average": "ks,ic,sid,er,singid,vocid,instcls,pitchid,genreid,esc50"}
+NAMES = {"ASR": "asr", "KS": "ks", "IC": "ic", "SID": "sid", "SingerID": "singid", "VocID": "vocid",
+         "PitchID": "pitchid", "ESC-50": "esc50", "overall": ",".join(NINE),
+         "non-ASR average": "ks,ic,sid,er,singid,vocid,instcls,pitchid,genreid,esc50"}
 _MADE = "$DISTILLTV_HOME/paper"
 
 def _distil(teacher, r, music=""):
     sets = SHAPES[r.layers] + (" loss=cl" if r.loss == "correlation" else "") + music
-    return f"python -m distilltv.distill --profile paper --teacher {teacher}" + (" --corpus own" if music else "") + (f" --set{sets}" if sets else "")
+    command = f"python -m distilltv.distill --profile paper --teacher {teacher}"
+    return command + (" --corpus own" if music else "") + (f" --set{sets}" if sets else "")
 
 def _route(r) -> tuple:
     # (students to distil first, how many teachers each hears, command of the merge, the encoder); no encoder: why not
     lam = .5 if r.model.startswith("plain average of the two HuBERT-init") else float(r.lam or "nan")
-    if r.model.endswith("(teacher)"): return [], 0, "", f"teacher-{'speech' if r.model.startswith('HuBERT') else 'music'}"
+    if r.model.endswith("(teacher)"):
+        return [], 0, "", "teacher-speech" if r.model.startswith("HuBERT") else "teacher-music"
     if r.model.startswith("distil-"): 
         t, own = ("speech", "") if "HuBERT (" in r.model else ("music", " init=music" if "MERT init" in r.model else "")
         return [_distil(t, r, own)], 1, "", f"{_MADE}/students/{'own' if own else 'speech'}/{t}"
     if r.model.startswith("ensemble"): return [_distil("ensemble", r)], 2, "", f"{_MADE}/students/speech/ensemble"
-    if lam == lam: return [_distil(t, r) for t in ("speech", "music")], 1, f"papermill nbs/03_merge.ipynb merge.ipynb -p profile paper -p corpus speech -p lam {lam:g}", f"{_MADE}/merged/speech/linear-lam-{lam:.2f}"
+    if lam == lam:
+        merge = f"papermill nbs/03_merge.ipynb merge.ipynb -p profile paper -p corpus speech -p lam {lam:g}"
+        return [_distil(t, r) for t in ("speech", "music")], 1, merge, f"{_MADE}/merged/speech/linear-lam-{lam:.2f}"
     return [], 0, "", ""
 
 
@@ -78,8 +86,10 @@ def paper_table(draws,       # from `with_means`
                 scores,      # from `gather`
                 numbers=None # CSV, default the shipped one
                ) -> pd.DataFrame:
-    "The known paper numbers with source and confidence, and ours where the paper's nine tasks were run; else `not run`, the command and its cost."
-    t = pd.read_csv(numbers or data_dir()/"results/paper_numbers.csv", dtype=str, keep_default_na=False, encoding="utf-8")
+    """The known paper numbers with source and confidence, and ours where the paper's nine tasks were run; else
+    `not run`, the command and its cost."""
+    file = numbers or data_dir()/"results/paper_numbers.csv"
+    t = pd.read_csv(file, dtype=str, keep_default_na=False, encoding="utf-8")
     info = scores.drop_duplicates("encoder").set_index("encoder")
     def ours(r):
         if r.task != "overall" or r.layers != "2" or r.loss != "L1 + cosine": return ""
@@ -89,19 +99,27 @@ def paper_table(draws,       # from `with_means`
             if fits and (OVERALL, e) in draws.columns: return f"{draws[OVERALL, e].iloc[0]:.0f}"
         return ""
     rows = [dict(ours=o, **dict.fromkeys(COST, "")) if (o := ours(r)) else _not_run(r) for r in t.itertuples()]
-    return pd.concat([t, pd.DataFrame(rows, columns=["ours", *COST])], axis=1)
+    t = pd.concat([t, pd.DataFrame(rows, columns=["ours", *COST])], axis=1)
+    t.insert(t.columns.get_loc("value") + 1, "ours", t.pop("ours"))
+    return t
 
 # %% ../nbs/05c_paper.ipynb #b224a81c
-COST = "first first_time command audio time".split()    # students to make before, and their GPU time (once for all tasks); then the row's own
+# students to make before, and their GPU time (once for all tasks); then the row's own
+COST = "first first_time command audio time".split()
 
 def _not_run(r):
     first, teachers, merge, encoder = _route(r)
-    if not encoder: return dict.fromkeys(COST, "") | dict(ours="not run", command="none: " + ("another paper's model" if "sibling" in r.model else "our merge takes students of one θ₀"))
+    if not encoder:
+        why = "another paper's model" if "sibling" in r.model else "our merge takes students of one θ₀"
+        return dict.fromkeys(COST, "") | dict(ours="not run", command=f"none: {why}")
     tasks = [find_task(n) for n in NAMES[r.task].split(",")]
     sources = [s for s in SOURCES.values() if {t.segments for t in tasks} & set(s.tables)]
     probe = f"papermill nbs/04_probe.ipynb probe.ipynb -p profile paper -p tasks {NAMES[r.task]} -p encoder {encoder}"
-    return dict(ours="not run", first="; ".join(first), first_time=gpu_time(len(first)*distil_flop(r.layers, teachers)) if first else "", command=" && ".join(filter(None, (merge, probe))),
-                audio=f"{', '.join(s.name for s in sources)}: {sum(s.hours for s in sources):g} h" if len(sources) < 3 else f"{len(sources)} data sets: {sum(s.hours for s in sources):.0f} h",
+    hours = sum(s.hours for s in sources)
+    few = f"{', '.join(s.name for s in sources)}: {hours:g} h"
+    return dict(ours="not run", first="; ".join(first), command=" && ".join(filter(None, (merge, probe))),
+                first_time=gpu_time(len(first)*distil_flop(r.layers, teachers)) if first else "",
+                audio=few if len(sources) < 3 else f"{len(sources)} data sets: {hours:.0f} h",
                 time=gpu_time(sum(probe_flop(t.name, r.layers) for t in tasks)))
 
 # %% ../nbs/05c_paper.ipynb #8043cfa5
@@ -111,19 +129,44 @@ def _ours() -> dict:
     p, students = get_profile("paper"), sorted((data_dir()/"students").glob("*/model.*"))
     view = lambda layers: choose_view(SimpleNamespace(depth=layers+1))
     steps = [t.steps for t in PUBLISHED.values() if not isinstance(t.answer, Words)]
-    return {"λ": f"{_default(missing, 'lams')} values from 0 to 1", "distillation steps": f"{p.steps:,}", "batch": f"{p.batch} for both", "learning rate": f"{p.lr:g} for both", "crop": f"{p.seconds*SAMPLE_RATE:,.0f} samples ({p.seconds:g} s)",
-            "layers predicted": ", ".join(map(str, p.predict)), "warm-up, clipping, weight decay": f"{p.warmup:.0%}, {p.clip:g}, {p.weight_decay:g}".replace("%", " %"), "precision": p.precision, "seed of distillation": f"{p.seed}, one run",
-            "trainer of the endpoints": f"one: {distil.__module__}.{distil.__name__}, with the teacher as a parameter", "audio shorter than a crop": dict(join="joined with others of its folder; no padding", alone="shorter crops; no padding")[p.short],
-            "normalisation": PREPROCESSING.split(";")[0] + ", everywhere", "tensors that do not match in a merge": check_same.__doc__, "files of weights": ", ".join({f.suffix[1:] for f in students}),
-            "layer that is probed": f"{view(2)} for students, {view(12)} for teachers; either can be asked for", "probe": f"one of {', '.join(LRS)}", "learning rate of a probe": f"the best of {', '.join(f'{r:g}' for r in LRS['linear'])} on validation",
-            "steps of a probe": f"{min(steps)} to {max(steps):,}, the best look (one in {_default(fit_probes, 'every')} steps) kept", "batch of a probe": str(_default(fit_probes, "batch")), "features": features.__doc__,
-            "test of accuracies": mcnemar.__doc__, "draws of the bootstrap": f"{_default(bootstrap, 'draws'):,}, for all tasks, by group and seed", "correction": "Benjamini–Hochberg, over all comparisons of a table",
-            "tasks in the average": f"{len(NINE)}: {', '.join(NINE)}; and all", "ends of the overall score": scale.__doc__}
+    crop = f"{p.seconds*SAMPLE_RATE:,.0f} samples ({p.seconds:g} s)"
+    shorter = dict(join="joined with others of its folder; no padding", alone="shorter crops; no padding")[p.short]
+    every = _default(fit_probes, "every")
+    rates = ", ".join(f"{r:g}" for r in LRS["linear"])
+    return {
+        "λ": f"{_default(missing, 'lams')} values from 0 to 1",
+        "distillation steps": f"{p.steps:,}",
+        "batch": f"{p.batch} for both",
+        "learning rate": f"{p.lr:g} for both",
+        "crop": crop,
+        "layers predicted": ", ".join(map(str, p.predict)),
+        "warm-up, clipping, weight decay": f"{p.warmup:.0%}, {p.clip:g}, {p.weight_decay:g}".replace("%", " %"),
+        "precision": p.precision,
+        "seed of distillation": f"{p.seed}, one run",
+        "trainer of the endpoints": f"one: {distil.__module__}.{distil.__name__}, with the teacher as a parameter",
+        "audio shorter than a crop": shorter,
+        "normalisation": PREPROCESSING.split(";")[0] + ", everywhere",
+        "tensors that do not match in a merge": check_same.__doc__,
+        "files of weights": ", ".join({f.suffix[1:] for f in students}),
+        "layer that is probed": f"{view(2)} for students, {view(12)} for teachers; either can be asked for",
+        "probe": f"one of {', '.join(LRS)}",
+        "learning rate of a probe": f"the best of {rates} on validation",
+        "steps of a probe": f"{min(steps)} to {max(steps):,}, the best look (one in {every} steps) kept",
+        "batch of a probe": str(_default(fit_probes, "batch")),
+        "features": features.__doc__,
+        "test of accuracies": mcnemar.__doc__,
+        "draws of the bootstrap": f"{_default(bootstrap, 'draws'):,}, for all tasks, by group and seed",
+        "correction": "Benjamini–Hochberg, over all comparisons of a table",
+        "tasks in the average": f"{len(NINE)}: {', '.join(NINE)}; and all",
+        "ends of the overall score": scale.__doc__,
+    }
 
 
 # %% ../nbs/05c_paper.ipynb #9ae9cf69
 def code_table(facts=None) -> pd.DataFrame: # CSV with `what`, `theirs`, `source`; default the shipped one
     "What the authors' released code does, and what ours does."
-    t, ours = pd.read_csv(facts or data_dir()/"results/paper_code.csv", dtype=str, keep_default_na=False, encoding="utf-8"), _ours()
-    if unknown := set(t.what) - set(ours): raise ValueError(f"nothing of ours is read for {', '.join(sorted(unknown))}: use one of {', '.join(ours)}")
-    return t.assign(ours=t.what.map(ours))
+    file, ours = facts or data_dir()/"results/paper_code.csv", _ours()
+    t = pd.read_csv(file, dtype=str, keep_default_na=False, encoding="utf-8")
+    if unknown := set(t.what) - set(ours):
+        raise ValueError(f"nothing of ours is read for {', '.join(sorted(unknown))}: use one of {', '.join(ours)}")
+    return t.assign(ours=t.what.map(ours))[["what", "theirs", "ours", "source"]]
