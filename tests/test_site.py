@@ -53,7 +53,31 @@ def test_the_font_of_formulas_ships_with_its_licence():
     assert "SIL Open Font License" in (ROOT/"nbs/fonts/OFL.txt").read_text(encoding="utf-8")
     assert re.search(r"^math \{[^}]*STIX Two Math", css, re.M)
 
+def test_a_domain_has_one_colour_wherever_it_is_drawn():
+    "In figures, in the drawing of the method and on the dial, where the ensemble has its own as well."
+    from distilltv.style import COLOUR, DOMAIN, domain_colours
+    dial, method = ((ROOT/f"nbs/{f}").read_text(encoding="utf-8").lower() for f in ("dial/dial.html", "method.svg"))
+    light = dict(re.findall(r"--(\w+):(#[0-9a-f]{6})", re.search(r"^\.dial \{(.*)\}$", dial, re.M)[1]))
+    for d, colour in DOMAIN.items(): assert light[d] == colour.lower() and colour.lower() in method
+    assert light["ensemble"] == COLOUR["ensemble"].lower() and COLOUR["merged"].lower() in method
+    colours = domain_colours(["sound", "music", "birds", "speech"])
+    assert list(colours) == ["sound", "music", "birds", "speech"] and colours["speech"] == DOMAIN["speech"]
+    assert len({*colours.values(), *COLOUR.values()}) == 4 + len(set(COLOUR.values()))
+
+@pytest.mark.parametrize("file", ["site.css", "dark.scss", "light.scss", "dial/dial.html"])
+def test_lines_of_style_and_script_are_short(file):
+    assert not [l for l in (ROOT/"nbs"/file).read_text(encoding="utf-8").splitlines() if len(l) > 120]
+
 # --- words
+
+@pytest.mark.parametrize("path", [p for p in NOTEBOOKS if re.match(r"0\d_", p.name)], ids=NAMES.get)
+def test_a_chapter_begins_with_its_idea(path):
+    "Before the first line that imports there is a paragraph, not only a title."
+    before = ""
+    for c in cells(path):
+        if c["cell_type"] == "markdown": before += source(c)
+        elif re.search(r"^(from|import) ", source(c), re.M) and "#| hide" not in source(c): break
+    assert len(re.sub(r"^[#>].*$", "", before, flags=re.M).split()) >= 25
 
 def title(path):
     if path.suffix == ".ipynb": return re.search(r"^# (.+)$", "\n".join(source(c) for c in cells(path) if c["cell_type"] == "markdown"), re.M)[1]
