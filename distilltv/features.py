@@ -151,7 +151,7 @@ def _audio_hash(path, size, mtime): return file_hash(path)
 
 def audio_hashes(files, root) -> dict: # paths below the folder; the folder
     "SHA-256 of each file, `unreadable` where it cannot be read; large sets are remembered between runs by size and time of change."
-    known, out = home()/"cache"/"hashes"/f"{hashlib.sha256(str(Path(root).absolute()).encode()).hexdigest()[:16]}.json", {}
+    known, out = home()/"cache"/"hashes"/f"{hashlib.sha256(os.fsencode(Path(root).absolute())).hexdigest()[:16]}.json", {}
     held = json.loads(known.read_text(encoding="utf-8")) if len(files) > 256 and known.exists() else {}
     for f in files:
         path = os.path.join(root, f)

@@ -96,7 +96,7 @@ def _wrong(p):
         wrong.append(f"predict = {p.predict!r} is not a list of teacher layers, counted from 1, in rising order, such as [4, 8, 12]")
     if not wrong and p.student_heads and p.student_width % p.student_heads:
         wrong.append(f"width = {p.student_width} cannot be shared by heads = {p.student_heads}: use a multiple of it")
-    return wrong + _wrong_tasks(p.tasks) + _wrong_slurm(p.slurm)
+    return wrong + _wrong_tasks(p) + _wrong_slurm(p.slurm)
 
 def _wrong_domains(p):
     "What is wrong with teachers, audio, `init` and `corpus`."
@@ -119,11 +119,13 @@ def _wrong_domains(p):
 
 TASK = ("table", "label", "group", "domain")    # what a profile says of a task; nbs/04d_tasks.ipynb reads its table
 
-def _wrong_tasks(tasks):
+def _wrong_tasks(p):
     "What is wrong with the questions of a profile."
-    if not isinstance(tasks, dict): return ["tasks is not a table of questions"]
+    if not isinstance(p.tasks, dict): return ["tasks is not a table of questions"]
     wrong = []
-    for name, said in tasks.items():
+    for name, said in p.tasks.items():
+        if name in ("all", "more", "paper") or isinstance(p.teachers, dict) and name in p.teachers:
+            wrong.append(f"tasks.{name} has a name that asks for several tasks, as all, more, paper and domains do: choose another")
         if not re.fullmatch(r"[^\W\d_][\w-]{0,59}", str(name)):
             wrong.append(f"tasks.{name} is no name for a task: use letters, digits, dashes and underscores")
         if not isinstance(said, dict):

@@ -7,14 +7,15 @@ __all__ = ['TASKS', 'SPLITS', 'TableError', 'Task', 'forget_tables', 'add_task',
            'leakage', 'check_leakage', 'duplicates', 'table_task', 'profile_tasks', 'samples_of', 'from_datasets']
 
 # %% ../nbs/04d_tasks.ipynb #effdce09
-import hashlib
+import csv, hashlib, os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 import numpy as np, pandas as pd, soundfile as sf
 from datasets import Audio, ClassLabel, DatasetDict, concatenate_datasets
-from .audio import SAMPLE_RATE
+from .audio import SAMPLE_RATE, AudioError, audio_length
+from .encoders import WINDOW
 from .features import audio_hashes, whole_frames
 from .fit import Answer, Classes
 from .runs import data_dir, write_atomic
@@ -60,15 +61,20 @@ class Task:
     def split(self, root=None, fold:int=0) -> pd.DataFrame: # the corpora's folder; the fold that is tested: the next one validates
         "The segments with `label`, checked: splits present, no group in two; `usable` marks those that can be scored."
         df, name = self.table(root), f"task {self.name}"
-        if self.label not in df:
-            raise ValueError(f"{name}: table {self.segments} has no column {self.label}, its label; add it to the loader or to metadata.csv")
-        df = df.assign(label=df[self.label].fillna(""))
+        for column, what in ((self.label, "label"), (self.group, "group")):
+            if column not in df:
+                raise ValueError(f"{name}: table {self.segments} has no column {column}, its {what}; add it")
+        df = df.assign(label=_or_nothing(df[self.label]))
         if self.folds:
             df["split"] = np.select([df.fold == fold, df.fold == (fold+1) % self.folds], ["test", "valid"], "train")
         missing = {"train", "valid", "test"} - set(df.split)
         if missing:
             raise ValueError(f"{name}: the {' and '.join(sorted(missing))} split of table {self.segments} is empty; "
-                             "rebuild the corpus' metadata.csv")
+                             "give the table rows of it")
+        unnamed = df.id[_or_nothing(df[self.group]).eq("").to_numpy()]
+        if len(unnamed):
+            raise ValueError(f"{name}: {unnamed.iloc[0]} has no {self.group} (nor have {len(unnamed)-1} others), so it cannot be kept "
+                             f"within a split; give each row its {self.group}, or one of its own")
         astray = df.groupby(self.group).split.nunique().pipe(lambda n: n[n > 1])
         if len(astray):
             raise ValueError(f"{name}: {self.group} {astray.index[0]!r} is in more than one split "
@@ -77,11 +83,15 @@ class Task:
         poor = [s for s, d in df.groupby("split") if not d.usable.any()]
         if poor:
             raise ValueError(f"{name}: no {self.label} in the {' and '.join(poor)} split is labelled and occurs in training; "
-                             f"check the column {self.label} in metadata.csv")
+                             f"check that column of table {self.segments}")
         return df
     def described(self, df) -> list:
         "The columns of the recording chain that are here and say something."
         return [c for c in self.chain if c in df and (df[c].astype(str) != "").any()]
+
+def _or_nothing(column):
+    "The values of a column as they are, "" where there is none, whatever type `pandas` holds them in."
+    return column.astype(object).where(column.notna(), "")
 
 @lru_cache(16)
 def _read(load, root): return load(root)
@@ -172,42 +182,110 @@ def table_task(name:str,   # of the task
               ) -> Task:
     "A classification task of a table; what is wrong with the table is said when it is read."
     table = Path(table)
-    def load(root): return _of_file(Path(root)/table.name, name, label, group)
+    def load(root):
+        try: return _of_file(Path(root)/table.name, name, label, group)
+        except TableError as e: raise TableError(f"task {name}: {e}") from None
     load.__name__ = table.name
     return Task(name, domain, load, label, group, asked="own", home=lambda: table.parent)
 
 def profile_tasks(p) -> list: # a `Profile`; names, in the profile's order
     "Enter the questions of a profile; `probe` knows them by name afterwards."
+    domains = {t.domain for t in TASKS.values() if t.asked != "own"}
     for name, said in p.tasks.items():
+        if name in domains:
+            raise ValueError(f"profile {p.name}: tasks.{name} has the name of a domain, which asks for the tasks of that domain; "
+                             "give it another name")
         if name in TASKS and TASKS[name].asked != "own":
             raise ValueError(f"profile {p.name}: tasks.{name} is a task that exists already; give it another name")
         TASKS[name] = table_task(name, **said)
     return list(p.tasks)
 
 # %% ../nbs/04d_tasks.ipynb #7a0b3c12
-def _of_file(path, name, label, group):
-    "The segment table of a CSV file; a `TableError` names what is wrong with it."
-    if not path.is_file(): raise TableError(f"task {name}: there is no table {path}; correct tasks.{name}.table in the profile")
-    df = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
-    if lacking := [c for c in ("file", "split", label, group) if c not in df]:
-        raise TableError(f"task {name}: {path} has no column {lacking[0]}; it has {', '.join(df.columns)}")
-    df["split"] = df.split.str.lower().replace(SPLITS)
-    if strange := sorted(set(df.split) - {"train", "valid", "test"}):
-        raise TableError(f"task {name}: {path} has the split {strange[0]!r}; write train, valid or test")
-    if lost := [f for f in df.file.unique() if not (path.parent/f).is_file()]:
-        raise TableError(f"task {name}: {path} names {lost[0]}, which is not there")
-    whole = df.file.map({f: samples_of(path.parent/f) for f in df.file.unique()})
-    try: start, end = _samples(df, "start", 0*whole), _samples(df, "end", whole)
-    except ValueError as e: raise TableError(f"task {name}: {path} has a time that is no number of seconds ({e})") from None
-    if len(bad := df.index[(start < 0) | (end > whole) | (start >= end)]):
-        raise TableError(f"task {name}: row {bad[0]+2} of {path}, {df.file[bad[0]]}, is empty or ends after its recording")
-    ids = df["id"] if "id" in df else df.file + ":" + start.astype(str)
-    return whole_frames(df.assign(id=ids, start=start, end=end))
+# columns of a segment table that mean something else there
+_MEANT = "split start end lo hi fold usable shard snr with_file with_start also_file also_start".split()
 
-def _samples(df, column, otherwise):
-    "A column of seconds as samples; `otherwise` where it is not there or says nothing."
-    if column not in df: return otherwise
-    return pd.to_numeric(df[column].where(df[column] != "")).mul(SAMPLE_RATE).round().fillna(otherwise).astype(int)
+def _of_file(path, name, label, group):
+    "The segment table of a CSV file; a `TableError` names the row and the column that is wrong."
+    where = _printed(path)
+    if not path.is_file(): raise TableError(f"there is no table {where}; correct tasks.{name}.table in the profile")
+    df = _read_csv(path, where)
+    if lacking := [c for c in ("file", "split", label, group) if c not in df]:
+        raise TableError(f"{where} has no column {lacking[0]}; it has {', '.join(map(_printed, df))}")
+    taken = [c for c in (label, group) if c in _MEANT] + ["label"]*(group == "label" != label)
+    if taken:
+        raise TableError(f"{where}: its column {taken[0]} has a meaning of its own here; give the label or the group another name")
+    for c in ("file", "split", group):
+        _check_rows(df[c].str.strip() == "", df, where, lambda r: f" says nothing in the column {c}; fill it in")
+    df = df.assign(split=df.split.str.lower().replace(SPLITS), **{label: df[label].mask(df[label].str.strip() == "", "")})
+    _check_rows(~df.split.isin(["train", "valid", "test"]), df, where,
+                lambda r: f" has the split {r.split!r}; write train, valid or test")
+    heard = _check_files(df, path.parent, where)
+    df = df.assign(**_check_times(df, heard, where))
+    if df[label][df.split == "train"].nunique() == 1:
+        raise TableError(f"{where} has the same {label} in all rows of train, so there is nothing to tell apart; add rows of others")
+    ids = df["id"] if "id" in df else df.file + ":" + df.start.astype(str)
+    columns = dict.fromkeys(["id", "file", "split", "start", "end", label, group])
+    return whole_frames(df.assign(id=ids)[list(columns)].reset_index(drop=True))
+
+def _read_csv(path, where):
+    "The cells of a CSV file as text, by column and by row of the file, whose first one names the columns."
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as f: rows = list(enumerate(csv.reader(f, strict=True), 1))
+    except UnicodeDecodeError as e: raise TableError(f"{where} is not UTF-8 text ({e.reason}); save it as UTF-8") from None
+    except csv.Error as e: raise TableError(f"{where} is not a table ({e}); write it again") from None
+    except OSError as e: raise TableError(f"{where} cannot be read ({e.strerror}); check its permissions") from None
+    rows = [(i, r) for i, r in rows if r]
+    if len(rows) < 2: raise TableError(f"{where} has no rows below the names of its columns; write it again")
+    head = rows[0][1]
+    if len(head) == 1: raise TableError(f"{where} has one column, {_printed(head[0])}; separate columns by commas")
+    if twice := [c for c in head if head.count(c) > 1]:
+        raise TableError(f"{where} has two columns {_printed(twice[0])}; rename or delete one")
+    for i, r in rows[1:]:
+        if len(r) != len(head): raise TableError(f"row {i} of {where} has {len(r)} cells, but there are {len(head)} columns; correct it")
+    return pd.DataFrame([r for _, r in rows[1:]], [i for i, _ in rows[1:]], head, dtype=object)
+
+def _printed(text):
+    "A name on one line, whatever characters it has."
+    return str(text) if str(text).isprintable() else ascii(str(text))[1:-1]
+
+def _check_rows(bad, df, where, says):
+    "A `TableError` about the first row that is `bad`, in the words of `says`, and how many are like it."
+    if not bad.any(): return
+    row = next(df[bad].itertuples())
+    more = f" ({bad.sum()-1} more rows are like it)" if bad.sum() > 1 else ""
+    raise TableError(f"row {row.Index} of {where}{says(row)}{more}")
+
+def _check_files(df, folder, where):
+    "Samples at 16 kHz of the recording of each row; a `TableError` about one that is not there or cannot be heard."
+    files = df.file.unique()
+    lost = [f for f in files if not os.path.isfile(folder/f)]
+    _check_rows(df.file.isin(lost), df, where, lambda r: f" names {_printed(r.file)}, which is not there")
+    heard, broken = {}, {}
+    for f in files:
+        try: heard[f] = audio_length(folder/f)
+        except AudioError as e: broken[f] = e.reason
+    _check_rows(df.file.isin(broken), df, where, lambda r: f" names {_printed(r.file)}, which {broken[r.file]}")
+    return df.file.map(heard)
+
+def _check_times(df, heard, where):
+    "The columns `start` and `end` in samples, by default the whole recording; a `TableError` about a time that cannot be."
+    times = {}
+    for c, otherwise in dict(start=0*heard, end=heard).items():
+        said = df[c].str.strip() if c in df else pd.Series("", df.index)
+        seconds = said.map(_seconds)
+        _check_rows(said.ne("") & ~(seconds.abs() < 1e9), df, where, lambda r: f" has {c} = {getattr(r, c)!r}, no number of seconds")
+        times[c] = (seconds*SAMPLE_RATE).round().where(said.ne(""), otherwise).astype(np.int64)
+    start, end = times.values()
+    _check_rows((start < 0) | (end > heard) | (start >= end), df, where,
+                lambda r: f", {_printed(r.file)}, is empty or ends after its recording, which lasts {heard[r.Index]/SAMPLE_RATE:g} s")
+    _check_rows(end - start < WINDOW, df, where,
+                lambda r: f", {_printed(r.file)}, is shorter than {1000*WINDOW/SAMPLE_RATE:g} ms, the least that an encoder hears")
+    return times
+
+def _seconds(text):
+    "A number, `nan` where the text is none."
+    try: return float(text)
+    except ValueError: return np.nan
 
 # %% ../nbs/04d_tasks.ipynb #4de97dab
 def samples_of(path) -> int:

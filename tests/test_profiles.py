@@ -103,6 +103,8 @@ WRONG = {  # what is written -> the sentence
     "name = 'x'\n[teachers]\na = 'b'\n[tasks.who]\nlabels = 'who'": "tasks.who.labels is unknown: did you mean label",
     "name = 'x'\n[teachers]\na = 'b'\n[tasks.who]\ntable = 3\nlabel = 'who'\ngroup = 'day'\ndomain = 'a'": "tasks.who.table = 3 is not text",
     "name = 'x'\n[teachers]\na = 'b'\n[tasks]\nwho = 3": "tasks.who is not a table with table, label, group, domain",
+    "name = 'x'\n[teachers]\na = 'b'\n[tasks.all]\ntable = 'a.csv'\nlabel = 'who'\ngroup = 'day'\ndomain = 'a'": "tasks.all has a name that asks for several tasks",
+    "name = 'x'\n[teachers]\na = 'b'\n[tasks.a]\ntable = 'a.csv'\nlabel = 'who'\ngroup = 'day'\ndomain = 'a'": "tasks.a has a name that asks for several tasks",
     "name = 'x'\n[teachers]\na = 'b'\n[slurm.distil]\ngpu = 1": "slurm.distil.gpu is unknown: did you mean gpus",
     "name = 'x'\n[teachers]\na = 'b'\n[slurm.distil]\ngpus = -1": "slurm.distil.gpus = -1 is not a whole number",
 }

@@ -439,6 +439,79 @@ def test_a_question_that_cannot_be_asked_is_a_sentence(question, change, says):
     with pytest.raises(ValueError, match=f"task high: .*{says}") as e: T.table_task("high", **profile(question/"mine.toml").tasks["high"]).split()
     assert "\n" not in str(e.value)
 
+def cell(column, value, row=4):
+    "A table with another value in one cell."
+    def change(d):
+        d.loc[row-2, column] = value
+        return d
+    return change
+
+@pytest.mark.parametrize("change, says", [
+    (cell("who", " "), "row 4 of .* says nothing in the column who"), (cell("split", ""), "row 4 of .* says nothing in the column split"),
+    (cell("split", "tset"), "row 4 of .* has the split 'tset'"), (cell("file", "a\nb.wav"), r"row 4 of .* names a.nb.wav, which is not there"),
+    (cell("file", "x"*300), "row 4 of .* which is not there"), (cell("file", "empty.wav"), "row 4 of .* names empty.wav, which has 0 bytes"),
+    (cell("file", "cut.wav"), "row 4 of .* names cut.wav, which is truncated"), (cell("start", "nan"), "row 4 of .* has start = 'nan', no number of seconds"),
+    (cell("end", "inf"), "row 4 of .* has end = 'inf', no number"), (cell("end", "1,2"), "row 4 of .* has end = '1,2', no number"),
+    (cell("start", "-1"), "row 4 of .*, 2.wav, is empty or ends after its recording, which lasts 2 s"),
+    (cell("start", "1.24"), "row 4 of .*, 2.wav, is shorter than 25 ms"), (lambda d: d.assign(who=""), "row 2 of .* column who.*31 more rows are like it"),
+    (lambda d: d.assign(what="low"), "has the same what in all rows of train"), (lambda d: d.rename(columns=dict(what="snr")), "no column what; it has file, split, snr")])
+def test_a_cell_that_is_wrong_is_named_by_row_and_column(question, change, says):
+    whole = (question/"tones/2.wav").read_bytes()
+    (question/"tones/empty.wav").touch(), (question/"tones/cut.wav").write_bytes(whole[:len(whole)//2])
+    test_a_question_that_cannot_be_asked_is_a_sentence(question, change, says)
+
+@pytest.mark.parametrize("change, says", [
+    (lambda b: b.replace(b",", b";"), "has one column, file;split;what;who;start;end; separate columns by commas"),
+    (lambda b: b.replace(b"who", b"what", 1), "has two columns what"), (lambda b: b + b"1.wav,train,low\n", "row 34 of .* has 3 cells, but there are 6 columns"),
+    (lambda b: b"", "has no rows below"), (lambda b: b[:b.index(b"\n")], "has no rows below"), (lambda b: b + b'"1.wav', "is not a table"),
+    (lambda b: b.replace(b"low", b"l\xf6w"), "is not UTF-8 text"), (lambda b: b.decode("utf-8-sig").encode("utf-16"), "is not UTF-8 text")])
+def test_a_file_that_is_no_table_is_a_sentence(question, change, says):
+    file = question/"tones/table.csv"
+    file.write_bytes(change(file.read_bytes()))
+    with pytest.raises(T.TableError, match=f"task high: .*{says}") as e: T.table_task("high", **profile(question/"mine.toml").tasks["high"]).table()
+    assert "\n" not in str(e.value) and str(file) in str(e.value)
+
+def test_a_table_as_others_write_it(question):
+    "Absolute paths, a folder elsewhere, blank rows, a row without a label, and columns that mean something else in ours."
+    file = question/"tones/table.csv"
+    d = pd.read_csv(file, dtype=str, keep_default_na=False, encoding="utf-8-sig").assign(snr="5", lo="x", shard="y", fold="z")
+    d.loc[:2, "file"] = [str(question/"tones/0.wav"), "../tones/1.wav", "../tones/../tones/2.wav"]
+    d.loc[3, "what"] = " "
+    file.write_text("\n\n".join(d.to_csv(index=False).splitlines()), encoding="utf-8")
+    T.profile_tasks(profile(question/"mine.toml"))
+    scores = P.probe("logmel", "high", seeds=1)
+    assert (scores.score == 1).all() and scores.status.str.startswith("1 of 32 rows have no label").all()
+
+@pytest.mark.parametrize("column", ["snr", "end"])
+def test_a_label_of_a_name_that_means_something_else_is_refused(question, column):
+    said = profile(question/"mine.toml").tasks["high"] | dict(label=column)
+    file = question/"tones/table.csv"
+    pd.read_csv(file, dtype=str, encoding="utf-8-sig").assign(snr="5").to_csv(file, index=False)
+    with pytest.raises(T.TableError, match=f"task high: .*its column {column} has a meaning of its own here"): T.table_task("high", **said).table()
+
+def test_a_question_with_the_name_of_a_domain_is_refused(question):
+    p = profile(question/"mine.toml")
+    with pytest.raises(ValueError, match="tasks.music has the name of a domain"): T.profile_tasks(replace(p, tasks=dict(music=p.tasks["high"])))
+
+@pytest.mark.parametrize("kind", ["object", "str", "category", "Int64", "boolean", "float"])
+def test_missing_labels_are_left_out_whatever_type_holds_them(question, monkeypatch, kind):
+    table = T.table_task("high", **profile(question/"mine.toml").tasks["high"]).table()
+    label = table.what if kind in ("object", "str", "category") else (table.what == "high").astype(kind if kind != "float" else "Int64")
+    label = label.astype(object).mask(table.index % 11 == 0).astype(kind)
+    monkeypatch.setitem(T.TASKS, "some", T.Task("some", "tones", lambda root: table.assign(what=label), "what", "who", home=lambda: question/"tones"))
+    assert T.task_table("some").usable.tolist() == [i % 11 != 0 for i in range(32)]
+    scores = P.probe("logmel", "some", seeds=1)
+    assert (scores.score == 1).all() and scores.status.str.startswith("3 of 32 rows have no label").all()
+
+@pytest.mark.parametrize("nobody", [np.nan, None, ""])
+def test_a_row_without_a_group_is_refused(question, nobody):
+    "It could be the same singer's as a row of another split."
+    table = T.table_task("high", **profile(question/"mine.toml").tasks["high"]).table()
+    table = table.assign(who=table.who.astype(object).where(table.index > 1, nobody))
+    task = T.Task("some", "tones", lambda root: table, "what", "who", home=lambda: question/"tones")
+    with pytest.raises(ValueError, match="task some: 0.wav:8000 has no who .nor have 1 others."): task.split()
+    with pytest.raises(ValueError, match="task some: .* has no column singer, its group"): replace(task, group="singer").split()
+
 def levenshtein(a, b):
     "The textbook table, as an independent opinion."
     d = np.add.outer(np.arange(len(a)+1), np.arange(len(b)+1))
