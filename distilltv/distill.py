@@ -14,7 +14,7 @@ from accelerate.utils import gather_object, set_seed
 from safetensors.torch import load_file, save_file
 from torch import nn
 from .encoders import Heads, load_encoder, make_base, save_encoder, weights_hash
-from .objective import Distiller
+from .objective import Distiller, check_teachers
 from .profiles import (Profile, as_asked, listens_to, profile as get_profile, record, student_folder, taught_by,
                                 with_settings)
 from .runs import Run, data_dir, use_threads, write_atomic
@@ -99,6 +99,7 @@ def distil(p:Profile,     # teachers, audio, objective, budget and seed
                          "set epoch to a number of steps")
     crops, held_out = crops_of(p, listens_to(p, who)), validation_crops(p)
     teachers = {d: load_encoder(p.teachers[d], max(p.predict)) for d in taught_by(p, who)}
+    check_teachers(teachers, p.predict)
     with state.main_process_first(): student = base_of(p)
     for model in (student, *teachers.values()): model.set_attn_implementation(p.attention)
     start = weights_hash(student)

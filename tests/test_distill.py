@@ -735,6 +735,16 @@ def test_students_of_three_domains(tmp_path, monkeypatch, tiny_three):
         assert log.validation.dropna().iloc[-1] == pytest.approx(np.mean([log[f"valid_{a}"].iloc[-1] for a in ALL]))
     assert len(hashes) == 4
 
+def test_a_teacher_that_is_refused_leaves_nothing_behind(tmp_path, monkeypatch, tiny_three):
+    monkeypatch.setenv("DISTILLTV_HOME", str(tmp_path/"home"))
+    raw = load_encoder(tiny_three.teachers["sound"])
+    raw.do_normalize = False
+    p = replace(tiny_three, teachers=tiny_three.teachers | dict(sound=str(save_encoder(raw, tmp_path/"raw"))))
+    for who in ("sound", "ensemble"):
+        with pytest.raises(ValueError, match="the sound teacher wants waveforms as they are"): distil(p, who)
+    with pytest.raises(ValueError, match="speech has 12 layers|layers = 13"): distil(replace(p, predict=(4, 13)), "speech")
+    assert not list((tmp_path/"home").glob("three/**/*"))
+
 def test_a_seed_is_one_thing_and_is_recorded_as_used(tmp_path, monkeypatch, tiny_three):
     "From the profile, from a call or from `--set`: the same student, in a folder of its own; records say what was used."
     monkeypatch.setenv("DISTILLTV_HOME", str(tmp_path))
