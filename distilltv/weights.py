@@ -123,7 +123,10 @@ class Checkpoint:
         dtype, shape, offset = self.layout[name]
         raw = np.fromfile(self.file, _DTYPES[dtype], math.prod(shape), offset=offset)
         if raw.size != math.prod(shape): raise ValueError(f"{self.file} was cut while it was read; start again")
-        t = numbers(raw.reshape(shape), dtype)
+        try: t = numbers(raw.reshape(shape), dtype)
+        except ValueError:
+            raise ValueError(f"{self.file}: {name} has a shape that no array can have; "
+                             "save the model again with save_pretrained") from None
         if not all_finite(t): raise ValueError(f"{self.file}: {name} holds NaN or infinity; this model is broken")
         t.flags.writeable = False
         if self._due and self._due[-1] == name: self._print.feed(self._due.pop(), t) # a merge reads all in order

@@ -1,5 +1,5 @@
 "Recipes, sweeps, the dial, rules against independent formulas, and files that are not what they say."
-import json, os, shutil, sys
+import json, os, shutil, sys, tracemalloc
 from pathlib import Path
 import numpy as np, pytest, torch, yaml
 from hypothesis import HealthCheck, given, settings, strategies as st
@@ -13,7 +13,7 @@ from distilltv.path import Dial, choose_by_part, choose_lam, pareto, slider, swe
 from distilltv.recipes import merge_recipe, push_to_hub, recipe_student
 from distilltv.rules import RULES, add, apply_rule, blocks, breadcrumbs, dare, elect, fisher, magprune, model_stock, regmean, slerp, trim, vote
 from distilltv.runs import file_hash
-from distilltv.weights import ByName
+from distilltv.weights import ByName, Checkpoint
 
 def tiny(seed, **kw):
     torch.manual_seed(seed)
@@ -467,6 +467,28 @@ def test_fuzzed_headers_are_refused_or_harmless(trio, tmp_path_factory, data):
     try: TaskVector.between(load_student(trio/"base"), load_student(folder)).norm()
     except ValueError as e: assert str(folder) in str(e) or folder.name in str(e)
     else: assert how == "flip" # only a byte that the format leaves free (spaces, the metadata text) may pass
+
+junk = st.recursive(st.sampled_from([0, 1e300, "", "ab", None, []]), lambda x: st.lists(x, max_size=3) | st.dictionaries(st.sampled_from("abc"), x, max_size=3))
+
+@settings(max_examples=25, deadline=None)
+@given(junk, st.integers(1, 300), st.sampled_from(["metadata", "tensor", "shape", "beside"]))
+def test_a_header_takes_memory_in_proportion_to_its_file(tmp_path_factory, value, deep, where):
+    "Whatever a header says, in the places where others' keys may stand."
+    for _ in range(deep if where == "tensor" else 0): value = [value]
+    many, w = [value]*(20_000//len(json.dumps(value)) + 1), dict(dtype="F32", shape=[1], data_offsets=[0, 4])
+    if where == "tensor": w["more"] = many
+    if where == "shape": w |= dict(shape=[0, 2**62, *[1]*20_000], data_offsets=[0, 0])
+    head = {"w": w} | (dict(beside=many) if where == "beside" else {}) | ({"__metadata__": dict(text=json.dumps(many))} if where == "metadata" else {})
+    text = json.dumps(head, separators=(",", ":")).encode()
+    file = tmp_path_factory.mktemp("header")/"model.safetensors"
+    file.write_bytes(len(text).to_bytes(8, "little") + text + bytes(4 if where != "shape" else 0))
+    tracemalloc.start()
+    try: Checkpoint(file.parent)["w"]
+    except ValueError as e: assert str(file) in str(e)
+    finally:
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert peak < 64*file.stat().st_size + 2**20
 
 # --- the slider
 
