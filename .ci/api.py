@@ -55,6 +55,8 @@ class Module:
             here = [n for n, l in names if l == line]
             text = self.comments.get(line, "")
             parts = [p.strip() for p in text.split(";")]
+            if text.startswith("see ") and text.count(" and ") == len(here) - 1:
+                parts = ["see " + p for p in text[4:].split(" and ")]
             if len(here) > 1 and len(parts) != len(here): parts = [""]*(len(here)-1) + [text]
             out.update(zip(here, parts if len(here) > 1 else [text]))
         return out
