@@ -72,7 +72,7 @@ def _scores_of(f):
 
 def _students(t):
     "(encoder, distillation seed, hash of its weights) of each row of a table."
-    return list(zip(t.encoder, t.distil_seed, t.weights_hash.fillna("")))
+    return list(zip(t.encoder, t.distil_seed, t.weights_hash.astype(object).fillna("")))
 
 def _telling_names(scores):
     """A function (encoder, seed, hash) -> (name, seed). The name leaves the seed out, so that students of one recipe
