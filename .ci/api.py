@@ -38,7 +38,8 @@ class Module:
         self.meanings = {}    # (parameter, type) -> what comments beside it say
         for f in ast.walk(self.tree):
             if not isinstance(f, ast.FunctionDef): continue
-            says = self.described([(a, line) for a, line in pairs_of(f.args) if not f.returns or line < f.returns.lineno])
+            says = self.described([(a, line) for a, line in pairs_of(f.args) if not f.returns
+                                   or line < f.returns.lineno])
             for a in arguments(f.args):
                 if says.get(a.arg): self.meanings.setdefault((a.arg, type_of(a.annotation)), set()).add(says[a.arg])
 
@@ -76,19 +77,27 @@ class Module:
     def returns(self, f):
         if not f.returns: return ""
         meaning = self.comments.get(f.returns.end_lineno, "")
-        if any((a.end_lineno == f.returns.end_lineno) for a in f.args.args): meaning = ""    # that comment is a parameter's
+        # that comment is a parameter's
+        if any((a.end_lineno == f.returns.end_lineno) for a in f.args.args): meaning = ""
         return f"**Returns** `{type_of(f.returns)}`" + (f": {escape(meaning)}" if meaning else "") + "\n"
 
-def escape(text): return re.sub(r"(?<!\\)([|<$@])", r"\\\1", text) if "`" not in text else "`".join(p if i % 2 else escape(p) for i, p in enumerate(text.split("`")))
+def escape(text):
+    return re.sub(r"(?<!\\)([|<$@])", r"\\\1",
+                  text) if "`" not in text else "`".join(p if i % 2 else escape(p)
+                                                         for i, p in enumerate(text.split("`")))
 
-WIDTH = dict(parameter=18, field=18, type=16, default=14, meaning=52)    # shares of the page: of a table with long rows, Pandoc takes them from the dashes
+# shares of the page: of a table with long rows, Pandoc takes them from the dashes
+WIDTH = dict(parameter=18, field=18, type=16, default=14, meaning=52)
 
 def table(rows, head=("parameter", "type", "default", "meaning")):
     if not any(any(r[1:]) for r in rows): return ""    # a table of bare names says no more than the signature
-    told = [i for i in range(len(head)) if i == 0 or any(r[i] for r in rows)]     # a column that is empty throughout is none
+    # a column that is empty throughout is none
+    told = [i for i in range(len(head)) if i == 0 or any(r[i] for r in rows)]
     rows, head = [[r[i] for i in told] for r in rows], [head[i] for i in told]
     code = lambda s: f"`{s}`".replace("|", "\\|") if s else ""
-    lines = [" | ".join(head), " | ".join("-"*WIDTH[h] for h in head)] + [" | ".join(escape(v) if h == "meaning" else code(v) for h, v in zip(head, r)) for r in rows]
+    lines = [" | ".join(head),
+             " | ".join("-"*WIDTH[h] for h in head)] + [" | ".join(escape(v) if h == "meaning" else code(v)
+                                                                   for h, v in zip(head, r)) for r in rows]
     return "".join(f"| {l} |\n" for l in lines)
 
 def function(m, f, level, owner=""):
@@ -110,7 +119,8 @@ def klass(m, c):
     init = next((f for f in c.body if isinstance(f, ast.FunctionDef) and f.name == "__init__"), None)
     if init: text += table(m.parameters(init.args)) + "\n"
     for f in c.body:
-        if isinstance(f, ast.FunctionDef) and not f.name.startswith("_") and ast.get_docstring(f): text += function(m, f, 3, c.name + ".")
+        if isinstance(f, ast.FunctionDef) and not f.name.startswith("_") and ast.get_docstring(f):
+            text += function(m, f, 3, c.name + ".")
     return text
 
 def page(m):

@@ -21,7 +21,8 @@ def unfolded(notebook):
     "Code cells that should be folded and are not, each with its name."
     for c in notebook["cells"]:
         source = "".join(c["source"])
-        if c["cell_type"] != "code" or "#| hide" in source or "code-fold" in source or "code-fold" in c["metadata"]: continue
+        if c["cell_type"] != "code" or "#| hide" in source or "code-fold" in source or "code-fold" in c["metadata"]:
+            continue
         if name := name_of(source): yield c, name
 
 if __name__ == "__main__":
@@ -29,4 +30,5 @@ if __name__ == "__main__":
         notebook = json.loads(path.read_text(encoding="utf-8"))
         found = list(unfolded(notebook))
         for c, name in found: c["metadata"] |= {"code-fold": True, "code-summary": name}
-        if found: path.write_text(json.dumps(notebook, sort_keys=True, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        if found:
+            path.write_text(json.dumps(notebook, sort_keys=True, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

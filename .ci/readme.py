@@ -41,26 +41,31 @@ def badges():
     licence, doi = found(r'\nlicense = "(.*)"', "pyproject.toml"), found(r"doi: (\S+)", "CITATION.cff")
     static = lambda left, right, colour: f"https://img.shields.io/badge/{left}-{right.replace('-', '--').replace(' ', '_')}-{colour}"
     flow = lambda name, to: f"[![{name}]({repo}/actions/workflows/{name}.yml/badge.svg)]({to})"
-    return " ".join([flow("test", f"{repo}/actions/workflows/test.yml"), flow("docs", found(r"site-url: (\S+)", "_quarto.yml")),
+    return " ".join([flow("test", f"{repo}/actions/workflows/test.yml"),
+                     flow("docs", found(r"site-url: (\S+)", "_quarto.yml")),
                      f"[![Python {pythons[0]} to {pythons[-1]}]({static('python', f'{pythons[0]} to {pythons[-1]}', 'blue')})](pyproject.toml)",
                      f"[![licence {licence}]({static('licence', licence, 'green')})](LICENSE)",
                      f"[![paper: Interspeech 2025]({static('paper', 'Interspeech 2025', 'b31b1b')})](https://doi.org/{doi})"])
 
 def prose(name):
     "A page as Markdown of the repository's root: without what only Quarto reads."
-    text = "\n\n".join(p.strip() for p in parts(json.loads((root/f"nbs/{name}.ipynb").read_text(encoding="utf-8"))["cells"]))
+    text = "\n\n".join(p.strip()
+                       for p in parts(json.loads((root/f"nbs/{name}.ipynb").read_text(encoding="utf-8"))["cells"]))
     text = re.sub(r"^:::.*\n?", "", text, flags=re.M)                                     # divs
     text = re.sub(r" ?\[@[\w; @-]+\]", "", text)                                          # citations
     text = re.sub(r"^: (.*?) *\{#tbl-[^}]*\}$", r"<sub>\1</sub>", text, flags=re.M)         # captions of tables
     text = re.sub(r'!\[([^\]]*)\]\(([^)]*)\)\{[^}]*fig-alt="([^"]*)"[^}]*\}', r"![\3](\2)\n\n<sub>\1</sub>", text)
-    text = re.sub(r"(\]\()([^)\s]+)(\))(?:\{[^}]*\})?", relink, text)                     # Markdown links, attributes off
+    # Markdown links, attributes off
+    text = re.sub(r"(\]\()([^)\s]+)(\))(?:\{[^}]*\})?", relink, text)
     return re.sub(r'((?:src|href)=")([^"]+)(")', relink, text)
 
 def readme():
     title, rest = prose("index").split("\n", 1)
-    use = re.sub(r"^# .*\n\n> .*\n", "", prose("use"), count=1)    # the title and what it is about: its sections say no less
+    # the title and what it is about: its sections say no less
+    use = re.sub(r"^# .*\n\n> .*\n", "", prose("use"), count=1)
     return f"<!-- made from nbs/index.ipynb and nbs/use.ipynb by .ci/readme.py: edit those -->\n{title}\n\n{badges()}\n{rest}\n\n{use.strip()}\n"
 
 if __name__ == "__main__":
     if "--check" not in sys.argv: (root/"README.md").write_text(readme(), encoding="utf-8")
-    elif (root/"README.md").read_text(encoding="utf-8") != readme(): sys.exit("README.md is out of date: run `python .ci/readme.py`")
+    elif (root/"README.md").read_text(encoding="utf-8") != readme():
+        sys.exit("README.md is out of date: run `python .ci/readme.py`")

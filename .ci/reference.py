@@ -21,7 +21,8 @@ def run_itself(cells, stage):
     "Parameters, and the cells from the run's own heading on: without what defines the package or asks the reader, both are in the chapter."
     says = ["".join(c["source"]) for c in cells]
     first = next((i for i, s in enumerate(says) if s.startswith(OWN[stage])), None) if stage in OWN else 0
-    if first is None: sys.exit(f"no heading {OWN[stage]!r} in the notebook of stage {stage}: say in OWN what it is called now")
+    if first is None:
+        sys.exit(f"no heading {OWN[stage]!r} in the notebook of stage {stage}: say in OWN what it is called now")
     setting = lambda c, s: "parameters" in c["metadata"].get("tags", []) or s.startswith("# Parameters\n")
     chapter = lambda s: s.startswith(("#| export", "#| default_exp", "#| hide", "**Exercise", "## Exercise"))
     return [c for i, (c, s) in enumerate(zip(cells, says)) if setting(c, s) or i >= first and not chapter(s)]
@@ -30,13 +31,16 @@ def notebook(run):
     "The executed notebook of a run, as a page."
     nb = json.loads(run.executed.read_text(encoding="utf-8"))
     text = json.dumps(nb["cells"], ensure_ascii=False)
-    for path, name in ((str(home()), "runs"), (str(root())+"/", ""), (str(root()), ".")): text = text.replace(path, name)
+    for path, name in ((str(home()), "runs"), (str(root())+"/", ""), (str(root()), ".")):
+        text = text.replace(path, name)
     cells = run_itself(json.loads(text)[1:], run.stage)    # the first cell is the chapter's title
     for c in cells:
         c["metadata"] = {k: v for k, v in c["metadata"].items() if k == "tags" and v}
         if c["cell_type"] == "code": c["execution_count"] = None
         if c["cell_type"] == "markdown": c["source"] = relink("".join(c["source"]))
-        if c.get("outputs"): c["outputs"] = [o for o in c["outputs"] if o.get("name") != "stderr" and WIDGET not in o.get("data", {})]  # progress bars
+        # progress bars
+        if c.get("outputs"):
+            c["outputs"] = [o for o in c["outputs"] if o.get("name") != "stderr" and WIDGET not in o.get("data", {})]
         for o in c.get("outputs", []):
             if "execution_count" in o: o["execution_count"] = None
             if "image/png" in o.get("data", {}): o["data"]["image/png"] = smaller(o["data"]["image/png"])
@@ -46,8 +50,10 @@ def notebook(run):
     head = (f"# Run: {run.stage} {run.name}\n\n> `{f'papermill nbs/{run.notebook} out.ipynb {says}'.strip()}`\n\n"
             f"A run of the reference experiment, as papermill left it: its parameters, and what it did. {cost}"
             f"The code that is used but not shown is explained in the chapter it ran, [nbs/{run.notebook}](../../../nbs/{run.notebook}).")
-    cells.insert(0, dict(cell_type="markdown", id=nb["cells"][0]["id"], metadata={}, source=head.replace("{home}", "runs")))
-    return dict(cells=cells, metadata=dict(kernelspec=dict(name="python3", display_name="python3", language="python")), nbformat=4, nbformat_minor=5)
+    cells.insert(0, dict(cell_type="markdown", id=nb["cells"][0]["id"], metadata={},
+                         source=head.replace("{home}", "runs")))
+    return dict(cells=cells, metadata=dict(kernelspec=dict(name="python3", display_name="python3", language="python")),
+                nbformat=4, nbformat_minor=5)
 
 def smaller(png):
     "A base64 PNG with a palette of 64 colours: a third of the size, and plots do not show it."
@@ -57,15 +63,19 @@ def smaller(png):
 
 def relink(text):
     "Links from nbs/ -> links from data/mini/runs/."
-    fix = lambda m: m[0] if re.match(r"[a-z]+:|#|/", m[1]) else f"]({posixpath.normpath(posixpath.join('../../../nbs', m[1]))})"
+    fix = lambda m: m[0] if re.match(r"[a-z]+:|#|/",
+                                     m[1]) else f"]({posixpath.normpath(posixpath.join('../../../nbs', m[1]))})"
     return re.sub(r"\]\(([^)\s]+)\)", fix, text)
 
-PAGES = "index use honesty gallery dial ten_minutes claims 03c_path 05_results 05c_paper 05d_findings".split()    # those that show what data/mini/results says
+# those that show what data/mini/results says
+PAGES = "index use honesty gallery dial ten_minutes claims 03c_path 05_results 05c_paper 05d_findings".split()
 
 def execute(names, **env):
     "Run notebooks in place, as their authors do, and clean them."
     bin, files = Path(sys.executable).parent, [root()/f"nbs/{n}.ipynb" for n in names]
-    for f in files: subprocess.run([bin/"jupyter", "nbconvert", "--to", "notebook", "--execute", "--inplace", f.name], cwd=f.parent, check=True, env={**os.environ, **env})
+    for f in files:
+        subprocess.run([bin/"jupyter", "nbconvert", "--to", "notebook", "--execute", "--inplace", f.name], cwd=f.parent,
+                       check=True, env={**os.environ, **env})
     for f in files: subprocess.run([bin/"nbdev_clean", "--fname", f], cwd=root(), check=True)
 
 def ship_students(runs, to):
@@ -89,12 +99,14 @@ def ship_runs(runs, to):
     (to/"runs").mkdir()
     records = {}
     for r in runs:
-        if (r.folder/"result.json").exists(): records[r.id] = json.loads((r.folder/"result.json").read_text(encoding="utf-8"))
+        if (r.folder/"result.json").exists():
+            records[r.id] = json.loads((r.folder/"result.json").read_text(encoding="utf-8"))
         if re.search(r"-seed\d+", r.name): continue
         text = json.dumps(notebook(r), ensure_ascii=False, separators=(",", ":")) + "\n"
         (to/f"runs/{r.stage}-{r.name}.ipynb").write_text(text, encoding="utf-8")
     write_json(to/"runs/runs.json", records)
-    write_json(to/"runs/seconds.json", dict(calibration=round(calibrate(), 4), seconds={r.id: stamp(r)["seconds"] for r in runs}))
+    write_json(to/"runs/seconds.json",
+               dict(calibration=round(calibrate(), 4), seconds={r.id: stamp(r)["seconds"] for r in runs}))
 
 def renew_dial(to):
     "New sounds and scores for the dial, if other students ship now."
@@ -102,20 +114,24 @@ def renew_dial(to):
     scores = read_table(to/"results/scores.csv")
     if set(scores[(scores.role == "merged") & (scores.distil_seed == 0)].weights_hash) <= set(known): return
     (home()/"mini/dial").mkdir(parents=True, exist_ok=True)
-    subprocess.run([Path(sys.executable).parent/"papermill", "dial.ipynb", home()/"mini/dial/dial.ipynb", "-p", "make", "full"], cwd=root()/"nbs", check=True)
+    subprocess.run([Path(sys.executable).parent/"papermill", "dial.ipynb", home()/"mini/dial/dial.ipynb", "-p", "make",
+                    "full"], cwd=root()/"nbs", check=True)
 
 def main():
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     arguments.add_argument("--seeds", type=int, default=3, help="distillation seeds of the run that is shipped")
     runs, to = grid("mini", seeds=arguments.parse_args().seeds), data_dir()
     by_id = {r.id: r for r in runs}
-    if stale := [r.id for r in runs if not fresh(r, by_id)]: sys.exit(f"not up to date, run `distilltv reproduce` first: {', '.join(stale)}")
+    if stale := [r.id for r in runs if not fresh(r, by_id)]:
+        sys.exit(f"not up to date, run `distilltv reproduce` first: {', '.join(stale)}")
     for f in (home()/"mini/results").iterdir():
-        if f.is_file() and f.suffix not in (".ipynb", ".svg") and f.name not in ("result.json", "stamp.json"): shutil.copy(f, to/"results")
+        if f.is_file() and f.suffix not in (".ipynb", ".svg") and f.name not in ("result.json", "stamp.json"):
+            shutil.copy(f, to/"results")
     ship_students(runs, to)
     renew_dial(to)
     ship_runs(runs, to)
-    with tempfile.TemporaryDirectory() as nothing: execute(PAGES, DISTILLTV_HOME=nothing)    # from what ships, as everywhere else
+    # from what ships, as everywhere else
+    with tempfile.TemporaryDirectory() as nothing: execute(PAGES, DISTILLTV_HOME=nothing)
     subprocess.run([sys.executable, root()/".ci/readme.py"], check=True)
 
 if __name__ == "__main__": main()

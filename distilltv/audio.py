@@ -42,7 +42,8 @@ def load_audio(path,                        # any file that libsndfile reads: WA
 RATES = (1_000, 400_000)  # sampling rates that are taken, in Hz
 _CHECKED = "WAV WAVEX RF64 W64 AIFF AU NIST CAF OGG FLAC MP3 MPEG".split()  # formats in which a cut file shows
 _TRUNCATED = "is truncated: its end is missing; fetch it again or leave it out"
-_UNKNOWN = 2**62            # frames of a file that does not say how long it is, such as a FLAC that was written to a pipe
+# frames of a file that does not say how long it is, such as a FLAC that was written to a pipe
+_UNKNOWN = 2**62
 
 def _open(path, data=None):
     "`soundfile`'s header of the file (or of its bytes, which `path` then only names), or an `AudioError`."
@@ -57,13 +58,16 @@ def _open(path, data=None):
         if cut: raise AudioError(path, _TRUNCATED) from None
         raise AudioError(path, f"cannot be read as audio ({e.error_string.rstrip('.')}): convert it, "
                                "for example `ffmpeg -i IN -ar 16000 -ac 1 OUT.flac`") from None
-    except OSError as e: raise AudioError(path, f"cannot be opened ({e.strerror}): check its permissions and its disk") from None
+    except OSError as e:
+        raise AudioError(path, f"cannot be opened ({e.strerror}): check its permissions and its disk") from None
     if not info.frames: raise AudioError(path, "holds no samples: leave it out or fetch it again")
     if info.format not in _CHECKED:
-        raise AudioError(path, f"is of the format {info.format}, of which a cut file looks like a whole one: convert it to FLAC")
+        raise AudioError(path,
+                         f"is of the format {info.format}, of which a cut file looks like a whole one: convert it to FLAC")
     if cut: raise AudioError(path, _TRUNCATED)
     if not RATES[0] <= info.samplerate <= RATES[1]:
-        raise AudioError(path, f"says that it has {info.samplerate} samples a second, outside {RATES}: correct its header")
+        raise AudioError(path,
+                         f"says that it has {info.samplerate} samples a second, outside {RATES}: correct its header")
     return info
 
 def _source(path, data): return str(path) if data is None else io.BytesIO(data)
@@ -178,14 +182,16 @@ def _resample(x, rate):
 # %% ../nbs/00c_audio.ipynb #0ca00009
 def _finite(x, path):
     "`x`, or an `AudioError` if it has NaNs or infinities."
-    if not np.isfinite(x).all(): raise AudioError(path, "has samples that are not finite numbers: write it again from its source")
+    if not np.isfinite(x).all():
+        raise AudioError(path, "has samples that are not finite numbers: write it again from its source")
     return x
 
 def audible(x, path,        # float samples; the file that an error names
             where:str=""    # where in the file, in words
            ):
     "`x`, or an `AudioError` if it is not finite or is silent."
-    if np.abs(_finite(x, path)).max() < 1e-4: raise AudioError(path, f"is silent{where} (peak under -80 dBFS): leave it out")
+    if np.abs(_finite(x, path)).max() < 1e-4:
+        raise AudioError(path, f"is silent{where} (peak under -80 dBFS): leave it out")
     return x
 
 # %% ../nbs/00c_audio.ipynb #0ca0000c

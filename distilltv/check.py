@@ -19,15 +19,18 @@ from .encoders import FAMILIES, Heads, load_encoder, student_config
 from .tasks import table_task
 
 # %% ../nbs/01a_check.ipynb #02304f8e
-PEAK, SHARE = 312e12, (.6, .2)    # operations a second of an A100 in bfloat16, from its data sheet; shares of it that may be reached
+PEAK, SHARE = 312e12, (.6,
+                       .2)    # operations a second of an A100 in bfloat16, from its data sheet; shares of it that may be reached
 
 def operations(config:PreTrainedConfig, # of an encoder of `FAMILIES`
                seconds:float=10.,       # length of the crops; attention costs more in long ones
                backward:bool=False      # count the backward pass too
               ) -> float:
     "Floating-point operations for a second of audio."
-    plain = type(config)(**config.to_dict() | dict(attn_implementation="eager"))    # its products are counted like all others
-    with torch.device("meta"): model, wav = FAMILIES[config.model_type](plain).eval(), torch.empty(1, int(SAMPLE_RATE*seconds))
+    # its products are counted like all others
+    plain = type(config)(**config.to_dict() | dict(attn_implementation="eager"))
+    with torch.device("meta"):
+        model, wav = FAMILIES[config.model_type](plain).eval(), torch.empty(1, int(SAMPLE_RATE*seconds))
     with FlopCounterMode(display=False) as count:
         h = model(wav).last_hidden_state
         if backward: h.sum().backward()
@@ -74,9 +77,11 @@ def _audio(p, check):
     for d, name in p.audio.items():
         if not name:
             check.lines.append(f"  {d}: none")
-            if d in heard: check.wrong.append(f"{d} has no audio, but corpus = {p.corpus} wants it: name a folder or stream under [audio]")
+            if d in heard:
+                check.wrong.append(f"{d} has no audio, but corpus = {p.corpus} wants it: name a folder or stream under [audio]")
             continue
-        try: check.lines.append(f"  {d}: {name}, {_stream(name) if name.startswith('stream:') else _folder(d, name, p, check)}")
+        try:
+            check.lines.append(f"  {d}: {name}, {_stream(name) if name.startswith('stream:') else _folder(d, name, p, check)}")
         except ValueError as e: check.wrong.append(f"the audio of {d} cannot be used: {e}")
 
 def _stream(name):
@@ -89,11 +94,13 @@ def _folder(domain, name, p, check):
         warnings.simplefilter("always")
         rows = load_corpus(name)
     split = {s: [r["end"]-r["start"] for r in rows if r["split"] == s] for s in ("train", "valid", "test")}    # samples
-    if not split["train"]: check.wrong.append(f"{name} has no training audio: all of it lies below folders that are for validation or test")
+    if not split["train"]:
+        check.wrong.append(f"{name} has no training audio: all of it lies below folders that are for validation or test")
     if not split["valid"]:
         check.wrong.append(f"{name} has no validation audio, so no loss on held-out {domain} is measured: put some files below a folder named dev or valid")
     short = sum(n < p.seconds*SAMPLE_RATE for n in split["train"])
-    text = ", ".join(f"{sum(n)/SAMPLE_RATE/3600:.2f} h {s}" for s, n in split.items()) + f"; {short} of {len(split['train'])} recordings are shorter than a crop"
+    text = ", ".join(f"{sum(n)/SAMPLE_RATE/3600:.2f} h {s}"
+                     for s, n in split.items()) + f"; {short} of {len(split['train'])} recordings are shorter than a crop"
     return "; ".join([text, *(str(w.message) for w in told if issubclass(w.category, UserWarning))])
 
 def _student(p, opened, check):
@@ -108,7 +115,8 @@ def _student(p, opened, check):
         return None
     with torch.device("meta"):
         size = sum(t.numel() for t in HubertModel(config).parameters())
-        heads = sum(t.numel() for c in opened.values() for t in Heads(config.hidden_size, c.hidden_size, len(p.predict)).parameters())
+        heads = sum(t.numel() for c in opened.values()
+                    for t in Heads(config.hidden_size, c.hidden_size, len(p.predict)).parameters())
     check.lines.append(f"student\n  θ₀ from {p.init}: {config.num_hidden_layers} layers of {config.hidden_size}, {config.num_attention_heads} heads, "
                        f"{size/1e6:.1f} M parameters; {heads/1e6:.1f} M more in the heads of all domains, while it is trained")
     return config
@@ -120,14 +128,17 @@ def _budget(p, opened, student, check):
     runs = [*p.domains] + (["ensemble"] if len(p.domains) > 1 else [])
     check.lines.append(f"distil\n  {', '.join(runs)}: {p.steps:,} steps of {p.batch} crops of {p.seconds:g} s, {seconds/3600:,.1f} h of audio each; corpus = {p.corpus}")
     if student is not None and len(opened) == len(p.teachers):
-        cut = {d: type(c)(**c.to_dict() | dict(num_hidden_layers=min(max(p.predict), c.num_hidden_layers))) for d, c in opened.items()}
+        cut = {d: type(c)(**c.to_dict() | dict(num_hidden_layers=min(max(p.predict), c.num_hidden_layers)))
+               for d, c in opened.items()}
         teach = {d: operations(c, p.seconds) for d, c in cut.items()}
         step = operations(student, p.seconds, backward=True)
-        total = {d: seconds*(teach[d] + step) for d in p.domains} | ({"ensemble": seconds*(sum(teach.values()) + step)} if len(p.domains) > 1 else {})
+        total = {d: seconds*(teach[d] + step) for d in p.domains} | ({"ensemble": seconds*(sum(teach.values()) + step)}
+                                                                     if len(p.domains) > 1 else {})
         for d, flop in total.items():
             cost = "less than a minute" if flop < PEAK*min(SHARE)*60 else gpu_time(flop)
             check.lines.append(f"  {d}: {flop:.2g} operations, {cost} of an A100")
-    check.lines.append(f"then\n  merges of {', '.join(p.domains)}" if len(p.domains) > 1 else "then\n  nothing to merge: there is one domain")
+    check.lines.append(f"then\n  merges of {', '.join(p.domains)}" if len(p.domains) > 1
+                       else "then\n  nothing to merge: there is one domain")
     check.lines.append(f"  probes of the features, θ₀ and random weights, {len(p.domains)} teachers, {len(runs)} students and every merge")
 
 def _tasks(p, check):
@@ -152,5 +163,6 @@ def check_profile(profile # a profile, its name or its file
     _audio(p, check)
     _budget(p, opened, _student(p, opened, check), check)
     _tasks(p, check)
-    if p.cache and not p.epoch: check.wrong.append(f"cache = {p.cache} keeps what is heard again, and with epoch = 0 nothing is: set epoch to a number of steps")
+    if p.cache and not p.epoch:
+        check.wrong.append(f"cache = {p.cache} keeps what is heard again, and with epoch = 0 nothing is: set epoch to a number of steps")
     return check

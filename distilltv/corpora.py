@@ -18,14 +18,16 @@ from .runs import data_dir, file_hash, home, write_atomic, write_json
 
 # %% ../nbs/00_corpora.ipynb #77e5c4cc
 AUDIO_SUFFIXES = ".wav .wave .flac .ogg .oga .opus .mp3 .aiff .aif .aifc .au .snd .w64 .rf64 .caf .sph".split()
-PASSED_OVER = ".m4a .aac .mp4 .m4b .wma .webm .mka .amr .ape .wv .ac3 .mpc .ra .mid .midi .alac".split()  # of audio that is not read
+# of audio that is not read
+PASSED_OVER = ".m4a .aac .mp4 .m4b .wma .webm .mka .amr .ape .wv .ac3 .mpc .ra .mid .midi .alac".split()
 
 def load_corpus(name:str="speech",  # `speech` or `music` of the mini corpus, or the path of a folder of audio files
                 split:str=None,     # `train`, `valid` or `test`; `None`: all three
                 root=None,          # where `speech/` and `music/` are; default `data_dir()`
                ) -> Dataset: # a row per segment: id, path, start, end (samples), split, ... ; labels are strings, "" = none
     "The segments of a corpus as a table, without their audio (see `segment_audio`)."
-    if split not in (None, "train", "valid", "test"): raise ValueError(f"split {split!r} is unknown; use train, valid or test")
+    if split not in (None, "train", "valid", "test"):
+        raise ValueError(f"split {split!r} is unknown; use train, valid or test")
     rows, refused = _rows(name, root)
     if refused: warnings.warn(_left_out(refused, len(rows)))
     return Dataset.from_list([r for r in rows if split in (None, r["split"])])
@@ -69,17 +71,21 @@ def _table(folder):
 
 def _table_row(row, folder, where):
     "A row of a table; a `ValueError` says which row it is and what is wrong with it."
-    if None in row or None in row.values(): raise ValueError(f"{where} has more or fewer cells than the head of the table: correct it")
+    if None in row or None in row.values():
+        raise ValueError(f"{where} has more or fewer cells than the head of the table: correct it")
     ends = [row["start"], row["end"]]
     if not all(re.fullmatch(r"[0-9]{1,15}", v) for v in ends) or not int(row["start"]) < int(row["end"]):
         raise ValueError(f"{where}: start = {row['start']!r} and end = {row['end']!r} are not two sample positions, the first before the second")
-    if row["split"] not in ("train", "valid", "test"): raise ValueError(f"{where}: split = {row['split']!r} is not train, valid or test")
+    if row["split"] not in ("train", "valid", "test"):
+        raise ValueError(f"{where}: split = {row['split']!r} is not train, valid or test")
     if not row["file"]: raise ValueError(f"{where} names no file")
-    shard = "license" in row    # tables of this project say whose each segment is; those of others list files as they came
+    # tables of this project say whose each segment is; those of others list files as they came
+    shard = "license" in row
     return row | dict(start=int(row["start"]), end=int(row["end"]), path=str(folder/row["file"]), shard=shard)
 
 # %% ../nbs/00_corpora.ipynb #867ce6ac
-_NAMES = dict(test="test tests testing", valid="dev devel development valid validation val eval evaluation", train="train training")
+_NAMES = dict(test="test tests testing", valid="dev devel development valid validation val eval evaluation",
+              train="train training")
 _SPLIT = {n: s for s, names in _NAMES.items() for n in names.split()}
 _TAIL = re.compile(r"([-_.](clean|other|set|data|split|\d+|[0-9]+h))*")
 
@@ -124,8 +130,10 @@ def _scan(folder):
     "A row per readable audio file under `folder`, and the others with the reason; headers are read once per state of the folder."
     found, refused = _files(folder)
     for f in found:
-        if f.suffix.lower() in PASSED_OVER: refused[_name(f)] = f"is a {f.suffix} file, which is not read: convert it to FLAC"
-        elif f.suffix.lower() in AUDIO_SUFFIXES and _name(f) != str(f): refused[_name(f)] = "has a name that is not UTF-8: rename it"
+        if f.suffix.lower() in PASSED_OVER:
+            refused[_name(f)] = f"is a {f.suffix} file, which is not read: convert it to FLAC"
+        elif f.suffix.lower() in AUDIO_SUFFIXES and _name(f) != str(f):
+            refused[_name(f)] = "has a name that is not UTF-8: rename it"
     files = [f for f in found if f.suffix.lower() in AUDIO_SUFFIXES and _name(f) not in refused]
     headers, above = _headers(files), _split_above(folder)
     rows = []
@@ -133,7 +141,8 @@ def _scan(folder):
         inside = f.relative_to(folder)
         if isinstance(h, str): refused[str(f)] = h
         else: rows.append(dict(id=str(inside.with_suffix("")), file=str(inside), path=str(f), start=0,
-                               split=_split(above + [split_of(p) for p in inside.parts[:-1]]), end=h, source=folder.name, shard=False))
+                               split=_split(above + [split_of(p) for p in inside.parts[:-1]]), end=h,
+                               source=folder.name, shard=False))
     if not rows:
         why = f": {_left_out(refused, 0)}" if refused else f" ({', '.join(AUDIO_SUFFIXES)})"
         raise ValueError(f"{folder} holds no readable audio file{why}")
@@ -167,7 +176,8 @@ def _shard(path):
     cached = home()/"cache/audio"/f"{file_hash(path)[:32]}.npy"
     if not cached.is_file():
         x, rate = sf.read(path, dtype="int16")
-        if rate != SAMPLE_RATE or x.ndim != 1: raise AudioError(path, "is not 16 kHz mono: it is no shard of this project")
+        if rate != SAMPLE_RATE or x.ndim != 1:
+            raise AudioError(path, "is not 16 kHz mono: it is no shard of this project")
         with write_atomic(cached) as tmp, open(tmp, "wb") as f: np.save(f, x)
     return np.load(cached, mmap_mode="r")
 
@@ -277,4 +287,5 @@ def crop_batch(corpus,              # `speech`, `music`, a folder, a list of the
               ) -> torch.Tensor: # float32 [batch_size, seconds*16000], each crop normalised
     "The training batch of one step: depends on the arguments and nothing else."
     pools = [open_segments(n, split, root) for n in _sources(corpus)]
-    return as_batch([draw_crop(pools[i % len(pools)], int(seconds*SAMPLE_RATE), seed, step, i) for i in range(batch_size)])
+    return as_batch([draw_crop(pools[i % len(pools)], int(seconds*SAMPLE_RATE), seed, step, i)
+                     for i in range(batch_size)])

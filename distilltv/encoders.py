@@ -51,7 +51,8 @@ _HARMLESS = re.compile(r"mask_.*|.*dropout.*|attention_relax|feature_extractor_c
 def _refuse_strangers(path, raw, known):
     "A `ValueError` that names what would not be computed as its authors meant it."
     kind, on = raw.get("model_type"), [k for k in _CHANGES if raw.get(k)]
-    if on: raise ValueError(f"{path}: config.json switches on {' and '.join(on)}, which no class here computes; use a checkpoint without")
+    if on:
+        raise ValueError(f"{path}: config.json switches on {' and '.join(on)}, which no class here computes; use a checkpoint without")
     unknown = sorted(k for k in raw if k not in {*known, *_CHANGES} and not _HARMLESS.fullmatch(k))
     if unknown and kind in ("mert_model", "music_hubert"):
         raise ValueError(f"{path}: config.json holds {', '.join(unknown)}, which no MERT we know has; "
@@ -65,10 +66,12 @@ def _config(path, layers):
             raise ValueError(f"{path} is not a model folder: check the path, or run the notebook that makes it") from e
         raise ValueError(f"{path} is not a model folder or hub name that can be opened ({_first_line(e)}); check it, or run the notebook that makes it") from e
     cls, depth = FAMILIES.get(raw.get("model_type")), raw.get("num_hidden_layers", 12)
-    if not cls: raise ValueError(f"{path} holds a model of type {raw.get('model_type')!r}; an encoder is one of {', '.join(FAMILIES)}")
+    if not cls:
+        raise ValueError(f"{path} holds a model of type {raw.get('model_type')!r}; an encoder is one of {', '.join(FAMILIES)}")
     known = cls.config_class().to_dict()
     _refuse_strangers(path, raw, known)
-    if not 0 <= layers <= depth: raise ValueError(f"layers = {layers}, but {path} has {depth} layers; ask for at most these, or 0 for all")
+    if not 0 <= layers <= depth:
+        raise ValueError(f"layers = {layers}, but {path} has {depth} layers; ask for at most these, or 0 for all")
     said = {k: v for k, v in raw.items() if k in known and k not in ("model_type", "architectures")}
     return cls, cls.config_class(**said | dict(num_hidden_layers=layers or depth)), raw
 
@@ -104,7 +107,8 @@ def _account(info, prefix, kept, depth):
     extra = sorted(n.removeprefix(f"{prefix}.") for n in info["unexpected_keys"])
     extra = [n for n in extra if not n.startswith(tuple(above))]
     wrong = dict(missing=sorted(info["missing_keys"]), unexpected=[n for n in extra if not _HEADS.fullmatch(n)],
-                 mismatched=[f"{n} {list(has)}, not {list(wants)}" for n, has, wants in sorted(info["mismatched_keys"], key=str)])
+                 mismatched=[f"{n} {list(has)}, not {list(wants)}"
+                             for n, has, wants in sorted(info["mismatched_keys"], key=str)])
     return {k: v for k, v in wrong.items() if v}, [n for n in extra if _HEADS.fullmatch(n)]
 
 def _preprocessor(path):
@@ -119,7 +123,8 @@ def _sample_rate(path, raw):
     "What config.json and preprocessor_config.json say the encoder hears, in Hz; 16 kHz if they are silent."
     prep = _preprocessor(path)
     said = {r for r in (raw.get("sample_rate"), prep.get("sampling_rate")) if r}
-    if len(said) > 1: raise ValueError(f"{path}: config.json says {raw['sample_rate']} Hz and preprocessor_config.json {prep['sampling_rate']} Hz; correct one of them")
+    if len(said) > 1:
+        raise ValueError(f"{path}: config.json says {raw['sample_rate']} Hz and preprocessor_config.json {prep['sampling_rate']} Hz; correct one of them")
     return said.pop() if said else 16_000
 
 # %% ../nbs/01_encoders.ipynb #2ff79f92
@@ -133,9 +138,11 @@ def load_encoder(path,        # model folder or hub name, of one of the types ab
     wrong, heads = _account(info, cls.base_model_prefix, config.num_hidden_layers, raw.get("num_hidden_layers", 12))
     if wrong: raise ValueError(f"{path} is not a {cls.__name__} that matches its config.json: {wrong}")
     note = Path(path)/"distilltv.json"
-    model.distilltv = json.loads(note.read_text(encoding="utf-8")) if note.exists() else {}  # what our own file says of it
+    # what our own file says of it
+    model.distilltv = json.loads(note.read_text(encoding="utf-8")) if note.exists() else {}
     model.sample_rate, model.left_out, (model.hop, model.window) = _sample_rate(path, raw), heads, receptive(config)
-    model.do_normalize = _preprocessor(path).get("do_normalize", True)    # whether it was trained on zero mean and unit variance
+    # whether it was trained on zero mean and unit variance
+    model.do_normalize = _preprocessor(path).get("do_normalize", True)
     return model.eval().requires_grad_(False)
 
 # %% ../nbs/01_encoders.ipynb #a2e15920
@@ -158,8 +165,10 @@ def save_encoder(model:HubertModel,
     note = dict(provenance, weights_hash=weights_hash(state), versions=versions(), commit=commit())
     with atomic_folder(folder) as tmp:
         HubertModel.save_pretrained(model, tmp, state_dict=state)
-        masked = model.config.feat_extract_norm == "layer"    # a norm by frame may be told what is padding; one by group must not
-        Wav2Vec2FeatureExtractor(sampling_rate=rate, do_normalize=normal, return_attention_mask=masked).save_pretrained(tmp)
+        # a norm by frame may be told what is padding; one by group must not
+        masked = model.config.feat_extract_norm == "layer"
+        Wav2Vec2FeatureExtractor(sampling_rate=rate, do_normalize=normal,
+                                 return_attention_mask=masked).save_pretrained(tmp)
         (tmp/"distilltv.json").write_text(json.dumps(note, indent=1, default=str)+"\n", encoding="utf-8")
         (tmp/"README.md").write_text(encoder_card(note, rate, normal), encoding="utf-8")
     return Path(folder)
@@ -171,7 +180,8 @@ def hidden_states(model:PreTrainedModel,
                  ) -> torch.Tensor: # [layers+1, batch, frames, dim]
     "All hidden states of an encoder: number i is the output of layer i, before any final norm."
     out = model(wav, output_hidden_states=True)
-    if getattr(model.config, "do_stable_layer_norm", False) and torch.equal(out.hidden_states[-1], out.last_hidden_state):
+    if getattr(model.config, "do_stable_layer_norm", False) and torch.equal(out.hidden_states[-1],
+                                                                            out.last_hidden_state):
         raise RuntimeError("this version of transformers lists the last state after the final norm; install transformers>=5.16")
     return torch.stack(out.hidden_states)
 
@@ -187,8 +197,10 @@ def student_config(teacher:HubertConfig,
     if teacher.model_type != "hubert" or layers > teacher.num_hidden_layers:
         raise ValueError(f"a student of {layers} layers needs a HuBERT or MERT teacher of at least as many to start from, not "
                          f"{teacher.model_type} with {teacher.num_hidden_layers}; choose another with `init`")
-    shape = dict(num_hidden_layers=layers, hidden_size=width or teacher.hidden_size, num_attention_heads=heads or teacher.num_attention_heads)
-    return HubertConfig(**teacher.to_dict() | shape | dict(feat_proj_layer_norm=False, layerdrop=0., apply_spec_augment=False,
+    shape = dict(num_hidden_layers=layers, hidden_size=width or teacher.hidden_size,
+                 num_attention_heads=heads or teacher.num_attention_heads)
+    return HubertConfig(**teacher.to_dict() | shape
+                        | dict(feat_proj_layer_norm=False, layerdrop=0., apply_spec_augment=False,
                         mask_time_prob=0., mask_feature_prob=0., architectures=["HubertModel"]))
 
 def _random(config, seed):

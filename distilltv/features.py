@@ -25,7 +25,8 @@ class LogMel:
     sample_rate, hop, depth = SAMPLE_RATE, HOP, 1
     def __init__(self, dim:int=80): # mel bands
         self.dim, self.hash = dim, f"logmel-{dim}"
-        self.mel = torchaudio.transforms.MelSpectrogram(SAMPLE_RATE, n_fft=WINDOW, hop_length=HOP, n_mels=dim, center=False)
+        self.mel = torchaudio.transforms.MelSpectrogram(SAMPLE_RATE, n_fft=WINDOW, hop_length=HOP, n_mels=dim,
+                                                        center=False)
     def __call__(self, wav): return (self.mel(wav) + 1e-4).log().transpose(1, 2)[None]
 
 # %% ../nbs/04a_features.ipynb #82a32b08
@@ -49,16 +50,22 @@ def _setup(config):
 def check_encoder(encoder):
     "Try the three-line contract on one second of noise; a `ValueError` explains what does not fit."
     name = type(encoder).__name__
-    for a, what in dict(sample_rate="the sampling rate in Hz", hop="the samples between two frames", dim="the features of a frame").items():
-        if not isinstance(getattr(encoder, a, None), int): raise ValueError(f"encoder {name} has no whole number `{a}`, {what}; set it as an attribute")
-    if encoder.sample_rate != 16000: raise ValueError(f"encoder {name} wants {encoder.sample_rate} Hz, the corpora are 16000 Hz; wrap it with torchaudio.functional.resample in its call")
+    for a, what in dict(sample_rate="the sampling rate in Hz", hop="the samples between two frames",
+                        dim="the features of a frame").items():
+        if not isinstance(getattr(encoder, a, None), int):
+            raise ValueError(f"encoder {name} has no whole number `{a}`, {what}; set it as an attribute")
+    if encoder.sample_rate != 16000:
+        raise ValueError(f"encoder {name} wants {encoder.sample_rate} Hz, the corpora are 16000 Hz; wrap it with torchaudio.functional.resample in its call")
     with torch.inference_mode(): h = encoder(torch.randn(2, 16000, generator=torch.Generator().manual_seed(0)))
-    if h.ndim != 4 or h.shape[1] != 2: raise ValueError(f"encoder {name} returns shape {tuple(h.shape)} for 2 clips, expected [layers, 2, frames, dim]")
-    if h.shape[3] != encoder.dim: raise ValueError(f"encoder {name} says dim = {encoder.dim} and returns {h.shape[3]} features per frame; correct `dim`")
+    if h.ndim != 4 or h.shape[1] != 2:
+        raise ValueError(f"encoder {name} returns shape {tuple(h.shape)} for 2 clips, expected [layers, 2, frames, dim]")
+    if h.shape[3] != encoder.dim:
+        raise ValueError(f"encoder {name} says dim = {encoder.dim} and returns {h.shape[3]} features per frame; correct `dim`")
     if abs(h.shape[2]*encoder.hop - 16000) > 2*encoder.hop:
         raise ValueError(f"encoder {name} says hop = {encoder.hop} samples and returns {h.shape[2]} frames for one second, "
                          f"so its hop is about {16000/h.shape[2]:.0f} samples ({1000/h.shape[2]:.0f} ms); correct `hop`")
-    if not torch.isfinite(h).all(): raise ValueError(f"encoder {name} returns values that are not finite; check its weights")
+    if not torch.isfinite(h).all():
+        raise ValueError(f"encoder {name} returns values that are not finite; check its weights")
     return encoder
 
 # %% ../nbs/04a_features.ipynb #aa36a611
@@ -73,7 +80,8 @@ def open_encoder(name:str,            # a model folder, a hub name, `logmel`, `r
     if not (where/"config.json").exists() and (where.exists() or where.is_absolute() or len(where.parts) != 2):
         raise ValueError(f"encoder {name!r}: no config.json in {where}; give a model folder, a hub name, logmel, random, base or teacher-DOMAIN")
     if name == "random":
-        return _described(check_encoder(Transformer(random_student(AutoConfig.from_pretrained(where), seed))), name=f"random-{seed}" if seed else "random", role="random")
+        return _described(check_encoder(Transformer(random_student(AutoConfig.from_pretrained(where), seed))),
+                          name=f"random-{seed}" if seed else "random", role="random")
     model, rate = _opened(str(where), name)
     encoder, info = check_encoder(Transformer(model, rate)), _provenance(where, "base" if name == "base" else None)
     if (domain := name.removeprefix("teacher-")) != name and domain in get_profile(profile).teachers:
@@ -85,16 +93,20 @@ def open_encoder(name:str,            # a model folder, a hub name, `logmel`, `r
 def _opened(path, name):
     # HuBERT's kin as everywhere in this project, without their authors' code; what else `transformers` knows, by its own class
     from transformers import AutoModel, PreTrainedConfig
-    if PreTrainedConfig.get_config_dict(path)[0].get("model_type") in FAMILIES: return (model := load_encoder(path)), model.sample_rate
+    if PreTrainedConfig.get_config_dict(path)[0].get("model_type") in FAMILIES:
+        return (model := load_encoder(path)), model.sample_rate
     model, info = AutoModel.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
     lost = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
-    if lost: raise ValueError(f"encoder {name!r}: {len(lost)} tensors are missing or of another shape, the first is {lost[0]}; they would be random, so this is not the model its config.json describes")
+    if lost:
+        raise ValueError(f"encoder {name!r}: {len(lost)} tensors are missing or of another shape, the first is {lost[0]}; they would be random, so this is not the model its config.json describes")
     prep = Path(path)/"preprocessor_config.json"
-    return model, json.loads(prep.read_text(encoding="utf-8")).get("sampling_rate", SAMPLE_RATE) if prep.exists() else SAMPLE_RATE
+    return model, json.loads(prep.read_text(encoding="utf-8")).get("sampling_rate",
+                                                                   SAMPLE_RATE) if prep.exists() else SAMPLE_RATE
 
 # %% ../nbs/04a_features.ipynb #7ad9c9eb
 def shipped_or_run(name, p):
-    return next((d for d in (get_profile(p).folder/name, data_dir()/name) if (d/"config.json").exists()), data_dir()/name)
+    return next((d for d in (get_profile(p).folder/name, data_dir()/name) if (d/"config.json").exists()),
+                data_dir()/name)
 
 def _named(name, p):
     if name in ("base", "random"): return shipped_or_run("base", p)
@@ -116,12 +128,15 @@ def _provenance(folder, role=None):
     top = next((t for t in map(str, (home(), data_dir())) if full.startswith(t + os.sep)), None)
     parts = [p for p in Path(full[len(top)+1:] if top else folder.name).parts if p not in SHIPPED]
     role = role or _role(info, parts)
-    made = {k: info.get(k) for k in ("lam", "method", "corpus", "steps")} if role in ("merged", "endpoint", "ensemble") else {}
-    if info.get("weights") and info.get("lam") is None: made["weights"] = json.dumps(info["weights"])    # more than two domains
+    made = {k: info.get(k)
+            for k in ("lam", "method", "corpus", "steps")} if role in ("merged", "endpoint", "ensemble") else {}
+    # more than two domains
+    if info.get("weights") and info.get("lam") is None: made["weights"] = json.dumps(info["weights"])
     seed = (info.get("seed") or 0) if made else None
     name = {"teacher": f"teacher-{parts[-1]}", "base": "base", "merged": _merged_as(info, seed)}.get(role, parts[-1])
     taught = info.get("teacher") if role == "endpoint" else parts[-1] if role == "teacher" else None
-    return dict(name=f"{name}-{made['corpus']}" if made.get("corpus") else name, role=role, distil_seed=seed, taught_by=taught, **made)
+    return dict(name=f"{name}-{made['corpus']}" if made.get("corpus") else name, role=role, distil_seed=seed,
+                taught_by=taught, **made)
 
 def _role(info, parts):
     if info.get("lam") is not None or info.get("weights"): return "merged"
@@ -134,7 +149,8 @@ def _merged_as(info, seed):
     "Such as `lam-0.40`, `ties-lam-0.40-seed1`; equal only for equal weights."
     weights = info["lam"] if info.get("lam") is not None else info.get("weights")
     if weights is None: return None
-    return merged_name(info.get("method") or "linear", weights).removeprefix("linear-") + (f"-seed{seed}" if seed else "")
+    return merged_name(info.get("method") or "linear",
+                       weights).removeprefix("linear-") + (f"-seed{seed}" if seed else "")
 
 # %% ../nbs/04a_features.ipynb #f78c2781
 def whole_frames(df, seconds:float=None) -> pd.DataFrame: # rows with start and end; longest window
@@ -167,11 +183,15 @@ def audio_hashes(files, root) -> dict: # paths below the folder; the folder
 def table_hash(table, root, *more):
     h = hashlib.sha256(" ".join(map(str, more)).encode())
     h.update("".join(audio_hashes(table.file.unique(), root).values()).encode())
-    h.update(pd.factorize(table.file)[0].astype(np.int64).tobytes() + np.ascontiguousarray(table[["start", "end", "lo", "hi"]].to_numpy(np.int64)).tobytes())
-    if "snr" in table: h.update(table_hash(_partners(table), root, table.index[table.with_file != ""].tolist(), table.snr.tolist()).encode())
+    h.update(pd.factorize(table.file)[0].astype(np.int64).tobytes()
+             + np.ascontiguousarray(table[["start", "end", "lo", "hi"]].to_numpy(np.int64)).tobytes())
+    if "snr" in table:
+        h.update(table_hash(_partners(table), root, table.index[table.with_file != ""].tolist(),
+                            table.snr.tolist()).encode())
     return h.hexdigest()[:32]
 
-PARTS = "with", "also"     # what is added to a window: columns `with_file` and `with_start`, and for a third part `also_file` and `also_start`
+# what is added to a window: columns `with_file` and `with_start`, and for a third part `also_file` and `also_start`
+PARTS = "with", "also"
 
 def _partners(table):
     parts = []
@@ -182,7 +202,8 @@ def _partners(table):
         parts.append(pd.DataFrame(dict(file=t[f"{p}_file"], start=start, end=start + t.end - t.start, lo=0, hi=0)))
     return pd.concat(parts)
 
-def features_key(encoder, table, root) -> str: # an encoder with a `hash`; rows with file, start, end, lo, hi; folder of the corpora
+# an encoder with a `hash`; rows with file, start, end, lo, hi; folder of the corpora
+def features_key(encoder, table, root) -> str:
     "Hash of all that determines the features: weights, configuration, preprocessing, bounds, audio."
     return table_hash(table, root, encoder.hash, getattr(encoder, "setup", ""), encoder.hop, PREPROCESSING)
 
@@ -197,14 +218,17 @@ def mix(x, y, snr:float) -> np.ndarray: # a waveform; another of its length, or 
 def _distinct(table):
     added = [f"{p}_{c}" for p in PARTS for c in ("file", "start")]
     by = ["file", "start", "end", *(c for c in (*added, "snr") if c in table)]
-    return pd.DataFrame([(*k[:3], r) for k, r in table.groupby(by, sort=False).indices.items()], columns=["file", "start", "end", "rows"])
+    return pd.DataFrame([(*k[:3], r) for k, r in table.groupby(by, sort=False).indices.items()],
+                        columns=["file", "start", "end", "rows"])
 
-def windows(table, root, most:float=4e9) -> tuple: # rows with file, start, end; folder of the corpora; bytes the cache may hold
+# rows with file, start, end; folder of the corpora; bytes the cache may hold
+def windows(table, root, most:float=4e9) -> tuple:
     "The distinct windows of a table (file, start, end, and rows that use it) and their samples, int16, end to end."
     w = _distinct(table)
     def cut_out(file, start, end):
         x = read_shard(Path(root)/file, start, end)
-        if len(x) != end - start: raise ValueError(f"{file} is shorter than its table says; fetch it again or rebuild metadata.csv")
+        if len(x) != end - start:
+            raise ValueError(f"{file} is shorter than its table says; fetch it again or rebuild metadata.csv")
         return x
     def added_to(r, n):
         return [cut_out(r[f"{p}_file"], r[f"{p}_start"], r[f"{p}_start"] + n) for p in PARTS if r.get(f"{p}_file")]
@@ -259,7 +283,8 @@ def _listen(encoder, table, root, seconds, lost, only=None):
     w["at"] = (w.end - w.start).cumsum() - (w.end - w.start)
     if only is not None: w = w[[only in r for r in w.rows]]
     def sound(window):
-        if audio is not None: return torch.as_tensor(np.array(audio[window.at:window.at+window.end-window.start])).float()/32768
+        if audio is not None:
+            return torch.as_tensor(np.array(audio[window.at:window.at+window.end-window.start])).float()/32768
         try: return torch.as_tensor(read_window(root, window.file, window.start, window.end))
         except AudioError as e: lost.append((window.rows, str(e)))
     for length, same in w.groupby(w.end - w.start):
@@ -286,9 +311,11 @@ def extract(encoder, table, root,  # rows with file, start, end, lo, hi; folder 
 def _account(out, bad, table, lost):
     # a warning about what could not be read, an error where nothing could or where an encoder gives no numbers
     if out is None: raise ValueError(f"none of {len(lost)} files could be read; the first: {lost[0][1]}")
-    if lost: warnings.warn(f"{len(lost)} of {len(_distinct(table))} windows could not be read and are left out; the first: {lost[0][1]}")
+    if lost:
+        warnings.warn(f"{len(lost)} of {len(_distinct(table))} windows could not be read and are left out; the first: {lost[0][1]}")
     for rows, _ in lost: bad[rows] = False
-    if bad.any(): raise ValueError(f"features of {table.id[bad].iloc[0]} and {bad.sum()-1} others are not finite; check their audio and the encoder's weights")
+    if bad.any():
+        raise ValueError(f"features of {table.id[bad].iloc[0]} and {bad.sum()-1} others are not finite; check their audio and the encoder's weights")
 
 # %% ../nbs/04a_features.ipynb #10cd3b5e
 def features(encoder,              # see `check_encoder`; cached if it has a `hash` of its weights
@@ -299,7 +326,8 @@ def features(encoder,              # see `check_encoder`; cached if it has a `ha
     if not getattr(encoder, "hash", None): return extract(encoder, table, root)
     f = home()/"cache"/f"{features_key(encoder, table, root)}.npy"
     held = f.exists()
-    x = cached(f, lambda x: x.dtype == np.float32 and x.shape[1:] == (len(table), encoder.dim), lambda: extract(encoder, table, root), most)
+    x = cached(f, lambda x: x.dtype == np.float32 and x.shape[1:] == (len(table), encoder.dim),
+               lambda: extract(encoder, table, root), most)
     if held: _same_ears(encoder, table, root, x, f)
     return x
 
@@ -308,7 +336,8 @@ def _same_ears(encoder, table, root, x, f):
     # one row is heard again: a hash that is not of these weights would pair them with another encoder's features
     row = int(np.flatnonzero(np.isfinite(x).all((0, 2)))[0])
     now, then = extract(encoder, table, root, only=row), x[:, row]
-    if now is None or now.shape[0] == len(then) and np.abs(now[:, row] - then).max() <= .001*np.abs(then).max() + 1e-6: return
+    if now is None or now.shape[0] == len(then) and np.abs(now[:, row] - then).max() <= .001*np.abs(then).max() + 1e-6:
+        return
     raise ValueError(f"encoder {type(encoder).__name__} does not compute the features that the cache holds under its hash {encoder.hash[:12]}: its weights were changed after "
                      f"it was wrapped, or `hash` is not a hash of them; wrap it again, or delete {f.name} from the cache folder of your runs")
 
@@ -345,6 +374,7 @@ def _framed(encoder, table, root, view, frames):
     for rows, hidden in _listen(encoder, table, root, 8., lost):
         h = view_layers(hidden, view).numpy()
         if out is None: out = np.full((len(h), len(table), frames, encoder.dim), np.nan, np.float32)
-        for r, inside in zip(rows, _inside(h.shape[1], lo[rows], hi[rows], encoder.hop)): out[:, r, :inside.sum()] = h[:, inside]
+        for r, inside in zip(rows, _inside(h.shape[1], lo[rows], hi[rows], encoder.hop)):
+            out[:, r, :inside.sum()] = h[:, inside]
     _account(out, ~np.isfinite(out[:, :, 0]).all((0, 2)) if out is not None else None, table, lost)
     return out

@@ -52,7 +52,8 @@ class Evidence:
         return f"{100*d:+.1f} points [{100*low:+.1f}, {100*high:+.1f}{by}]"
     def of_role(self, role, domain=None):
         "The first encoder of a role that has all means; `None`: there is none."
-        ok = [e for e in self.info.index if self.info.role[e] == role and self.means(e) and (domain is None or self.is_of(e, domain))]
+        ok = [e for e in self.info.index if self.info.role[e] == role and self.means(e)
+              and (domain is None or self.is_of(e, domain))]
         return ok[0] if ok else None
     def is_of(self, e, domain) -> bool:
         "Whether a teacher or student is that of a domain."
@@ -77,7 +78,8 @@ def findings(draws,        # from `with_means`
         if not ev.means(ref): continue
         verdicts.append(_against_ensemble(ev, half, ref))
         details += _both_means(ev, es, ref) + _longer(ev, half, ref)
-        if tests is not None: details += [_where(tests[tests.encoder.isin(es)], ahead, len(es)) for ahead in (True, False)]
+        if tests is not None:
+            details += [_where(tests[tests.encoder.isin(es)], ahead, len(es)) for ahead in (True, False)]
     return verdicts + _over_logmel(ev) + details + _teachers(ev)
 
 def _half(ev, es): return min(es, key=lambda e: abs(ev.info.lam[e] - .5))
@@ -106,11 +108,14 @@ _WORDS = {1: "better", 0: "not clearly different", -1: "worse"}
 
 def _against_ensemble(ev, half, ref):
     got, lam = {d: ev.counts(d, half, ref) for d in ev.domains}, f"at λ = {ev.info.lam[half]:.2g}"
-    if len(set(got.values())) > 1: says = f"against the ensemble student, the merge {lam} is {' and '.join(f'{_WORDS[g]} on {d}' for d, g in got.items())}."
+    if len(set(got.values())) > 1:
+        says = f"against the ensemble student, the merge {lam} is {' and '.join(f'{_WORDS[g]} on {d}' for d, g in got.items())}."
     elif 0 in got.values(): says = f"the merge {lam} is not clearly different from the ensemble student on either mean."
     else: says = f"the merge {lam} is {_WORDS[got[ev.domains[0]]]} than the ensemble student on both means."
-    if ev.seeds == 1: says = f"whether merging beats the ensemble is not decided by one distillation seed. In this run, {says}"
-    return f"{says[0].upper()}{says[1:]} " + ", ".join(f"{d} mean {ev.points(d, half, ref)}" for d in ev.domains).capitalize() + f" ({_seeds(ev)})."
+    if ev.seeds == 1:
+        says = f"whether merging beats the ensemble is not decided by one distillation seed. In this run, {says}"
+    return f"{says[0].upper()}{says[1:]} " + ", ".join(f"{d} mean {ev.points(d, half, ref)}"
+                                                       for d in ev.domains).capitalize() + f" ({_seeds(ev)})."
 
 def _over_logmel(ev):
     zero, rows = ev.of_role("logmel"), []
@@ -143,7 +148,8 @@ def _both_means(ev, es, ref):
 
 def _longer(ev, half, ref):
     "The ensemble of as many updates as all endpoints together, where it was made."
-    more = [e for e in ev.info.index if ev.info.role[e] == "ensemble" and e != ref and ev.means(e) and ev.info.corpus[e] == ev.info.corpus[ref]]
+    more = [e for e in ev.info.index if ev.info.role[e] == "ensemble" and e != ref and ev.means(e)
+            and ev.info.corpus[e] == ev.info.corpus[ref]]
     return [f"Against {label_of(e, ev.info)}: λ = {ev.info.lam[half]:.2g} is {', '.join(f'{_WORDS[ev.counts(d, half, e)]} on {d} ({ev.points(d, half, e)})' for d in ev.domains)}." for e in more]
 
 def _where(tests, ahead, lams):
@@ -159,7 +165,8 @@ def _teachers(ev):
     out = []
     for d in ev.domains:
         own = ev.of_role("teacher", d)
-        rivals = [e for e in ev.info.index if ev.info.role[e] in ("teacher", "random", "logmel") and e != own and ev.has(e, f"{d} mean")]
+        rivals = [e for e in ev.info.index if ev.info.role[e] in ("teacher", "random", "logmel") and e != own
+                  and ev.has(e, f"{d} mean")]
         if own is None or not rivals: continue
         lost = [e for e in rivals if ev.counts(d, own, e) != 1]
         percent = lambda e: f"{100*ev.draws[f'{d} mean', e].iloc[0]:.1f}"
@@ -178,19 +185,26 @@ def claims(draws,        # from `with_means`
           ) -> list:     # of dicts: id, claim, source, verdict, evidence, where, full_scale
     "The paper's claims, one by one."
     ev = Evidence(draws, scores, each, domains)
-    es = [e for d in list(sweeps(scores).values())[:1] for e in d.encoder if ev.means(e)] if len(ev.domains) == 2 else []
+    es = [e for d in list(sweeps(scores).values())[:1] for e in d.encoder
+          if ev.means(e)] if len(ev.domains) == 2 else []
     found = dict(both=_keeps_both(ev, es), dial=_dial_claim(ev, es), ensemble=_ensemble_claim(ev, es))
     cost = gpu_time(2*distil_flop("2") + distil_flop("2", 2))
     full = f"`distilltv reproduce --profile paper --seeds 3`; about {cost} of an A100 for the students of each seed, then the paper's tasks"
     told = dict(both=("Task vectors of separately distilled students, interpolated linearly, give one encoder for speech and music.", "05_results.ipynb#the-trade-off"),
-                dial=("The weights of the interpolation set the emphasis on a domain, without training anew.", "05_results.ipynb#the-trade-off"),
-                ensemble=("The merged encoder is better overall than the student of ensemble distillation.", "05_results.ipynb#paired-tests-against-the-ensemble"))
-    rows = [dict(id=k, claim=told[k][0], source=_ABSTRACT, verdict=v, evidence=why, where=told[k][1], full_scale=full) for k, (v, why) in found.items()]
+                dial=("The weights of the interpolation set the emphasis on a domain, without training anew.",
+                      "05_results.ipynb#the-trade-off"),
+                ensemble=("The merged encoder is better overall than the student of ensemble distillation.",
+                          "05_results.ipynb#paired-tests-against-the-ensemble"))
+    rows = [dict(id=k, claim=told[k][0], source=_ABSTRACT, verdict=v, evidence=why, where=told[k][1], full_scale=full)
+            for k, (v, why) in found.items()]
     rest = dict(scores=("The scores of the paper's tables on nine speech and music benchmarks.", "05c_paper.ipynb"),
-                layers=("Students of three layers and of 1536 channels merge as those of two layers do.", "scale.ipynb"),
-                correlation=("Students of the correlation loss merge as those of L1 and cosine do.", "02a_objective.ipynb"))
+                layers=("Students of three layers and of 1536 channels merge as those of two layers do.",
+                        "scale.ipynb"),
+                correlation=("Students of the correlation loss merge as those of L1 and cosine do.",
+                             "02a_objective.ipynb"))
     why = "The miniature has its own tasks, teachers and students; this part of the released code's experiments was not run."
-    return rows + [dict(id=k, claim=c, source=_CODE, verdict="not tested here", evidence=why, where=w, full_scale=full) for k, (c, w) in rest.items()]
+    return rows + [dict(id=k, claim=c, source=_CODE, verdict="not tested here", evidence=why, where=w, full_scale=full)
+                   for k, (c, w) in rest.items()]
 
 # %% ../nbs/05d_findings.ipynb #e268c5dc
 _NOT = ("not tested here", "The encoders that this claim compares have not been made yet.")
@@ -228,28 +242,33 @@ def report(profile="mini", # name or path of a profile, or a folder that `gather
     draws, each, domains = with_means(bootstrap(hits), scores), by_seed(hits, scores), p.domains if p else None
     tests, curves = paired_tests(hits, draws, scores, each=each), learning(where)
     save(out, scores, hits)
-    tables = dict(table=table(draws, scores).reset_index(), tests=tests, paper=paper_table(draws, scores), code=code_table(), learning=curves)
+    tables = dict(table=table(draws, scores).reset_index(), tests=tests, paper=paper_table(draws, scores),
+                  code=code_table(), learning=curves)
     for kind, df in tables.items():
         if not len(df): continue
         with write_atomic(out/f"{kind}.csv") as tmp: df.to_csv(tmp, index=False, encoding="utf-8")
     _figures(out, draws, scores, tests, curves, name if p else "mini")
     lacking = missing(scores, students=len(domains)) if domains else missing(scores)
-    write_json(out/"findings.json", findings(draws, scores, tests, each, domains) + [f"Not here yet: {m}." for m in lacking])
+    write_json(out/"findings.json",
+               findings(draws, scores, tests, each, domains) + [f"Not here yet: {m}." for m in lacking])
     write_json(out/"claims.json", claims(draws, scores, each, domains))
     return out/"tradeoff.png"
 
 # %% ../nbs/05d_findings.ipynb #fef0a164
-_CAPTIONS = dict(tradeoff="Mean accuracy on the tasks of one domain against the other along λ.", tasks="Each task along λ.",
+_CAPTIONS = dict(tradeoff="Mean accuracy on the tasks of one domain against the other along λ.",
+                 tasks="Each task along λ.",
                  learning="Distillation loss of each student over the steps, by teacher and layer.",
                  differences="Merged minus ensemble on the same items; filled: significant at q = .05 (Benjamini–Hochberg), with the same sign for each distillation seed.")
 
 def _figures(out, draws, scores, tests, curves, profile):
     "Each figure as SVG and PNG, and what stands below it."
-    figures = dict(tradeoff=plot_tradeoff(draws, scores), tasks=plot_tasks(draws, scores), differences=plot_differences(tests))
+    figures = dict(tradeoff=plot_tradeoff(draws, scores), tasks=plot_tasks(draws, scores),
+                   differences=plot_differences(tests))
     if len(curves): figures["learning"] = plot_learning(curves)
     for name, fig in figures.items():
         for kind in ("svg", "png"):
             date = dict(Date=None) if kind == "svg" else None
-            with write_atomic(out/f"{name}.{kind}") as tmp: fig.savefig(tmp, format=kind, dpi=160, bbox_inches="tight", metadata=date)
+            with write_atomic(out/f"{name}.{kind}") as tmp:
+                fig.savefig(tmp, format=kind, dpi=160, bbox_inches="tight", metadata=date)
         plt.close(fig)
     write_json(out/"captions.json", {k: f"{_CAPTIONS[k]} {how_made(scores, profile)}" for k in figures})

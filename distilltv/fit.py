@@ -14,7 +14,8 @@ from sklearn.metrics import accuracy_score, average_precision_score, r2_score, r
 from .features import features, frame_features, view_layers
 
 # %% ../nbs/04b_fit.ipynb #0ac0dc74
-LOSSES = dict(classify=F.cross_entropy, tags=F.binary_cross_entropy_with_logits, numbers=F.mse_loss)  # by the kind of task
+LOSSES = dict(classify=F.cross_entropy, tags=F.binary_cross_entropy_with_logits,
+              numbers=F.mse_loss)  # by the kind of task
 
 def fit_probes(x, y,                # training features [layers, n, dim], or of several encoders [E, layers, n, dim]; with `attend` [… n, frames, dim]; labels [n], or targets [n, outputs]
                xv, yv,              # the same for validation
@@ -29,7 +30,8 @@ def fit_probes(x, y,                # training features [layers, n, dim], or of 
               ) -> dict:            # `p`: weights [S, R, …] of the best step of each copy, for `logits`; `valid` [S, R]; with several encoders [E, S, R]
     "Probes of all encoders, seeds and learning rates, trained as one batched computation."
     if x.ndim == 3 + attend:
-        fit = fit_probes(x[None], y, xv[None], yv, classes, lrs, seeds, steps, batch, decay, every, hidden, kind, attend)
+        fit = fit_probes(x[None], y, xv[None], yv, classes, lrs, seeds, steps, batch, decay, every, hidden, kind,
+                         attend)
         return dict(p={k: q[0] for k, q in fit["p"].items()}, valid=fit["valid"][0])
     S, R, (E, L, n, *_, D) = len(seeds), len(lrs), x.shape
     g = [torch.Generator().manual_seed(s) for s in seeds]
@@ -51,7 +53,8 @@ def fit_probes(x, y,                # training features [layers, n, dim], or of 
 def _first_weights(g, E, R, L, D, classes, hidden, attend):
     # of all copies [E*S, R, …], drawn by each seed's generator and the same for every encoder and learning rate
     S = len(g)
-    random = lambda i, o, scale: torch.stack([torch.randn(i, o, generator=k) for k in g])[:, None].repeat(E, R, 1, 1)*scale
+    random = lambda i, o, scale: torch.stack([torch.randn(i, o, generator=k)
+                                              for k in g])[:, None].repeat(E, R, 1, 1)*scale
     p = dict(W=random(hidden or D, classes, .01), b=torch.zeros(E*S, R, 1, classes))
     if hidden: p |= dict(U=random(D, hidden, D**-.5), c=torch.zeros(E*S, R, 1, hidden))
     if L > 1: p |= dict(a=torch.zeros(E*S, R, L))
@@ -151,15 +154,18 @@ class Answer:
         return label != ""
     def guess(self, task, train, test, chain) -> tuple: # rows with `label`; columns that describe the recording
         "Test scores of the guess without and with the columns of the recording."
-        usual = looked_up(train.label, train, test, task.about, lambda s: s.mode()[0], pd.Series(train.label.mode()[0], test.index))
+        usual = looked_up(train.label, train, test, task.about, lambda s: s.mode()[0],
+                          pd.Series(train.label.mode()[0], test.index))
         told = looked_up(train.label, train, test, (*task.about, *chain), lambda s: s.mode()[0], usual)
         return (test.label == usual).mean(), (test.label == told).mean()
-    def score(self, encoders, task, views, seeds, root=None, head="linear") -> list: # (rows, predictions) of each encoder
+    # (rows, predictions) of each encoder
+    def score(self, encoders, task, views, seeds, root=None, head="linear") -> list:
         "Scores of encoders; those whose features have one shape are scored together."
         found, done = [self.features(e, task, v, root, head) for e, v in zip(encoders, views)], {}
         for shape in dict.fromkeys(f.shape for f in found):
             at = [i for i, f in enumerate(found) if f.shape == shape]
-            done |= zip(at, self.score_features(torch.as_tensor(np.stack([found[i] for i in at])), task, seeds, root, head))
+            done |= zip(at, self.score_features(torch.as_tensor(np.stack([found[i] for i in at])), task, seeds, root,
+                                                head))
         return [done[i] for i in range(len(encoders))]
     def features(self, encoder, task, view, root, head):
         "Of each item the mean of its frames, or the frames themselves where the head weights them."
@@ -182,7 +188,8 @@ def _mean_of_folds(folds):
     if len(folds) == 1: return folds[0]
     rows, kept = zip(*folds)
     mean = lambda same, k: float(np.mean([r[k] for r in same]))
-    out = [dict(same[0], score=mean(same, "score"), n_test=sum(r["n_test"] for r in same), **dict(valid=mean(same, "valid")) if "valid" in same[0] else {}) for same in zip(*rows)]
+    out = [dict(same[0], score=mean(same, "score"), n_test=sum(r["n_test"] for r in same),
+                **dict(valid=mean(same, "valid")) if "valid" in same[0] else {}) for same in zip(*rows)]
     joined = {k: np.concatenate([d[k] for d in kept], -1) for k in kept[0] if k not in ("classes",)}
     return out, joined | {k: v for k, v in kept[0].items() if k == "classes"}
 
@@ -190,7 +197,8 @@ def _mean_of_folds(folds):
 def prepared(x, df, t):    # features [encoders, layers, items, dim], or with frames as a fifth dimension and `nan` where there are none
     "Standardised features, the rows that can be used, where each split is, what to keep of the test items, and the status."
     heard = torch.isfinite(x if x.ndim == 4 else x[:, :, :, 0]).all(-1).all(0).all(0).numpy()
-    use, status = df.usable.to_numpy(copy=True) & heard, shortfall(int((~heard).sum()), len(df), int((~df.usable).sum()))
+    use, status = df.usable.to_numpy(copy=True) & heard, shortfall(int((~heard).sum()), len(df),
+                                                                   int((~df.usable).sum()))
     x, df = x[:, :, use], df[use].reset_index(drop=True)
     at = {s: np.flatnonzero(df.split == s) for s in ("train", "valid", "test")}
     train = x[:, :, at["train"]].flatten(2, -2)
@@ -206,17 +214,20 @@ def shortfall(lost, whole, unlabelled=0): # rows that could not be read, rows, r
     return "; ".join(says) or None
 
 # %% ../nbs/04b_fit.ipynb #cf47a2ea
-LRS = dict(linear=(3e-3, 1e-2, 3e-2, 1e-1), mlp=(5e-4, 1e-3, 5e-3), attentive=(3e-3, 1e-2, 3e-2, 1e-1))  # of each head, the grid of learning rates
+LRS = dict(linear=(3e-3, 1e-2, 3e-2, 1e-1), mlp=(5e-4, 1e-3, 5e-3),
+           attentive=(3e-3, 1e-2, 3e-2, 1e-1))  # of each head, the grid of learning rates
 
 def _tuned(x, y, at, outputs, seeds, head, steps=300, kind="classify"):
     # of each encoder the learning rate with the best validation over the seeds; then, once, the test
     part = lambda s: (x[:, :, at[s]], y[at[s]])
-    fit, test = fit_probes(*part("train"), *part("valid"), outputs, LRS[head], seeds, steps, hidden=512*(head == "mlp"), kind=kind, attend=head == "attentive"), x[:, :, at["test"]]
+    fit, test = fit_probes(*part("train"), *part("valid"), outputs, LRS[head], seeds, steps, hidden=512*(head == "mlp"),
+                           kind=kind, attend=head == "attentive"), x[:, :, at["test"]]
     out = []
     for e, valid in enumerate(fit["valid"]):
         r = int(valid.mean(0).argmax())
         with torch.no_grad(): said = logits(test[e][:, None], **{k: q[e][:, [r]] for k, q in fit["p"].items()})[:, 0]
-        out.append((said.argmax(-1).numpy() if kind == "classify" else said.numpy(), valid[:, r].tolist(), LRS[head][r]))
+        out.append((said.argmax(-1).numpy() if kind == "classify" else said.numpy(), valid[:, r].tolist(),
+                    LRS[head][r]))
     return out
 
 # %% ../nbs/04b_fit.ipynb #929d6309
@@ -236,8 +247,10 @@ class Classes(Answer):
         whole_answer = lambda parts: np.ravel_multi_index(parts, sizes) if len(parts) > 1 else parts[0]
         true = whole_answer([v[test].numpy() for v in y])
         classes = np.array(names[0] if len(names) == 1 else ["|".join(c) for c in itertools.product(*names)])
-        score = {"accuracy": lambda p: accuracy_score(true, p), "weighted key score": lambda p: key_score(classes[true], classes[p])}
-        return [_rows_of(x[e], [u[e] for u in tuned], y, at, t, score, true, whole_answer, seeds, head, kept, classes, status) for e in range(len(x))]
+        score = {"accuracy": lambda p: accuracy_score(true, p),
+                 "weighted key score": lambda p: key_score(classes[true], classes[p])}
+        return [_rows_of(x[e], [u[e] for u in tuned], y, at, t, score, true, whole_answer, seeds, head, kept, classes,
+                         status) for e in range(len(x))]
 
 class Slots(Classes):
     "Several classes with bars between, such as `up|lights|kitchen`; right when all of them are."
@@ -258,7 +271,8 @@ def _rows_of(x, tuned, y, at, t, score, true, whole_answer, seeds, head, kept, c
     near = whole_answer([knn(flat[at["train"]], v[at["train"]], flat[at["test"]]) for v in y])
     row = lambda metric, p, **kw: dict(metric=metric, score=score[metric](p), n_test=len(true), status=status, **kw)
     valid = np.mean([u[1] for u in tuned], 0).tolist()
-    rows = [row(m, pred[i], probe=head, seed=s, lr=tuned[0][2], valid=valid[i]) for m in (t.metric, *t.also) for i, s in enumerate(seeds)] + [row(t.metric, near, probe="knn", seed=-1)]
+    rows = [row(m, pred[i], probe=head, seed=s, lr=tuned[0][2], valid=valid[i]) for m in (t.metric, *t.also)
+            for i, s in enumerate(seeds)] + [row(t.metric, near, probe="knn", seed=-1)]
     small = np.int16 if len(classes) < 2**15 else np.int32
     return rows, dict(kept, true=true.astype(small), pred=pred.astype(small), knn=near.astype(small), classes=classes)
 
@@ -278,8 +292,10 @@ class Tags(Answer):
         x, df, at, kept, status = prepared(x, df, t)
         y = self.targets(df, at["train"])
         tuned, true = _tuned(x, y, at, y.shape[1], seeds, head, t.steps, self.loss), y[at["test"]].numpy()
-        row = lambda m, said, **kw: dict(metric=m, score=number_score(m, true, said), n_test=len(true), probe=head, status=status, **kw)
-        return [([row(m, said[i], seed=s, lr=lr, valid=valid[i]) for m in (t.metric, *t.also) for i, s in enumerate(seeds)],
+        row = lambda m, said, **kw: dict(metric=m, score=number_score(m, true, said), n_test=len(true), probe=head,
+                                         status=status, **kw)
+        return [([row(m, said[i], seed=s, lr=lr, valid=valid[i]) for m in (t.metric, *t.also)
+                  for i, s in enumerate(seeds)],
                  dict(kept, true_values=true, values=said.astype(np.float32))) for said, valid, lr in tuned]
 
 class Numbers(Tags):
@@ -293,9 +309,11 @@ def number_score(metric:str, # `roc-auc`, `average precision`, `r2`, or `r2:1` f
                  true, said  # [n, outputs]
                 ) -> float:
     "The score of tags or numbers, by `scikit-learn`; tags that the test set lacks are left out."
-    if metric.startswith("r2"): return float(r2_score(*(v[:, int(metric[3:])] if metric[3:] else v for v in (true, said))))
+    if metric.startswith("r2"):
+        return float(r2_score(*(v[:, int(metric[3:])] if metric[3:] else v for v in (true, said))))
     both = (true.max(0) > 0) & (true.min(0) < 1)
-    return float({"roc-auc": roc_auc_score, "average precision": average_precision_score}[metric](true[:, both], said[:, both], average="macro"))
+    return float({"roc-auc": roc_auc_score,
+                  "average precision": average_precision_score}[metric](true[:, both], said[:, both], average="macro"))
 
 # %% ../nbs/04b_fit.ipynb #59cb7d1f
 class Match(Answer):
@@ -308,6 +326,8 @@ def _score_match(x, df, t):
     # nothing is learned; where several layers are offered, the validation prompts choose one
     layer = max(range(len(x)), key=lambda l: match(x[l], df, "valid").mean()) if len(x) > 1 else 0
     hit = match(x[layer], df)
-    row = dict(probe="match", seed=-1, metric=t.metric, lr=None, valid=match(x[layer], df, "valid").mean(), n_test=len(hit), score=hit.mean())
+    row = dict(probe="match", seed=-1, metric=t.metric, lr=None, valid=match(x[layer], df, "valid").mean(),
+               n_test=len(hit), score=hit.mean())
     if len(x) > 1: row["layer"] = layer
-    return [row], dict(id=df.id.to_numpy(str)[hit.index], group=df[t.group].to_numpy(str)[hit.index], true=np.ones(len(hit), np.int16), pred=hit.to_numpy(np.int16)[None])
+    return [row], dict(id=df.id.to_numpy(str)[hit.index], group=df[t.group].to_numpy(str)[hit.index],
+                       true=np.ones(len(hit), np.int16), pred=hit.to_numpy(np.int16)[None])

@@ -74,8 +74,10 @@ def grid(profile:str="mini",   # a shipped profile's name, or the path of a .tom
         merge += _merges(p, c, seed, common, lams)
     probes = _probes(p, c, distil, merge, common)
     results = GridRun("results", "all", "05_results.ipynb", common, f"{p.name}/results", tuple(r.id for r in probes),
-                      (f"{{home}}/{p.name}/probes", "{data}/results/paper_numbers.csv", "{data}/results/paper_code.csv"))
-    return [*distil, *merge, *probes, results]    # probes that you ran yourself count too, so the whole folder is an input
+                      (f"{{home}}/{p.name}/probes", "{data}/results/paper_numbers.csv",
+                       "{data}/results/paper_code.csv"))
+    # probes that you ran yourself count too, so the whole folder is an input
+    return [*distil, *merge, *probes, results]
 
 # %% ../nbs/06b_grid.ipynb #adb6fd8a
 def _tag(seed): return f"-seed{seed}" if seed else ""
@@ -96,7 +98,8 @@ def _reads(p, c, who):
     "What a student's distillation reads: its teachers and that of θ₀; the audio it hears, and the files it is validated on."
     teachers = {*taught_by(p, who), p.init}
     audio = {*listens_to(as_asked(p, c), who), *(d for d in p.domains if not p.audio[d].startswith("stream:"))}
-    return tuple(f"{kind}:{d}" for kind, of in (("teacher", teachers), ("audio", audio)) for d in p.domains if d in of) + _base(p)
+    return tuple(f"{kind}:{d}" for kind, of in (("teacher", teachers), ("audio", audio)) for d in p.domains
+                 if d in of) + _base(p)
 
 def _merges(p, c, seed, common, lams):
     "The merges of the students of one seed."
@@ -106,7 +109,8 @@ def _merges(p, c, seed, common, lams):
         (said,) = weights.values()
         out = f"{p.name}/merged/{c}/{merged_name('linear', said)}{_tag(seed)}"
         parameters = dict(common, corpus=c, seed=seed, out=f"{{home}}/{out}", **weights)
-        runs.append(GridRun("merge", weights_name(said) + _tag(seed), "03_merge.ipynb", parameters, out, students, _base(p)))
+        runs.append(GridRun("merge", weights_name(said) + _tag(seed), "03_merge.ipynb", parameters, out, students,
+                            _base(p)))
     return runs
 
 def _probes(p, c, distil, merge, common):
@@ -114,7 +118,8 @@ def _probes(p, c, distil, merge, common):
     data = ("{data}/speech", "{data}/music", *(f"task:{t}" for t in p.tasks))
     def probe(name, encoder, needs=(), inputs=()):
         out = f"{p.name}/probes/{name}"
-        return GridRun("probe", name, "04_probe.ipynb", dict(common, encoder=encoder, out=f"{{home}}/{out}"), out, needs, (*data, *inputs))
+        return GridRun("probe", name, "04_probe.ipynb", dict(common, encoder=encoder, out=f"{{home}}/{out}"), out,
+                       needs, (*data, *inputs))
     start = () if _base(p) else (distil[0].id,)    # a θ₀ that does not ship is made by the first distillation
     runs = [probe("logmel", "logmel"), *(probe(n, n, start, _base(p)) for n in ("random", "base"))]
     runs += [probe(f"teacher-{d}", f"teacher-{d}", inputs=(f"teacher:{d}",)) for d in p.domains]
@@ -132,7 +137,8 @@ def _cells(path, drawing):
     text = path.read_text(encoding="utf-8")
     if path.suffix != ".ipynb": return [text]
     sources = ["".join(c["source"]) for c in json.loads(text)["cells"] if c["cell_type"] == "code"]
-    return [re.sub(r"^[%!].*$", "", s, flags=re.M) for s in sources if drawing or not _draws(s)]    # without IPython's magics
+    # without IPython's magics
+    return [re.sub(r"^[%!].*$", "", s, flags=re.M) for s in sources if drawing or not _draws(s)]
 
 _PARSING = threading.Lock()    # Python 3.11 can fail when two threads parse at once (cpython issue 106905)
 
@@ -146,11 +152,13 @@ def _read_code(path, size, changed, drawing):
         except SyntaxError: code.append(source); continue    # take it as it stands
         code.append(ast.unparse(tree))
         for node in ast.walk(tree): named |= _modules_in(node)
-    return hashlib.sha256("\n".join(filter(None, code)).encode()).hexdigest(), frozenset(named)    # a cell of comments is empty
+    # a cell of comments is empty
+    return hashlib.sha256("\n".join(filter(None, code)).encode()).hexdigest(), frozenset(named)
 
 def _modules_in(node):
     "Names after `distilltv.` or `.` in an import."
-    if isinstance(node, ast.Import): return {a.name.split(".")[1] for a in node.names if a.name.startswith("distilltv.")}
+    if isinstance(node, ast.Import):
+        return {a.name.split(".")[1] for a in node.names if a.name.startswith("distilltv.")}
     if not isinstance(node, ast.ImportFrom): return set()
     package, _, rest = (node.module or "").partition(".")
     if node.level == 0 and package != "distilltv": return set()

@@ -30,7 +30,8 @@ def heard_text(scores, alphabet:str=LETTERS) -> str: # [frames, letters]
 
 def _errors(process, units, true, said):
     counted = [process([t], [s]) for t, s in zip(true, said)]
-    return np.array([c.substitutions + c.deletions + c.insertions for c in counted]), np.array([len(units(t)) for t in true])
+    return np.array([c.substitutions + c.deletions + c.insertions
+                     for c in counted]), np.array([len(units(t)) for t in true])
 
 def word_errors(true, said) -> tuple: # texts
     "Edits and words of each pair, counted by `jiwer`; their sums' ratio is the word error rate."
@@ -70,18 +71,21 @@ def fit_letters(encoder, table, root,  # see `check_encoder`; rows of `librispee
         net.train()
         for i in torch.randint(len(train), (batch,), generator=g).tolist():
             said, want = net(frozen(train.iloc[i])), letters(train.label[i])
-            (F.ctc_loss(said, want[None].to(said.device), [len(said)], [len(want)], zero_infinity=True)/batch).backward()
+            (F.ctc_loss(said, want[None].to(said.device), [len(said)], [len(want)],
+                        zero_infinity=True)/batch).backward()
         nn.utils.clip_grad_norm_(net.parameters(), 1.)
         adam.step(), adam.zero_grad()
         if step % every == 0 or step == steps:
             edits, words = word_errors(*_transcribe(net, table[table.split == "valid"], frozen))
-            if edits.sum()/words.sum() < best: best, kept = edits.sum()/words.sum(), {k: v.clone() for k, v in net.state_dict().items()}
+            if edits.sum()/words.sum() < best:
+                best, kept = edits.sum()/words.sum(), {k: v.clone() for k, v in net.state_dict().items()}
     net.load_state_dict(kept)
     return net.eval(), float(best)
 
 # %% ../nbs/04c_letters.ipynb #e5034b7d
 @torch.no_grad()
-def _frames(encoder, row, root): return hear(encoder, normalise(torch.as_tensor(read_window(root, row.file, row.start, row.end)))[None]).clone()
+def _frames(encoder, row, root):
+    return hear(encoder, normalise(torch.as_tensor(read_window(root, row.file, row.start, row.end)))[None]).clone()
 
 @torch.no_grad()
 def _transcribe(net, rows, frozen):
@@ -94,7 +98,8 @@ class Words(Answer):
     def score(self, encoders, task, views, seeds, root=None, head="linear"):
         return [score_letters(e, task, v, seeds, root) for e, v in zip(encoders, views)]
 
-def score_letters(encoder, task, view, seeds, root=None, **settings): # a task with the answer `Words`; settings of `fit_letters`
+# a task with the answer `Words`; settings of `fit_letters`
+def score_letters(encoder, task, view, seeds, root=None, **settings):
     "Rows and predictions of the CTC task, like `score_task`; the predictions are edits and words per utterance."
     t, table, root, rows, kept = task, task.table(root), task.root(root), [], []
     readable = _decodes(table, root)
@@ -103,7 +108,8 @@ def score_letters(encoder, task, view, seeds, root=None, **settings): # a task w
     for s in seeds:
         net, valid = fit_letters(encoder, table, root, view, s, **settings)
         edits, words = word_errors(*_transcribe(net, test, lambda r: view_layers(_frames(encoder, r, root), view)))
-        rows.append(dict(probe="ctc", seed=s, metric=t.metric, score=edits.sum()/words.sum(), valid=valid, n_test=len(test), status=shortfall(lost, len(table)+lost)))
+        rows.append(dict(probe="ctc", seed=s, metric=t.metric, score=edits.sum()/words.sum(), valid=valid,
+                         n_test=len(test), status=shortfall(lost, len(table)+lost)))
         kept.append(edits)
     return rows, dict(id=test.id.to_numpy(str), group=test[t.group].to_numpy(str), words=words, edits=np.stack(kept))
 
@@ -127,7 +133,8 @@ def _ctc(x, n, y, u, p):
     return (loss/each(u)).unflatten(0, (S, R, -1))
 
 # %% ../nbs/04c_letters.ipynb #ae377a0d
-def fit_spelling(train, valid,        # (frames [layers, n, T, D], how many are there [n], letters [n, longest], how many [n])
+def fit_spelling(train,
+                 valid,        # (frames [layers, n, T, D], how many are there [n], letters [n, longest], how many [n])
                  alphabet:str,        # blank first
                  lrs=(1e-2, 3e-2), seeds=(0, 1, 2),
                  steps:int=300, batch:int=16, decay:float=1e-2, every:int=30
@@ -135,23 +142,29 @@ def fit_spelling(train, valid,        # (frames [layers, n, T, D], how many are 
     "Linear CTC probes of all seeds and learning rates, trained as one batched computation."
     (x, n, y, u), S, R = train, len(seeds), len(lrs)
     g = [torch.Generator().manual_seed(s) for s in seeds]
-    p = dict(W=torch.stack([torch.randn(x.shape[-1], len(alphabet), generator=k)*.01 for k in g])[:, None].repeat(1, R, 1, 1), b=torch.zeros(S, R, 1, len(alphabet)))
+    p = dict(W=torch.stack([torch.randn(x.shape[-1], len(alphabet), generator=k)*.01
+                            for k in g])[:, None].repeat(1, R, 1, 1), b=torch.zeros(S, R, 1, len(alphabet)))
     if len(x) > 1: p |= dict(a=torch.zeros(S, R, len(x)))
     for q in p.values(): q.requires_grad_()
     adam = BatchedAdam(list(p.values()), torch.as_tensor(lrs).float(), decay)
-    best, kept, order = torch.full((S, R), -torch.inf), {k: q.detach().clone() for k, q in p.items()}, [batches(len(n), min(batch, len(n)), k) for k in g]
+    best, kept, order = torch.full((S, R),
+                                   -torch.inf), {k: q.detach().clone()
+                                                 for k, q in p.items()}, [batches(len(n), min(batch, len(n)), k)
+                                                                          for k in g]
     for step in range(1, steps+1):
         at = torch.stack([next(o) for o in order])
         adam.step(torch.autograd.grad(_ctc(x[:, at, :n[at].max()], n[at], y[at], u[at], p).mean(-1).sum(), adam.params))
         if step % every == 0:
-            wrong = torch.tensor([_wrong(valid, {k: q[s:s+1, r:r+1] for k, q in p.items()}, alphabet) for s in range(S) for r in range(R)], dtype=torch.float).view(S, R)
+            wrong = torch.tensor([_wrong(valid, {k: q[s:s+1, r:r+1] for k, q in p.items()}, alphabet) for s in range(S)
+                                  for r in range(R)], dtype=torch.float).view(S, R)
             keep_best(best, kept, p, -wrong)
     return kept, -best
 
 # %% ../nbs/04c_letters.ipynb #95af0e6d
 def _wrong(part, p, alphabet):
     x, n, y, u = part
-    edits, size = letter_errors(["".join(alphabet[i] for i in t[:k]) for t, k in zip(y, u)], _read_off(x, n, p, alphabet))
+    edits, size = letter_errors(["".join(alphabet[i] for i in t[:k]) for t, k in zip(y, u)],
+                                _read_off(x, n, p, alphabet))
     return edits.sum()/size.sum()
 
 @torch.no_grad()
@@ -164,20 +177,24 @@ class Spelling(Answer):
     def score(self, encoders, task, views, seeds, root=None, head="linear"):
         return [score_spelling(e, task, v, tuple(seeds), root) for e, v in zip(encoders, views)]
 
-def score_spelling(encoder, t, view, seeds, root=None, lrs=(1e-2, 3e-2)): # a task with the answer `Spelling`; see `fit_spelling`
+# a task with the answer `Spelling`; see `fit_spelling`
+def score_spelling(encoder, t, view, seeds, root=None, lrs=(1e-2, 3e-2)):
     "Rows and predictions of a spelling task, like `score_task`; the predictions are the texts that were heard, and their edits."
     df = t.split(root)
     x = torch.as_tensor(np.array(frame_features(encoder, t.table(root), t.root(root), view)))
     x, df, at, kept, status = prepared(x[None], df, t)
-    there, x, of = torch.isfinite(x[0, 0, ..., 0]).sum(1), x[0].nan_to_num(), {k: torch.as_tensor(v) for k, v in at.items()}
+    there, x, of = torch.isfinite(x[0, 0, ..., 0]).sum(1), x[0].nan_to_num(), {k: torch.as_tensor(v)
+                                                                               for k, v in at.items()}
     alphabet = "_" + "".join(sorted(set("".join(df.label[df.split == "train"]))))
     y = [letters(s, alphabet) for s in df.label]
     y, u = nn.utils.rnn.pad_sequence(y, batch_first=True), torch.tensor([len(v) for v in y])
     part = lambda s: (x[:, of[s]], there[of[s]], y[of[s]], u[of[s]])
     p, valid = fit_spelling(part("train"), part("valid"), alphabet, lrs, seeds, t.steps)
     r = int(valid.mean(0).argmin())
-    said = [_read_off(x[:, of["test"]], there[of["test"]], {k: q[s:s+1, r:r+1] for k, q in p.items()}, alphabet) for s in range(len(seeds))]
+    said = [_read_off(x[:, of["test"]], there[of["test"]], {k: q[s:s+1, r:r+1] for k, q in p.items()}, alphabet)
+            for s in range(len(seeds))]
     true = df.label.iloc[of["test"].numpy()].tolist()
     edits, size = zip(*[letter_errors(true, s) for s in said])
-    rows = [dict(probe="ctc", seed=s, metric=t.metric, score=edits[i].sum()/size[i].sum(), valid=float(valid[i, r]), lr=lrs[r], n_test=len(true), status=status) for i, s in enumerate(seeds)]
+    rows = [dict(probe="ctc", seed=s, metric=t.metric, score=edits[i].sum()/size[i].sum(), valid=float(valid[i, r]),
+                 lr=lrs[r], n_test=len(true), status=status) for i, s in enumerate(seeds)]
     return rows, dict(kept, letters=size[0], edits=np.stack(edits), said=np.array(said))

@@ -60,7 +60,8 @@ class Combination:
         added = {c: {n: weight(self, c, n) + sign*weight(other, c, n) for n in self.names} for c in terms}
         return kind(added, self.origin)
 
-    def __str__(self): return " + ".join(c.folder.name if isinstance(c, (Checkpoint, Loaded)) else str(c) for c in self.terms)
+    def __str__(self):
+        return " + ".join(c.folder.name if isinstance(c, (Checkpoint, Loaded)) else str(c) for c in self.terms)
     def __repr__(self): return f"{type(self).__name__}({self}, θ₀ {self.origin[:8]})"
 
 def _other_start(a, b):

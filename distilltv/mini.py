@@ -28,7 +28,8 @@ def some_groups(df:pd.DataFrame, # rows with columns `split` and `by`
     return df[[g in keep[s] for g, s in zip(df[by], df.split)]].reset_index(drop=True)
 
 # %% ../nbs/04e_mini.ipynb #d1639d32
-def _read(path, **numbers): return pd.read_csv(path, dtype=str, keep_default_na=False).astype(numbers)   # names are text, as they stand
+def _read(path, **numbers):
+    return pd.read_csv(path, dtype=str, keep_default_na=False).astype(numbers)   # names are text, as they stand
 
 def _table(corpus, root): return _read(Path(root)/corpus/"metadata.csv", start=int, end=int)
 
@@ -49,7 +50,8 @@ def phones(root):
     return m.assign(utterance=m.id, id=m.id + ":" + m.lo.astype(str)).reset_index(drop=True)
 
 # %% ../nbs/04e_mini.ipynb #fc18dbf9
-def words(root, letters:int=2, often:int=3): # the corpora's folder; letters of the shortest word; how often it is trained on
+def words(root, letters:int=2,
+          often:int=3): # the corpora's folder; letters of the shortest word; how often it is trained on
     "Words cut out of read Russian sentences, those that training has `often` times, grouped by utterance."
     w = _parts("words.csv", root)
     m = _table("speech", root)[["id", "file", "start", "split", "license", "source", "voice"]]
@@ -103,7 +105,8 @@ def duets(root, snr:float=6.): # the corpora's folder; level of the first note o
     return pd.concat(parts, ignore_index=True)
 
 # %% ../nbs/04e_mini.ipynb #c9b9275f
-TRIADS = dict(major=((0, 4, 7), (0, 3, 8), (0, 5, 9)), minor=((0, 3, 7), (0, 4, 9), (0, 5, 8)))  # root position, two inversions
+TRIADS = dict(major=((0, 4, 7), (0, 3, 8), (0, 5, 9)),
+              minor=((0, 3, 7), (0, 4, 9), (0, 5, 8)))  # root position, two inversions
 
 def _voicings(quality, root, pitches):
     # the triads of that root (0 to 11) whose three notes there are, by how they are inverted and by the lowest note
@@ -181,12 +184,16 @@ SNRS = (-10., 0., 10.)  # level of speech over music in dB, in the mixtures of `
 def detection(root):
     "A second of speech, of music, or of both at `SNRS`: each window once alone and once in a mixture with the same partner."
     speech = _table("speech", root).query("lang != 'zh' and end - start >= 16000")
-    speech = some_groups(_windows(speech, "speech", 1.), "id", train=120, valid=42, test=102).assign(heard="speech", with_kind=lambda d: d.voice)
-    music = some_groups(_windows(_table("music", root).query("kind == 'piece'"), "music", 1.), "id", train=120, valid=42, test=102).assign(heard="music", with_kind=lambda d: d.program)
+    speech = some_groups(_windows(speech, "speech", 1.), "id", train=120, valid=42,
+                         test=102).assign(heard="speech", with_kind=lambda d: d.voice)
+    music = some_groups(_windows(_table("music", root).query("kind == 'piece'"), "music", 1.), "id", train=120,
+                        valid=42, test=102).assign(heard="music", with_kind=lambda d: d.program)
     pair = lambda d: d.split + d.groupby("split").cumcount().astype(str)
     s, m = (d.assign(pair=pair(d), with_file="", with_start=0, snr=0., speech_db=np.nan) for d in (speech, music))
     both = pd.concat([_every_other(a, b, k, sign) for k, (a, b, sign) in enumerate(((s, m, 1), (m, s, -1)))])
-    all_ = pd.concat([s.assign(content="speech"), m.assign(content="music"), both.assign(content="both", id=both.id + "+" + both.speech_db.astype(int).astype(str) + "dB")], ignore_index=True)
+    all_ = pd.concat([s.assign(content="speech"), m.assign(content="music"),
+                      both.assign(content="both", id=both.id + "+" + both.speech_db.astype(int).astype(str) + "dB")],
+                      ignore_index=True)
     return all_.rename(columns=dict(with_kind="performer"))
 
 def _every_other(first, second, k, sign):

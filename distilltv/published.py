@@ -39,33 +39,50 @@ class Source:
 
 # %% ../nbs/04f_published.ipynb #9ea6dd69
 SOURCES = {s.folders[0]: s for s in (
-    Source("LibriSpeech", ("LibriSpeech",), "train-clean-100, dev-clean and test-clean from openslr.org/12", "7.1 GB", "CC BY 4.0",
+    Source("LibriSpeech", ("LibriSpeech",), "train-clean-100, dev-clean and test-clean from openslr.org/12", "7.1 GB",
+           "CC BY 4.0",
            "size: the three archives in the mirror k2-fsa/LibriSpeech on the Hugging Face hub; licence: the card of librispeech_asr there", 111.4, ("librispeech",)),
-    Source("Speech Commands v0.01", ("speech_commands_v0.01", "speech_commands_v0.02"), "the archive and, unpacked beside it, speech_commands_test_set_v0.01, both from download.tensorflow.org/data", "1.5 GB", "CC BY 4.0",
+    Source("Speech Commands v0.01", ("speech_commands_v0.01", "speech_commands_v0.02"),
+           "the archive and, unpacked beside it, speech_commands_test_set_v0.01, both from download.tensorflow.org/data", "1.5 GB", "CC BY 4.0",
            "size and licence: the card of google/speech_commands on the hub", 18., ("speech_commands",)),
-    Source("Fluent Speech Commands", ("fluent_speech_commands_dataset",), "the data set from fluent.ai", "1.5 GB", "Fluent Speech Commands Public License, academic use, no redistribution",
+    Source("Fluent Speech Commands", ("fluent_speech_commands_dataset",), "the data set from fluent.ai", "1.5 GB",
+           "Fluent Speech Commands Public License, academic use, no redistribution",
            "size: the archive leo19941227/fluent_speech_commands on the hub; licence: named in the data set's readme, terms as a user of it reports them; hours: the table of its readme", 19., ("fluent_commands",)),
-    Source("VoxCeleb1", ("VoxCeleb1",), "dev and test audio, unpacked as dev/wav and test/wav, and iden_split.txt from robots.ox.ac.uk/~vgg/data/voxceleb", "over 30 GB", "CC BY 4.0 for the annotations",
+    Source("VoxCeleb1", ("VoxCeleb1",),
+           "dev and test audio, unpacked as dev/wav and test/wav, and iden_split.txt from robots.ox.ac.uk/~vgg/data/voxceleb", "over 30 GB", "CC BY 4.0 for the annotations",
            "licence: the card of the mirror ProgramComputer/voxceleb on the hub; hours: 351.6 in PaddleSpeech's table of it, for 153,516 clips; we hear at most eight seconds of each, so at most this", 341., ("voxceleb1",)),
-    Source("IEMOCAP", ("IEMOCAP_full_release", "IEMOCAP"), "the full release, on request from sail.usc.edu/iemocap", "over 10 GB", "academic, on request",
+    Source("IEMOCAP", ("IEMOCAP_full_release", "IEMOCAP"), "the full release, on request from sail.usc.edu/iemocap",
+           "over 10 GB", "academic, on request",
            "licence: that it must be requested from USC's SAIL, in the readme of GenSEC-LLM's task on the hub; hours: 810 MB of 16 kHz samples for the 5,531 utterances of four emotions, Zahra99/IEMOCAP_Audio there", 7., ("iemocap",)),
-    Source("VocalSet", ("VocalSet", "VocalSet11", "VocalSet1-2"), "the archive from zenodo.org/record/1193957", "2 GB", "CC BY 4.0",
-           "licence: the card of the mirror stemsai/vocalset on the hub; hours: the abstract of its paper", 10.1, ("vocalset_singers", "vocalset_techniques")),
-    Source("NSynth", ("nsynth",), "nsynth-train, nsynth-valid and nsynth-test (json/wav) from magenta.tensorflow.org/datasets/nsynth", "24 GB", "CC BY 4.0", "licence: the loader jg583/NSynth on the hub", 340., ("nsynth",)),
-    Source("GTZAN", ("gtzan", "GTZAN"), "the folder genres (or genres_original) with its ten genres", "1.2 GB", "none stated: research only",
+    Source("VocalSet", ("VocalSet", "VocalSet11", "VocalSet1-2"), "the archive from zenodo.org/record/1193957", "2 GB",
+           "CC BY 4.0",
+           "licence: the card of the mirror stemsai/vocalset on the hub; hours: the abstract of its paper", 10.1,
+           ("vocalset_singers", "vocalset_techniques")),
+    Source("NSynth", ("nsynth",),
+           "nsynth-train, nsynth-valid and nsynth-test (json/wav) from magenta.tensorflow.org/datasets/nsynth", "24 GB",
+           "CC BY 4.0", "licence: the loader jg583/NSynth on the hub", 340., ("nsynth",)),
+    Source("GTZAN", ("gtzan", "GTZAN"), "the folder genres (or genres_original) with its ten genres", "1.2 GB",
+           "none stated: research only",
            "size: the TensorFlow Datasets catalogue; licence: none on the hub's card marsyas/gtzan; hours: the 930 excerpts of the fault-filtered split, confit/gtzan there", 7.8, ("gtzan",)),
-    Source("ESC-50", ("ESC-50-master", "ESC-50"), "the repository archive from github.com/karolpiczak/ESC-50", "0.6 GB", "CC BY-NC 3.0", "size: the archive's bytes in a mirror; licence: cards of mirrors, without a version", 2.8, ("esc50",)),
-    Source("GiantSteps key", ("giantsteps",), "giantsteps-key-dataset and giantsteps-mtg-key-dataset from github.com/GiantSteps, their audio by the scripts in them", "a few GB", "CC BY-SA 4.0 for the later release GiantSteps+; audio previews for research",
-           "licence: mirdata's loader giantsteps_key; hours: two minutes for each of the annotated previews, as there", 59., ("giantsteps",)),
-    Source("MagnaTagATune", ("MTT", "magnatagatune"), "the three parts of mp3.zip, and annotations_final.csv (clip_info_final.csv if you like), from mirg.city.ac.uk", "3 GB", "annotations CC BY-NC-SA 3.0, audio CC BY-NC-SA 1.0",
+    Source("ESC-50", ("ESC-50-master", "ESC-50"), "the repository archive from github.com/karolpiczak/ESC-50", "0.6 GB",
+           "CC BY-NC 3.0", "size: the archive's bytes in a mirror; licence: cards of mirrors, without a version", 2.8,
+           ("esc50",)),
+    Source("GiantSteps key", ("giantsteps",),
+           "giantsteps-key-dataset and giantsteps-mtg-key-dataset from github.com/GiantSteps, their audio by the scripts in them", "a few GB", "CC BY-SA 4.0 for the later release GiantSteps+; audio previews for research",
+           "licence: mirdata's loader giantsteps_key; hours: two minutes for each of the annotated previews, as there",
+           59., ("giantsteps",)),
+    Source("MagnaTagATune", ("MTT", "magnatagatune"),
+           "the three parts of mp3.zip, and annotations_final.csv (clip_info_final.csv if you like), from mirg.city.ac.uk", "3 GB", "annotations CC BY-NC-SA 3.0, audio CC BY-NC-SA 1.0",
            "size: mp3.zip in the mirror confit/magnatagatune on the hub; licences: tagatune.org, and the comment that its script cut_clips.py writes into each clip", 209., ("magnatagatune",)),
-    Source("EmoMusic", ("emomusic",), "wav and meta.json as MARBLE's script download_emo.sh leaves them", "about 1 GB", "songs of the Free Music Archive, each under its own Creative Commons licence",
+    Source("EmoMusic", ("emomusic",), "wav and meta.json as MARBLE's script download_emo.sh leaves them", "about 1 GB",
+           "songs of the Free Music Archive, each under its own Creative Commons licence",
            "hours: 744 excerpts of 45 seconds from the Free Music Archive, cvml.unige.ch/databases/emoMusic; of the annotations' licence nothing was found", 9.3, ("emomusic",)))}
 
 # %% ../nbs/04f_published.ipynb #689f2f94
 class MissingData(FileNotFoundError): "A published data set, or a part of it, that is not on this machine; the message says what to fetch."
 
-def _missing(s, root, what=None): return MissingData(f"{s.name}{f' lacks {what}' if what else ' is not in ' + str(Path(root).name or root)}: fetch {s.fetch} ({s.size}, {s.licence}) into {s.folders[0]} of $DISTILLTV_DATASETS")
+def _missing(s, root, what=None):
+    return MissingData(f"{s.name}{f' lacks {what}' if what else ' is not in ' + str(Path(root).name or root)}: fetch {s.fetch} ({s.size}, {s.licence}) into {s.folders[0]} of $DISTILLTV_DATASETS")
 
 def _folder(key, root, *needed):
     # the data set's folder; every path in `needed` must be in it, or one of them where it is a tuple
@@ -73,19 +90,22 @@ def _folder(key, root, *needed):
     at = next((Path(root)/f for f in s.folders if (Path(root)/f).is_dir()), None)
     if at is None: raise _missing(s, root)
     for n in needed:
-        if not any((at/m).exists() for m in ((n,) if isinstance(n, str) else n)): raise _missing(s, root, n if isinstance(n, str) else " or ".join(n))
+        if not any((at/m).exists() for m in ((n,) if isinstance(n, str) else n)):
+            raise _missing(s, root, n if isinstance(n, str) else " or ".join(n))
     return at
 
 def available(root=None) -> pd.DataFrame: # default `datasets_dir()`
     "Which data sets are here, and what each of the others takes."
     root = Path(root or datasets_dir())
-    return pd.DataFrame([dict(data=s.name, here=any((root/f).is_dir() for f in s.folders), folder=s.folders[0], size=s.size, licence=s.licence, hours=s.hours, seen=s.seen) for s in SOURCES.values()])
+    return pd.DataFrame([dict(data=s.name, here=any((root/f).is_dir() for f in s.folders), folder=s.folders[0],
+                              size=s.size, licence=s.licence, hours=s.hours, seen=s.seen) for s in SOURCES.values()])
 
 # %% ../nbs/04f_published.ipynb #e6db6089
 def _clips(rows, root, seconds=None):
     # rows with `path`, and optionally `start` and `end` in samples at 16 kHz; windows of at most `seconds`
     df = pd.DataFrame([r if "start" in r else dict(r, start=0, end=samples_of(r["path"])) for r in rows])
-    if not len(df): raise MissingData(f"no labelled audio file in {Path(root).name}: the archive is not unpacked as its authors ship it; unpack it again")
+    if not len(df):
+        raise MissingData(f"no labelled audio file in {Path(root).name}: the archive is not unpacked as its authors ship it; unpack it again")
     df["file"] = [str(Path(p).relative_to(root)) for p in df.path]
     if "id" not in df: df["id"] = df.file + np.where(df.start > 0, ":" + df.start.astype(str), "")
     return whole_frames(df.drop(columns="path"), seconds)
@@ -100,26 +120,33 @@ def speech_commands(root):
     at = _folder("speech_commands_v0.01", root, "validation_list.txt", "testing_list.txt")
     test = Path(root)/at.name.replace("commands_", "commands_test_set_")
     if not test.is_dir(): raise _missing(SOURCES["speech_commands_v0.01"], root, test.name)
-    listed = {s: set((at/f).read_text(encoding="utf-8", errors="replace").split()) for s, f in dict(valid="validation_list.txt", test="testing_list.txt").items()}
+    listed = {s: set((at/f).read_text(encoding="utf-8", errors="replace").split())
+              for s, f in dict(valid="validation_list.txt", test="testing_list.txt").items()}
     rows = []
     for f in sorted(at.glob("*/*.wav")):
         word, name = f.parent.name, f"{f.parent.name}/{f.name}"
         if word == "_background_noise_": rows += _silence(f)
-        elif name not in listed["test"]: rows.append(dict(path=f, split="valid" if name in listed["valid"] else "train", label=word if word in COMMANDS else "_unknown_", speaker=f.name.split("_")[0]))
-    rows += [dict(path=f, split="test", label=f.parent.name, speaker=f.name.split("_")[0]) for f in sorted(test.glob("*/*.wav"))]
+        elif name not in listed["test"]:
+            rows.append(dict(path=f, split="valid" if name in listed["valid"] else "train",
+                             label=word if word in COMMANDS else "_unknown_", speaker=f.name.split("_")[0]))
+    rows += [dict(path=f, split="test", label=f.parent.name, speaker=f.name.split("_")[0])
+             for f in sorted(test.glob("*/*.wav"))]
     return _clips(rows, root, 1.).assign(clip=lambda d: d.id)
 
 def _silence(f):
     cuts = range(0, samples_of(f) - SAMPLE_RATE + 1, SAMPLE_RATE)
-    return [dict(path=f, split="valid" if i % 10 == 9 else "train", label="_silence_", speaker="", start=a, end=a + SAMPLE_RATE) for i, a in enumerate(cuts)]
+    return [dict(path=f, split="valid" if i % 10 == 9 else "train", label="_silence_", speaker="", start=a,
+                 end=a + SAMPLE_RATE) for i, a in enumerate(cuts)]
 
 # %% ../nbs/04f_published.ipynb #a26b15ab
 def fluent_commands(root):
     "Spoken commands with action, object and location; the official split, which is by speaker."
-    at, rows = _folder("fluent_speech_commands_dataset", root, *(f"data/{s}_data.csv" for s in ("train", "valid", "test"))), []
+    at, rows = _folder("fluent_speech_commands_dataset", root,
+                       *(f"data/{s}_data.csv" for s in ("train", "valid", "test"))), []
     for split in ("train", "valid", "test"):
         for r in csv.DictReader(open(at/f"data/{split}_data.csv", newline="", encoding="utf-8")):
-            rows.append(dict(path=at/r["path"], split=split, label="|".join(r[k] for k in ("action", "object", "location")), speaker=r["speakerId"]))
+            rows.append(dict(path=at/r["path"], split=split,
+                             label="|".join(r[k] for k in ("action", "object", "location")), speaker=r["speakerId"]))
     return _clips(rows, root)
 
 def voxceleb1(root):
@@ -131,7 +158,8 @@ def voxceleb1(root):
     for line in listing.read_text(encoding="utf-8", errors="replace").splitlines():
         part, name = line.split()
         where = next((d for d in folders if (d/name.split("/")[0]).is_dir()), folders[0])
-        rows.append(dict(path=where/name, split={"1": "train", "2": "valid", "3": "test"}[part], label=name.split("/")[0], video="/".join(name.split("/")[:2])))
+        rows.append(dict(path=where/name, split={"1": "train", "2": "valid", "3": "test"}[part],
+                         label=name.split("/")[0], video="/".join(name.split("/")[:2])))
     return _clips(rows, root, 8.)
 
 # %% ../nbs/04f_published.ipynb #b927591d
@@ -141,8 +169,10 @@ def iemocap(root):
     said = re.compile(r"^\[[\d.]+ - [\d.]+\]\t(\S+)\t(\w+)\t", re.M)
     for s in range(1, 6):
         for f in sorted((at/f"Session{s}/dialog/EmoEvaluation").glob("Ses*.txt")):
-            rows += [dict(path=at/f"Session{s}/sentences/wav/{f.stem}/{u}.wav", split="train", fold=s-1, dialogue=f.stem, speaker=u[:5] + u.split("_")[-1][0], label={"exc": "hap"}.get(e, e))
-                     for u, e in said.findall(f.read_text(encoding="utf-8", errors="replace")) if e in ("ang", "hap", "exc", "neu", "sad")]
+            rows += [dict(path=at/f"Session{s}/sentences/wav/{f.stem}/{u}.wav", split="train", fold=s-1,
+                          dialogue=f.stem, speaker=u[:5] + u.split("_")[-1][0], label={"exc": "hap"}.get(e, e))
+                     for u, e in said.findall(f.read_text(encoding="utf-8", errors="replace"))
+                     if e in ("ang", "hap", "exc", "neu", "sad")]
     return _clips(rows, root)
 
 # %% ../nbs/04f_published.ipynb #825841a0
@@ -154,7 +184,8 @@ def librispeech(root):
         for f in sorted((at/part).glob("*/*/*.trans.txt")):
             for line in f.read_text(encoding="utf-8", errors="replace").splitlines():
                 name, words = line.split(" ", 1)
-                rows.append(dict(path=f.with_name(name + ".flac"), split=split, label=words.strip(), speaker=name.split("-")[0]))
+                rows.append(dict(path=f.with_name(name + ".flac"), split=split, label=words.strip(),
+                                 speaker=name.split("-")[0]))
     return _clips(rows, root)
 
 # %% ../nbs/04f_published.ipynb #1bd877df
@@ -167,29 +198,40 @@ def _vocalset(root, split, keep=lambda technique: True):
         singer, technique = f.parts[-4][0] + re.sub(r"\D", "", f.parts[-4]), f.parent.name
         if not keep(technique): continue
         n = samples_of(f)
-        rows += [dict(path=f, split=split(singer, f.stem), singer=singer, technique=technique, recording=f.stem, start=a, end=min(a + long, max(n, WINDOW))) for a in range(0, max(n - long, 0) + 1, long)]
+        rows += [dict(path=f, split=split(singer, f.stem), singer=singer, technique=technique, recording=f.stem,
+                      start=a, end=min(a + long, max(n, WINDOW))) for a in range(0, max(n - long, 0) + 1, long)]
     if not rows: raise _missing(SOURCES["VocalSet"], root, "FULL/<singer>/<exercise>/<technique>")
     return _clips(rows, root)
 
 # %% ../nbs/04f_published.ipynb #66e22dc1
 def vocalset_singers(root):
     "Three-second chunks of twenty singers, grouped by recording."
-    return _vocalset(root, lambda singer, name: "train" if _chance(name) < .7 else "valid" if _chance(name) < .8 else "test")
+    return _vocalset(root,
+                     lambda singer, name: "train" if _chance(name) < .7 else "valid" if _chance(name) < .8 else "test")
 
 def vocalset_techniques(root):
     "Three-second chunks of ten techniques, grouped by singer; the test singers are the authors'."
     lists = list(_folder("VocalSet", root).rglob("test_singers_technique.txt"))
-    test = {s[0] + re.sub(r"\D", "", s) for s in re.split(r"[\s,]+", lists[0].read_text(encoding="utf-8", errors="replace").strip())} if lists else {"f2", "f8", "m3", "m5", "m10"}
-    others = sorted((s for s in [f"f{i}" for i in range(1, 10)] + [f"m{i}" for i in range(1, 12)] if s not in test), key=_chance)
-    return _vocalset(root, lambda singer, name: "test" if singer in test else "valid" if singer in others[:2] else "train", TECHNIQUES.__contains__)
+    test = {s[0] + re.sub(r"\D", "", s)
+            for s in re.split(r"[\s,]+",
+                              lists[0].read_text(encoding="utf-8",
+                                                 errors="replace").strip())} if lists else {"f2", "f8", "m3", "m5", "m10"}
+    others = sorted((s for s in [f"f{i}" for i in range(1, 10)] + [f"m{i}" for i in range(1, 12)] if s not in test),
+                    key=_chance)
+    return _vocalset(root,
+                     lambda singer, name: "test" if singer in test else "valid" if singer in others[:2] else "train",
+                     TECHNIQUES.__contains__)
 
 # %% ../nbs/04f_published.ipynb #cb8f661c
 def nsynth(root):
     "Four-second notes with family and pitch; the official split."
     at, rows = _folder("nsynth", root, *(f"nsynth-{s}/examples.json" for s in ("train", "valid", "test"))), []
     for split in ("train", "valid", "test"):
-        for name, r in json.loads((at/f"nsynth-{split}/examples.json").read_text(encoding="utf-8", errors="replace")).items():
-            rows.append(dict(path=at/f"nsynth-{split}/audio/{name}.wav", split=split, family=r["instrument_family_str"], pitch=str(r["pitch"]), note=name, source=r["instrument_source_str"], instrument=name.rsplit("-", 2)[0], velocity=name.rsplit("-", 1)[1]))
+        for name, r in json.loads((at/f"nsynth-{split}/examples.json").read_text(encoding="utf-8",
+                                                                                 errors="replace")).items():
+            rows.append(dict(path=at/f"nsynth-{split}/audio/{name}.wav", split=split, family=r["instrument_family_str"],
+                             pitch=str(r["pitch"]), note=name, source=r["instrument_source_str"],
+                             instrument=name.rsplit("-", 2)[0], velocity=name.rsplit("-", 1)[1]))
     return _clips(rows, root)
 
 # %% ../nbs/04f_published.ipynb #5cd4682d
@@ -208,7 +250,8 @@ def esc50(root):
     "Five-second sounds of fifty kinds, with the official `fold`."
     at = _folder("ESC-50-master", root, "meta/esc50.csv")
     m = pd.read_csv(at/"meta/esc50.csv", dtype=str, keep_default_na=False)
-    return _clips([dict(path=at/"audio"/r.filename, split="train", fold=int(r.fold)-1, label=r.category, recording=r.src_file, take=r.take) for r in m.itertuples()], root)
+    return _clips([dict(path=at/"audio"/r.filename, split="train", fold=int(r.fold)-1, label=r.category,
+                        recording=r.src_file, take=r.take) for r in m.itertuples()], root)
 
 # %% ../nbs/04f_published.ipynb #3061035e
 _CLASS = dict(zip("C D E F G A B".split(), (0, 2, 4, 5, 7, 9, 11)))
@@ -226,13 +269,19 @@ def giantsteps(root):
     at, rows = _folder("giantsteps", root), []
     find = lambda *names: next((at/n for m in names for n in (m, m + "-master") if (at/n).is_dir()), None)
     test, train = find("giantsteps-key-dataset"), find("giantsteps-mtg-key-dataset")
-    if not (test and train): raise _missing(SOURCES["giantsteps"], root, "giantsteps-key-dataset or giantsteps-mtg-key-dataset")
-    audio = lambda top, name: next((f for e in ("mp3", "wav") if (f := top/f"audio/{name}.LOFI.{e}").exists()), top/f"audio/{name}.LOFI.mp3")
-    with open(train/"annotations/annotations.txt", newline="", encoding="utf-8", errors="replace") as f: sure = [r for r in list(csv.reader(f, delimiter="\t"))[1:] if len(r) > 2 and r[2].strip() == "2"]
+    if not (test and train):
+        raise _missing(SOURCES["giantsteps"], root, "giantsteps-key-dataset or giantsteps-mtg-key-dataset")
+    audio = lambda top, name: next((f for e in ("mp3", "wav") if (f := top/f"audio/{name}.LOFI.{e}").exists()),
+                                   top/f"audio/{name}.LOFI.mp3")
+    with open(train/"annotations/annotations.txt", newline="", encoding="utf-8", errors="replace") as f:
+        sure = [r for r in list(csv.reader(f, delimiter="\t"))[1:] if len(r) > 2 and r[2].strip() == "2"]
     found = [(train, r[0].strip(), r[1], "valid" if _chance(r[0].strip()) < .1 else "train") for r in sure]
-    found += [(test, f.name.split(".")[0], f.read_text(encoding="utf-8", errors="replace"), "test") for f in sorted((test/"annotations/key").glob("*.key"))]
-    genre = lambda top, name: f.read_text(encoding="utf-8", errors="replace").strip() if (f := top/f"annotations/genre/{name}.LOFI.genre").exists() else ""
-    return _clips([dict(path=audio(top, name), split=split, label=key, track=name, genre=genre(top, name)) for top, name, text, split in found if (key := key_name(text))], root)
+    found += [(test, f.name.split(".")[0], f.read_text(encoding="utf-8", errors="replace"), "test")
+              for f in sorted((test/"annotations/key").glob("*.key"))]
+    genre = lambda top, name: f.read_text(encoding="utf-8",
+                                          errors="replace").strip() if (f := top/f"annotations/genre/{name}.LOFI.genre").exists() else ""
+    return _clips([dict(path=audio(top, name), split=split, label=key, track=name, genre=genre(top, name))
+                   for top, name, text, split in found if (key := key_name(text))], root)
 
 # %% ../nbs/04f_published.ipynb #6aecdf4e
 def magnatagatune(root):
@@ -244,16 +293,21 @@ def magnatagatune(root):
     top = next((d for d in (at/"mp3", at/"Audio", at) if (d/"0").is_dir() or (d/"f").is_dir()), at)
     parts = lambda p: "train" if p[0] in "0123456789ab" else "valid" if p[0] == "c" else "test"
     # a clip is called artist-album-number-title-start-end.mp3, and no part has a hyphen of its own
-    return _clips([dict(path=top/p, split=parts(p), label="|".join(map(str, t)), track=p.rsplit("-", 2)[0], artist=p.split("/")[-1].split("-")[0]) for p, t in zip(m.mp3_path, tags.to_numpy()) if t.any()], root)
+    return _clips([dict(path=top/p, split=parts(p), label="|".join(map(str, t)), track=p.rsplit("-", 2)[0],
+                        artist=p.split("/")[-1].split("-")[0]) for p, t in zip(m.mp3_path, tags.to_numpy()) if t.any()],
+                        root)
 
 def emomusic(root):
     "Songs with arousal and valence, as two numbers with a bar between; the artist and genre where the authors' `annotations/songs_info.csv` is there too."
     at = _folder("emomusic", root, "meta.json", "wav")
     meta = json.loads((at/"meta.json").read_text(encoding="utf-8", errors="replace"))
     known = at/"annotations/songs_info.csv"
-    info = {r["song_id"]: r for r in csv.DictReader(known.read_text(encoding="utf-8", errors="replace").splitlines())} if known.exists() else {}
+    info = {r["song_id"]: r
+            for r in csv.DictReader(known.read_text(encoding="utf-8",
+                                                    errors="replace").splitlines())} if known.exists() else {}
     of = lambda n, c: info.get(n, {}).get(c, "").strip()
-    return _clips([dict(path=at/f"wav/{n}.wav", split=r["split"], label="|".join(map(str, r["y"])), song=n, artist=of(n, "Artist"), genre=of(n, "Genre")) for n, r in meta.items()], root)
+    return _clips([dict(path=at/f"wav/{n}.wav", split=r["split"], label="|".join(map(str, r["y"])), song=n,
+                        artist=of(n, "Artist"), genre=of(n, "Genre")) for n, r in meta.items()], root)
 
 # %% ../nbs/04f_published.ipynb #05546f34
 def _published(name, domain, load, label, group, chain=(), **more):
@@ -261,29 +315,46 @@ def _published(name, domain, load, label, group, chain=(), **more):
 
 _SUPERB, _MARBLE = "SUPERB (Yang et al., 2021)", "MARBLE (Yuan et al., 2023)"
 PUBLISHED = {t.name: t for t in (
-    _published("asr", "speech", librispeech, "label", "speaker", ("speaker",), answer=Words(), metric="wer", source=f"{_SUPERB}; LibriSpeech (Panayotov et al., 2015)"),
-    _published("ks", "speech", speech_commands, "label", "clip", ("speaker",), steps=3000, source=f"{_SUPERB}; Speech Commands (Warden, 2018)"),
-    _published("ic", "speech", fluent_commands, "label", "speaker", ("speaker",), answer=Slots(), steps=3000, source=f"{_SUPERB}; Fluent Speech Commands (Lugosch et al., 2019)"),
-    _published("sid", "speech", voxceleb1, "label", "video", ("video",), steps=3000, source=f"{_SUPERB}; VoxCeleb (Nagrani et al., 2017)"),
-    _published("er", "speech", iemocap, "label", "dialogue", ("speaker", "dialogue"), folds=5, steps=1000, source=f"{_SUPERB}; IEMOCAP (Busso et al., 2008)"),
-    _published("singid", "music", vocalset_singers, "singer", "recording", ("technique",), steps=1000, source="VocalSet (Wilkins et al., 2018)"),
-    _published("vocid", "music", vocalset_techniques, "technique", "singer", ("singer",), steps=1000, source="VocalSet (Wilkins et al., 2018)"),
-    _published("instcls", "music", nsynth, "family", "note", ("instrument", "velocity"), steps=3000, source="NSynth (Engel et al., 2017)"),
-    _published("pitchid", "music", nsynth, "pitch", "note", ("instrument", "velocity"), steps=3000, source="NSynth (Engel et al., 2017)"),
+    _published("asr", "speech", librispeech, "label", "speaker", ("speaker",), answer=Words(), metric="wer",
+               source=f"{_SUPERB}; LibriSpeech (Panayotov et al., 2015)"),
+    _published("ks", "speech", speech_commands, "label", "clip", ("speaker",), steps=3000,
+               source=f"{_SUPERB}; Speech Commands (Warden, 2018)"),
+    _published("ic", "speech", fluent_commands, "label", "speaker", ("speaker",), answer=Slots(), steps=3000,
+               source=f"{_SUPERB}; Fluent Speech Commands (Lugosch et al., 2019)"),
+    _published("sid", "speech", voxceleb1, "label", "video", ("video",), steps=3000,
+               source=f"{_SUPERB}; VoxCeleb (Nagrani et al., 2017)"),
+    _published("er", "speech", iemocap, "label", "dialogue", ("speaker", "dialogue"), folds=5, steps=1000,
+               source=f"{_SUPERB}; IEMOCAP (Busso et al., 2008)"),
+    _published("singid", "music", vocalset_singers, "singer", "recording", ("technique",), steps=1000,
+               source="VocalSet (Wilkins et al., 2018)"),
+    _published("vocid", "music", vocalset_techniques, "technique", "singer", ("singer",), steps=1000,
+               source="VocalSet (Wilkins et al., 2018)"),
+    _published("instcls", "music", nsynth, "family", "note", ("instrument", "velocity"), steps=3000,
+               source="NSynth (Engel et al., 2017)"),
+    _published("pitchid", "music", nsynth, "pitch", "note", ("instrument", "velocity"), steps=3000,
+               source="NSynth (Engel et al., 2017)"),
     _published("genreid", "music", gtzan, "label", "track", source="GTZAN (Tzanetakis and Cook, 2002)"),
     _published("esc50", "sound", esc50, "label", "recording", ("take",), folds=5, source="ESC (Piczak, 2015)"),
-    _published("gs-key", "music", giantsteps, "label", "track", ("genre",), tell=True, also=("weighted key score",), source=f"{_MARBLE}; GiantSteps (Knees et al., 2015)"),
-    _published("mtt", "music", magnatagatune, "label", "track", ("artist",), tell=True, answer=Tags(), metric="roc-auc", also=("average precision",), steps=3000,
+    _published("gs-key", "music", giantsteps, "label", "track", ("genre",), tell=True, also=("weighted key score",),
+               source=f"{_MARBLE}; GiantSteps (Knees et al., 2015)"),
+    _published("mtt", "music", magnatagatune, "label", "track", ("artist",), tell=True, answer=Tags(), metric="roc-auc",
+               also=("average precision",), steps=3000,
                source=f"{_MARBLE}; MagnaTagATune (Law et al., 2009)"),
-    _published("emo", "music", emomusic, "label", "song", ("artist", "genre"), tell=True, answer=Numbers(), metric="r2", also=("r2:0", "r2:1"),
+    _published("emo", "music", emomusic, "label", "song", ("artist", "genre"), tell=True, answer=Numbers(), metric="r2",
+               also=("r2:0", "r2:1"),
                source=f"{_MARBLE}; EmoMusic (Soleymani et al., 2013)"))}
 add_task(*PUBLISHED.values())
 
 # %% ../nbs/04f_published.ipynb #ea5874cc
 REFERENCE = pd.DataFrame([      # width of the projection, learning rate, steps, batch; from the reference code, see the paper's notes
-    ("asr", "2-layer BLSTM 1024, CTC", 1024, 1e-4, 200_000, 32), ("ks", "linear", 256, 1e-4, 200_000, 32), ("ic", "linear", 256, 1e-4, 200_000, 32),
-    ("sid", "linear", 256, 1e-2, 200_000, 32), ("er", "linear", 256, 1e-4, 30_000, 32), ("singid", "linear", 512, 1e-3, 80_000, 64),
-    ("vocid", "linear", 512, 1e-3, 75_000, 64), ("instcls", "linear", 512, 1e-3, 200_000, 64), ("pitchid", "linear", 512, 1e-3, 200_000, 64),
-    ("genreid", "linear, dropout 0.3", 256, 6e-3, 10_000, 64), ("esc50", "linear, dropout 0.2, mixup", 512, 1e-3, 30_000, 64),
-    ("gs-key", "MLP 512 (MARBLE)", 512, 1e-3, None, 64), ("mtt", "MLP 512 (MARBLE)", 512, 1e-3, None, 64), ("emo", "MLP 512 (MARBLE)", 512, 1e-3, None, 64)],
+    ("asr", "2-layer BLSTM 1024, CTC", 1024, 1e-4, 200_000, 32), ("ks", "linear", 256, 1e-4, 200_000, 32),
+    ("ic", "linear", 256, 1e-4, 200_000, 32),
+    ("sid", "linear", 256, 1e-2, 200_000, 32), ("er", "linear", 256, 1e-4, 30_000, 32),
+    ("singid", "linear", 512, 1e-3, 80_000, 64),
+    ("vocid", "linear", 512, 1e-3, 75_000, 64), ("instcls", "linear", 512, 1e-3, 200_000, 64),
+    ("pitchid", "linear", 512, 1e-3, 200_000, 64),
+    ("genreid", "linear, dropout 0.3", 256, 6e-3, 10_000, 64),
+    ("esc50", "linear, dropout 0.2, mixup", 512, 1e-3, 30_000, 64),
+    ("gs-key", "MLP 512 (MARBLE)", 512, 1e-3, None, 64), ("mtt", "MLP 512 (MARBLE)", 512, 1e-3, None, 64),
+    ("emo", "MLP 512 (MARBLE)", 512, 1e-3, None, 64)],
     columns="task probe width lr steps batch".split())

@@ -8,7 +8,8 @@ __all__ = ['main']
 # %% ../nbs/06_reproduce.ipynb #2755f32a
 import argparse, json, os, signal, sys, threading
 from pathlib import Path
-from .grid import digest, fresh, grid, key, stamp, state  # some of them for whoever asks about a run from Python
+# some of them for whoever asks about a run from Python
+from .grid import digest, fresh, grid, key, stamp, state
 from .profiles import STAGES, profile as get_profile
 from .runner import run_stale, shown
 from .runs import home, keep_memory, root
@@ -49,10 +50,14 @@ same bytes. mergekit's recipes are understood for the methods that both have.
 
 def _grid_options(parser):
     "The options that say which grid is meant."
-    parser.add_argument("--profile", default="mini", metavar="NAME_OR_FILE", help="mini: shipped data, CPU; hub: HuBERT and MERT, one GPU; paper: as published; or your own .toml file (default: %(default)s)")
-    parser.add_argument("--corpus", default="", help="audio that the students are distilled on: `both` (all domains'), `own`, or a domain, as `speech` in the paper (default: the profile's)")
-    parser.add_argument("--seeds", type=int, default=1, help="distillation seeds: students, merges and their probes are repeated with each (default: %(default)s)")
-    parser.add_argument("--home", type=Path, help="folder to write to (default: $DISTILLTV_HOME, else runs/ in the repository)")
+    parser.add_argument("--profile", default="mini", metavar="NAME_OR_FILE",
+                        help="mini: shipped data, CPU; hub: HuBERT and MERT, one GPU; paper: as published; or your own .toml file (default: %(default)s)")
+    parser.add_argument("--corpus", default="",
+                        help="audio that the students are distilled on: `both` (all domains'), `own`, or a domain, as `speech` in the paper (default: the profile's)")
+    parser.add_argument("--seeds", type=int, default=1,
+                        help="distillation seeds: students, merges and their probes are repeated with each (default: %(default)s)")
+    parser.add_argument("--home", type=Path,
+                        help="folder to write to (default: $DISTILLTV_HOME, else runs/ in the repository)")
 
 def main(argv:list=None, # arguments; default those of the command line
         ) -> int:        # exit status: 0 if all is well
@@ -60,10 +65,13 @@ def main(argv:list=None, # arguments; default those of the command line
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("distilltv", description=_HELP, formatter_class=raw)
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    r = commands.add_parser("reproduce", help="run what is stale of the whole grid, print the results", description=_REPRODUCE, formatter_class=raw)
+    r = commands.add_parser("reproduce", help="run what is stale of the whole grid, print the results",
+                            description=_REPRODUCE, formatter_class=raw)
     _grid_options(r)
-    r.add_argument("--jobs", type=int, default=min(2, os.cpu_count()), help="notebooks to run side by side, one thread each (default: %(default)s)")
-    s = r.add_argument_group("on a Slurm cluster", "Give the same command again to go on: jobs still there are followed.")
+    r.add_argument("--jobs", type=int, default=min(2, os.cpu_count()),
+                   help="notebooks to run side by side, one thread each (default: %(default)s)")
+    s = r.add_argument_group("on a Slurm cluster",
+                             "Give the same command again to go on: jobs still there are followed.")
     s.add_argument("--slurm", action="store_true",
                    help="submit each run as a job once what it needs is done (pip install 'distilltv[slurm]')")
     known = dict(partition="partition", account="account to charge", constraint="features that a node must have")
@@ -79,10 +87,12 @@ def main(argv:list=None, # arguments; default those of the command line
     n.add_argument("file", help="the .toml file to write; it must not exist yet")
     c = commands.add_parser("check", help="say what a profile would run, and what is wrong with it", description=_CHECK)
     c.add_argument("profile", metavar="NAME_OR_FILE", help="your .toml file, or mini, hub or paper")
-    m = commands.add_parser("merge", help="make the encoder that a recipe describes", description=_MERGE, formatter_class=raw)
+    m = commands.add_parser("merge", help="make the encoder that a recipe describes", description=_MERGE,
+                            formatter_class=raw)
     m.add_argument("recipe", type=Path, help="the recipe; paths in it are relative to its folder")
     m.add_argument("out", type=Path, help="folder to write, whole or not at all")
-    m.add_argument("--trust", action="store_true", help="take models that do not record their start as trained from the recipe's base_model")
+    m.add_argument("--trust", action="store_true",
+                   help="take models that do not record their start as trained from the recipe's base_model")
     args = parser.parse_args(argv)
     commands = dict(reproduce=_reproduce, status=_status, new=_new, check=_check, merge=_merge)
     return commands[args.command](args, parser)
@@ -90,7 +100,8 @@ def main(argv:list=None, # arguments; default those of the command line
 # %% ../nbs/06_reproduce.ipynb #796a210a
 def _runs_of(args, parser):
     "The grid that the options name; whatever is wrong with them ends in one sentence."
-    if not (root()/"nbs").is_dir(): parser.error(f"there are no notebooks in {root()}: `distilltv {args.command}` runs those of "
+    if not (root()/"nbs").is_dir():
+        parser.error(f"there are no notebooks in {root()}: `distilltv {args.command}` runs those of "
                                                  "the repository, so clone it and give the command inside")
     if args.seeds < 1: parser.error(f"--seeds {args.seeds} is too few; use 1 or more")
     if args.home: os.environ["DISTILLTV_HOME"] = str(args.home.expanduser().absolute())
@@ -110,7 +121,9 @@ def _reproduce(args, parser):
         _look_first(p, runs)
         failed = _by_jobs(p, runs, args) if args.slurm else _here(runs, args.jobs)
     except (RuntimeError, ValueError, OSError) as e: parser.error(str(e))
-    if failed: print(f"\n{len(failed)} of {len(runs)} runs are missing:", *(f"{i}: {why}" for i, why in failed.items()), sep="\n", file=sys.stderr)
+    if failed:
+        print(f"\n{len(failed)} of {len(runs)} runs are missing:", *(f"{i}: {why}" for i, why in failed.items()),
+              sep="\n", file=sys.stderr)
     else: _print_results(runs[-1].folder)
     print(f"executed notebooks: {shown(home()/p.name)}/*/")
     return 1 if failed else 0
@@ -146,7 +159,8 @@ def _by_jobs(p, runs, args):
 def _print_results(out):
     import pandas as pd
     says = json.loads((out/"findings.json").read_text(encoding="utf-8"))
-    print(pd.read_csv(out/"table.csv", dtype=str, keep_default_na=False).to_string(index=False), "", *says, "", sep="\n")
+    print(pd.read_csv(out/"table.csv", dtype=str, keep_default_na=False).to_string(index=False), "", *says, "",
+          sep="\n")
     print(f"figure: {shown(out/'tradeoff.png')}")
 
 def _stop(*_):

@@ -28,7 +28,8 @@ def _last_line(e):
     failed = re.findall(r"^-+> \d+ (.*)$", re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(e.traceback)), re.M)
     return f"{e.ename}: {(e.evalue.strip().splitlines() or failed or [''])[-1]}"
 
-def _names(folder): return sorted(str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file() and f.name != "stamp.json")
+def _names(folder):
+    return sorted(str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file() and f.name != "stamp.json")
 
 def _clear(run):
     "Remove what an earlier run with another key wrote, and nothing else."
@@ -65,7 +66,8 @@ def execute(run:GridRun,    # the run
     made = digest(run.folder)
     if made == "absent": raise RunError(f"{run.notebook} ended well but left nothing in {shown(run.folder)}")
     files = sorted(set(_names(run.folder)) - set(found))
-    write_json(run.folder/"stamp.json", dict(key=k, made=made, seconds=round(time.time()-began, 1), found=found, files=files))
+    write_json(run.folder/"stamp.json",
+               dict(key=k, made=made, seconds=round(time.time()-began, 1), found=found, files=files))
 
 # %% ../nbs/06c_runner.ipynb #8a3180c9
 def calibrate() -> float: # seconds, the best of three
@@ -204,7 +206,8 @@ def alone(folder:Path, shared=False): # the folder; whether others may hold it a
         try: fcntl.flock(f, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError: raise RuntimeError(f"another `distilltv reproduce` is writing to {folder}; "
             "wait for it, stop it, or choose another folder with --home") from None
-        except OSError as e: print(f"{folder} cannot be locked ({e.strerror}): start only one `distilltv reproduce` there at a time")
+        except OSError as e:
+            print(f"{folder} cannot be locked ({e.strerror}): start only one `distilltv reproduce` there at a time")
         yield
 
 @contextmanager

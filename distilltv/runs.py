@@ -38,7 +38,8 @@ def root() -> Path:
 def _absolute(folder, variable):
     "A folder that an environment variable names; the working directory counts when it is first asked for."
     try: return Path(folder).expanduser().absolute()
-    except RuntimeError: raise ValueError(f"{variable}={folder}: there is no such user's home; write the folder in full") from None
+    except RuntimeError:
+        raise ValueError(f"{variable}={folder}: there is no such user's home; write the folder in full") from None
 
 def _named(variable, default):
     folder = os.environ.get(variable)
@@ -58,7 +59,9 @@ class Number:
     "A parameter that must be a finite real number in [min, max]."
     min:float = float("-inf")
     max:float = float("inf")
-    def ok(self, v): return isinstance(v, (int, float)) and not isinstance(v, bool) and self.min <= v <= self.max and abs(v) != float("inf")
+    def ok(self, v):
+        return isinstance(v, (int, float)) and not isinstance(v,
+                                                              bool) and self.min <= v <= self.max and abs(v) != float("inf")
     def __str__(self): return "a number" + _range(self)
 
 @dataclass(frozen=True)
@@ -118,7 +121,8 @@ def _full(error, path):
     full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error) or "os error 28" in str(error)
     full = full or "inline_container" in str(error) or shutil.disk_usage(path.parent).free < 2**20
     if not full: return error
-    return OSError(errno.ENOSPC, f"no space left to write {path}: free some and start again; what was there before is untouched")
+    return OSError(errno.ENOSPC,
+                   f"no space left to write {path}: free some and start again; what was there before is untouched")
 
 # %% ../nbs/00_runs.ipynb #1b9fd6a0
 _NOTES = ("distilltv.json", "result.json", "stamp.json", "checkpoint.pt")    # that this package wrote a folder
@@ -281,7 +285,10 @@ def commit() -> str:
     def git(*arguments):
         done = subprocess.run(["git", "-C", str(clone), *arguments], capture_output=True)
         return done.returncode, os.fsdecode(done.stdout).rstrip("\n")
-    try: (failed, top), (_, sha), (dirty, _) = git("rev-parse", "--show-toplevel"), git("rev-parse", "--short=12", "HEAD"), git("diff", "--quiet", "HEAD")
+    try:
+        (failed, top), (_, sha), (dirty, _) = git("rev-parse",
+                                                  "--show-toplevel"), git("rev-parse", "--short=12",
+                                                                          "HEAD"), git("diff", "--quiet", "HEAD")
     except FileNotFoundError: return "unknown"
     if failed or not sha or Path(top).resolve() != clone: return "unknown"
     return sha + ("+" if dirty else "")
@@ -310,7 +317,8 @@ class Run:
         return self
     def __exit__(self, kind, *_):
         if kind is None and os.environ.get("RANK", "0") == "0": write_json(self.folder/"result.json", dict(
-            **self.record, versions=versions(), commit=commit(), machine=f"{platform.machine()}, {os.cpu_count()} cores",
+            **self.record, versions=versions(), commit=commit(),
+            machine=f"{platform.machine()}, {os.cpu_count()} cores",
             seconds=round(time.perf_counter()-self.began, 2), peak_memory_mb=round(peak_memory(), 1)))
 
 # %% ../nbs/00_runs.ipynb #c2648174

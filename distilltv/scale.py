@@ -27,7 +27,8 @@ class Stream:
                  rank:int=0,         # which process this is
                  world:int=1,        # how many there are
                  block:int=256):     # examples that are shuffled together
-        self.name, self.seed, self.block, self.bad = name, seed, block, {}    # bad: path -> place of an unusable example
+        # bad: path -> place of an unusable example
+        self.name, self.seed, self.block, self.bad = name, seed, block, {}
         self.data, self.column = _open_stream(name)
         if world > 1: self.data = split_dataset_by_node(self.data, rank, world)
         self.seek(dict(epoch=0, block=0, used=0, data=self.data.state_dict()))
@@ -58,7 +59,8 @@ class Stream:
         return self.order.pop(0)
     def _again(self):
         "Begin the next epoch."
-        if not self.number: raise ValueError(f"{self.name} has no examples for this process: check the split, or use fewer processes")
+        if not self.number:
+            raise ValueError(f"{self.name} has no examples for this process: check the split, or use fewer processes")
         self.data.set_epoch(self.epoch+1)
         self.epoch, self.number, self.used, self.rows = self.epoch+1, 0, 0, iter(self.data)
         self.began = self.data.state_dict()
@@ -99,7 +101,8 @@ def _open_stream(name):
     except Exception as e:
         raise ValueError(f"{name} cannot be opened as stream:NAME:CONFIG:SPLIT of a `datasets` audio set ({str(e).splitlines()[0]}): check the three names and the network") from None
     columns = [k for k, v in (data.features or {}).items() if isinstance(v, Audio)]
-    if not columns: raise ValueError(f"{name} has no audio column, only {', '.join(data.features or ())}: name a data set of audio")
+    if not columns:
+        raise ValueError(f"{name} has no audio column, only {', '.join(data.features or ())}: name a data set of audio")
     return data.cast_column(columns[0], Audio(decode=False)), columns[0]
 
 # %% ../nbs/00a_scale.ipynb #5606d7bf
@@ -123,27 +126,34 @@ class Crops:
         here = processes()
         rank, world = here.process_index if rank is None else rank, world or here.num_processes
         self.batch_size, self.samples, self.seed, self.world, self.epoch = batch_size, int(seconds*SAMPLE_RATE), seed, world, epoch
-        self.sources = [Stream(c, seed, rank, world) if str(c).startswith("stream:") else open_segments(str(c), split, root) for c in corpora]
+        self.sources = [Stream(c, seed, rank, world) if str(c).startswith("stream:")
+                        else open_segments(str(c), split, root) for c in corpora]
         self.streams = [s for s in self.sources if isinstance(s, Stream)]
         _check_choices(short, epoch, self.streams)
         self.bins = [_by_length(s, self.samples) if short == "alone" else {1: s} for s in self.sources]
-        self.joined, self.several = short == "join", len(corpora) if short == "alone" else 1  # lengths that a batch may have
-        self.parts = [np.random.default_rng([seed, j]).permutation(self.epoch*self._slots(j)) for j in range(len(corpora))]
+        # lengths that a batch may have
+        self.joined, self.several = short == "join", len(corpora) if short == "alone" else 1
+        self.parts = [np.random.default_rng([seed, j]).permutation(self.epoch*self._slots(j))
+                      for j in range(len(corpora))]
         self.quarantine = {path: why for s in self.sources if s not in self.streams for path, why in s.refused.items()}
         self._marks, self._used, self._next = {0: self._mark()}, {}, 0
         loose = not self.streams and not any(s.rows[0]["shard"] for s in self.sources)
-        self._map = ThreadPoolExecutor(min(8, os.cpu_count())).map if loose else map  # files are decoded side by side; a stream has an order
+        # files are decoded side by side; a stream has an order
+        self._map = ThreadPoolExecutor(min(8, os.cpu_count())).map if loose else map
     def __call__(self, step): return self.items(step, slice(None))
-    def items(self, step, part:slice): # [share, samples], each crop normalised; of several lengths: padded, and the lengths [share]
+    # [share, samples], each crop normalised; of several lengths: padded, and the lengths [share]
+    def items(self, step, part:slice):
         "Those items of the batch of that step."
-        if self.streams and step != self._next: raise ValueError(f"a stream has no way to step {step} but through step {self._next}: restore its state first")
+        if self.streams and step != self._next:
+            raise ValueError(f"a stream has no way to step {step} but through step {self._next}: restore its state first")
         same, n, used = self._same(step), len(self.sources), self._used.setdefault(step, [])
         bins = [self._bin(same, j) for j in range(n)]
         def cut(item):
             (i, c), (m, source), names = item, bins[item[0] % n], []
             how = self.quarantine, names, *self._part(same, i)
             return draw_crop(source, self.samples//m, self.seed, same, i, c, *how), names
-        crops, names = zip(*self._map(cut, [(i, c) for i in range(self.batch_size)[part] for c in range(bins[i % n][0])]))
+        crops, names = zip(*self._map(cut,
+                                      [(i, c) for i in range(self.batch_size)[part] for c in range(bins[i % n][0])]))
         used += sum(names, [])
         self._next, self._marks[step+1] = step+1, self._mark()
         for kept in (self._marks, self._used):
@@ -158,7 +168,9 @@ class Crops:
         bins = list(self.bins[j].items())
         if len(bins) == 1: return bins[0]
         ends = np.cumsum([pool.ends[-1] for _, pool in bins])
-        return bins[np.searchsorted(ends, np.random.default_rng([self.seed, step, self.batch_size+j]).integers(ends[-1]), side="right")]
+        return bins[np.searchsorted(ends,
+                                    np.random.default_rng([self.seed, step, self.batch_size+j]).integers(ends[-1]),
+                                    side="right")]
     def _slots(self, j): return len(range(j, self.batch_size, len(self.sources)))
     def _part(self, step, i):
         "In an epoch, which of as many equal parts of its source as the source has crops a crop begins in."
@@ -182,7 +194,8 @@ class Crops:
         if not self.streams:
             self.quarantine |= merge_quarantines(states)
             return
-        if len(states) != self.world: raise ValueError(f"the streams were shared by {len(states)} processes, not {self.world}: continue with {len(states)}")
+        if len(states) != self.world:
+            raise ValueError(f"the streams were shared by {len(states)} processes, not {self.world}: continue with {len(states)}")
         mine = states[rank]    # without those of others: an example's name depends on what this process has met
         if "places" not in mine:
             raise ValueError("the checkpoint does not say where its streams met bad examples, as an older version wrote it: "
@@ -213,5 +226,6 @@ def merge_quarantines(states:list # of all processes, from `Crops.state`
 
 def write_quarantine(bad:dict, folder) -> None:
     "Write `folder/quarantine.csv`: path and reason of every file that was left out."
-    with write_atomic(Path(folder)/"quarantine.csv") as file, open(file, "w", newline="", encoding="utf-8", errors="backslashreplace") as f:
+    with write_atomic(Path(folder)/"quarantine.csv") as file, open(file, "w", newline="", encoding="utf-8",
+                                                                   errors="backslashreplace") as f:
         csv.writer(f).writerows([("path", "reason"), *sorted(bad.items())])

@@ -23,7 +23,9 @@ def signs(scores) -> pd.Series: # from `gather`
     return metrics(scores).map(lambda m: -1 if m in LOWER else 1)
 
 # %% ../nbs/05a_statistics.ipynb #27868d4b
-def _sums(w, x): return np.tensordot(w, x.astype(float), (1, 2))    # weights [draws, n], one number per item [E, S, n, …] -> [draws, E, S, …]
+def _sums(w, x):
+    # weights [draws, n], one number per item [E, S, n, …] -> [draws, E, S, …]
+    return np.tensordot(w, x.astype(float), (1, 2))
 
 def weighted_score(h,  # a task's entry in `hits`
                    w   # weight of each item in each draw, [draws, n]
@@ -86,7 +88,8 @@ def of_seed(hits, seed:int) -> dict: # from `gather`; a distillation seed
     for t, h in hits.items():
         alone = np.array([(h["encoder"] == e).sum() == 1 for e in h["encoder"]])
         keep = alone | (h["distil_seed"] == seed)
-        out[t] = {k: v[keep] if k in ("encoder", "distil_seed", "correct", "edits", "values") else v for k, v in h.items()}
+        out[t] = {k: v[keep] if k in ("encoder", "distil_seed", "correct", "edits", "values") else v
+                  for k, v in h.items()}
     return out
 
 # %% ../nbs/05a_statistics.ipynb #22f149b0
@@ -128,8 +131,10 @@ def compare(hits,   # from `gather`
             if e not in has or ref not in has: continue
             d = sign[t]*(draws[t, e] - draws[t, ref])
             about = dict(encoder=e, lam=info.lam[e], task=t, domain=domain[t], reference=ref, n=len(h["group"]))
-            rows.append(about | dict(difference=d[0], lo=d[1:].quantile(.025), hi=d[1:].quantile(.975), better=beats(d)) | _test(h, d, e, ref))
-    out = pd.DataFrame(rows, columns="encoder lam task domain reference n test b c difference lo hi effect p better".split())
+            rows.append(about | dict(difference=d[0], lo=d[1:].quantile(.025), hi=d[1:].quantile(.975), better=beats(d))
+                        | _test(h, d, e, ref))
+    out = pd.DataFrame(rows,
+                       columns="encoder lam task domain reference n test b c difference lo hi effect p better".split())
     return out.assign(p_adjusted=stats.false_discovery_control(out.p) if len(out) else [])
 
 # %% ../nbs/05a_statistics.ipynb #5e01ae06
@@ -149,4 +154,5 @@ def beats(d) -> float: # draws of a difference, row 0 the estimate
 
 def chances(draws, column, encoders) -> pd.DataFrame: # from `with_means`; a mean, or a task of which more is better
     "Probability that the encoder of a row beats the one of a column."
-    return pd.DataFrame({b: {a: beats(draws[column, a] - draws[column, b]) if a != b else np.nan for a in encoders} for b in encoders})
+    return pd.DataFrame({b: {a: beats(draws[column, a] - draws[column, b]) if a != b else np.nan for a in encoders}
+                         for b in encoders})

@@ -30,7 +30,8 @@ def test_a_right_profile_fits_on_one_screen(mine):
     check = check_profile(mine)
     assert not check.wrong and len(check.lines) < 24 and max(map(len, check.lines)) < 300
     says = str(check)
-    for part in ("a, b, c, ensemble: 9 steps of 2 crops of 1 s", "0.00 h train, 0.00 h valid", "2 layers of 48, 4 heads", "merges of a, b, c", "3 teachers, 4 students"):
+    for part in ("a, b, c, ensemble: 9 steps of 2 crops of 1 s", "0.00 h train, 0.00 h valid",
+                 "2 layers of 48, 4 heads", "merges of a, b, c", "3 teachers, 4 students"):
         assert part in says, part
     assert not (mine.parent/"runs").exists() and not profile(mine).folder.exists()      # nothing is written
 
@@ -40,13 +41,16 @@ def test_every_mistake_is_said_at_once(mine, tmp_path):
     (tmp_path/"test-clean").mkdir()
     sf.write(tmp_path/"test-clean/x.wav", np.random.default_rng(0).normal(0, .1, 36_000), 16_000)
     for change, says in ((dict(predict=(2, 5)), "layer 5, but the teacher of a has 4"),
-                         (dict(teachers=p.teachers | dict(b=str(tmp_path/"none"))), "the teacher of b cannot be opened: .*none"),
+                         (dict(teachers=p.teachers | dict(b=str(tmp_path/"none"))),
+                          "the teacher of b cannot be opened: .*none"),
                          (dict(student_layers=5), "no student can start from the teacher of a"),
                          (dict(student_heads=5, student_width=0), "width 48 cannot have 5 attention heads"),
                          (dict(audio=p.audio | dict(c="")), "c has no audio, but corpus = both"),
                          (dict(audio=p.audio | dict(c=str(tmp_path/"none"))), "the audio of c cannot be used: .*none"),
-                         (dict(audio=p.audio | dict(c=str(empty))), "the audio of c cannot be used: .*no readable audio"),
-                         (dict(audio=p.audio | dict(c=f"stream:{empty}")), "the audio of c cannot be used: .*cannot be opened as stream"),
+                         (dict(audio=p.audio | dict(c=str(empty))),
+                          "the audio of c cannot be used: .*no readable audio"),
+                         (dict(audio=p.audio | dict(c=f"stream:{empty}")),
+                          "the audio of c cannot be used: .*cannot be opened as stream"),
                          (dict(audio=p.audio | dict(c=str(mine.parent/"a/train"))), "no validation audio"),
                          (dict(cache="float16"), "epoch = 0")):
         found = check_profile(replace(p, **change)).wrong
@@ -59,7 +63,8 @@ def test_every_mistake_is_said_at_once(mine, tmp_path):
 def test_a_new_profile_is_read_and_never_overwrites(tmp_path):
     path = new_profile(tmp_path/"hub.toml")
     assert profile(path).name == "my-hub"
-    for wrong, says in ((path, "exists already"), (tmp_path/"x.yaml", "does not end in .toml"), (tmp_path/"no/x.toml", "is not a folder")):
+    for wrong, says in ((path, "exists already"), (tmp_path/"x.yaml", "does not end in .toml"),
+                        (tmp_path/"no/x.toml", "is not a folder")):
         with pytest.raises(ValueError, match=says): new_profile(wrong)
 
 def test_operations_are_those_of_a_pass_and_three_times_with_its_gradient():

@@ -10,7 +10,8 @@ from distilltv.corpora import crop_batch, load_corpus, segment_audio
 from distilltv.runs import data_dir
 from distilltv.scale import Crops, Stream, merge_quarantines, write_quarantine
 
-LICENCES = {"CC-BY-3.0", "CC-BY-SA-3.0", "CC-BY-SA-3.0-IT", "BSD-style-Shmyrev", "BSD-style-Gutierrez", "MIT", "GPL-2.0-only", "GPL-2.0-or-later", "CC-BY-SA-3.0-US"}
+LICENCES = {"CC-BY-3.0", "CC-BY-SA-3.0", "CC-BY-SA-3.0-IT", "BSD-style-Shmyrev", "BSD-style-Gutierrez", "MIT",
+            "GPL-2.0-only", "GPL-2.0-or-later", "CC-BY-SA-3.0-US"}
 
 @pytest.fixture(scope="session")
 def speech(): return load_corpus("speech").to_pandas()
@@ -33,7 +34,8 @@ def test_one_table_one_split_column(name):
     assert table.id.is_unique and set(table.split) == {"train", "valid", "test"}
     assert (table.end - table.start).sum()/SAMPLE_RATE/3600 >= 1.5
     assert set(table.license) <= LICENCES
-    assert not set(table.columns) & {"speaker", "genre", "composer", "mode"}, "labels that only give the recording chain away"
+    assert not set(table.columns) & {"speaker", "genre", "composer",
+                                     "mode"}, "labels that only give the recording chain away"
 
 @pytest.mark.parametrize("name", ["speech", "music"])
 def test_every_file_and_source_is_credited(name):
@@ -73,18 +75,23 @@ def test_no_identical_audio_anywhere(name):
 def test_drums_are_credited_whole_and_apart():
     "Each kit is one shard under its own licence, makers share no fold, nothing occurs twice, and no corpus that is trained on holds them."
     d, folder, credits = pd.read_csv(data_dir()/"drums/metadata.csv"), data_dir()/"drums", (data_dir()/"ATTRIBUTION.md").read_text(encoding="utf8")
-    assert {str(p.relative_to(folder)) for p in folder.rglob("*.ogg")} == set(d.file) and (d.groupby("file").kit.nunique() == 1).all() and (d.groupby("kit").license.nunique() == 1).all()
+    assert {str(p.relative_to(folder)) for p in folder.rglob("*.ogg")} == set(d.file)
+    assert (d.groupby("file").kit.nunique() == 1).all() and (d.groupby("kit").license.nunique() == 1).all()
     assert all(k in credits and m in credits for k, m in zip(d.kit, d.maker)) and "hydrogen-drumkits" in credits
-    assert (d.license.str.startswith("GPL") == (d.file.str.split("/").str[0] == "audio-gpl2")).all() and set(d.license) <= LICENCES
-    assert "GNU GENERAL PUBLIC LICENSE" in (folder/"audio-gpl2/LICENSE.txt").read_text() and "Emiliano Grilli" in (data_dir()/"LICENSES/hydrogen-drumkits.txt").read_text(encoding="utf8")
-    assert (d.groupby("maker").fold.nunique() == 1).all() and (d.end - d.start).between(.08*SAMPLE_RATE, .5*SAMPLE_RATE).all()
+    assert (d.license.str.startswith("GPL") == (d.file.str.split("/").str[0] == "audio-gpl2")).all()
+    assert set(d.license) <= LICENCES
+    assert "GNU GENERAL PUBLIC LICENSE" in (folder/"audio-gpl2/LICENSE.txt").read_text()
+    assert "Emiliano Grilli" in (data_dir()/"LICENSES/hydrogen-drumkits.txt").read_text(encoding="utf8")
+    assert (d.groupby("maker").fold.nunique() == 1).all()
+    assert (d.end - d.start).between(.08*SAMPLE_RATE, .5*SAMPLE_RATE).all()
     heard = set()
     for file, rows in d.groupby("file"):
         x = corpora.read_shard(folder/file)
         for r in rows.sort_values("start").itertuples():
             assert np.abs(x[r.start:r.end]).max() > .01 and (h := x[r.start:r.end].tobytes()) not in heard, r.id
             heard.add(h)
-    assert not (set(load_corpus("music").to_pandas().source) | set(load_corpus("speech").to_pandas().source)) & set(d.source)
+    assert not (set(load_corpus("music").to_pandas().source)
+                | set(load_corpus("speech").to_pandas().source)) & set(d.source)
 
 def test_checksums():
     lines = (data_dir()/"checksums.txt").read_text().split("\n")
@@ -126,8 +133,10 @@ def test_mandarin_classes_are_trained_before_they_are_tested(speech):
         assert set(rows.voice) == {"gcin-5"}
 
 def test_phones_lie_in_order_within_their_segments(speech):
-    phones = pd.read_csv(data_dir()/"speech/phones.csv").merge(speech[["id", "start", "end", "split"]], on="id", suffixes=("", "_row"))
-    assert (phones.start >= 0).all() and (phones.end > phones.start).all() and (phones.end <= phones.end_row - phones.start_row).all()
+    phones = pd.read_csv(data_dir()/"speech/phones.csv").merge(speech[["id", "start", "end", "split"]], on="id",
+                                                               suffixes=("", "_row"))
+    assert (phones.start >= 0).all() and (phones.end > phones.start).all()
+    assert (phones.end <= phones.end_row - phones.start_row).all()
     for _, p in phones.groupby("id"): assert (p.start.values[1:] == p.end.values[:-1]).all()
     assert set(phones.id) == set(speech[speech.source == "festvox-ru"].id)
     assert set(phones[phones.split == "test"].phone) <= set(phones[phones.split == "train"].phone)
@@ -136,7 +145,8 @@ def test_phones_lie_in_order_within_their_segments(speech):
 def test_notes_groups(music):
     notes = music[music.kind == "note"]
     assert not notes.duplicated(["program", "pitch"]).any()      # hence no pair in two splits or banks
-    assert set(notes[notes.bank == "timgm"].split) == {"test"} and set(notes[notes.bank == "msgeneral"].split) == {"train", "valid"}
+    assert set(notes[notes.bank == "timgm"].split) == {"test"}
+    assert set(notes[notes.bank == "msgeneral"].split) == {"train", "valid"}
     for label in ("pitch", "family", "program"):
         assert set(notes[notes.split == "test"][label]) <= set(notes[notes.split == "train"][label])
 
@@ -144,7 +154,8 @@ def test_pieces_and_tracks_stay_together(music):
     pieces, tracks = music[music.kind == "piece"], music[music.kind == "recording"]
     apart(pieces, "piece"); apart(tracks, "track")
     assert not pieces.duplicated("id").any() and tracks.track.nunique() >= 20
-    titles = pieces.id.str.replace(r"(Reel|Jig|Hornpipe|Clog|Strathspey|Fling)$", "", regex=True).str.replace(r"\d+$", "", regex=True)
+    titles = pieces.id.str.replace(r"(Reel|Jig|Hornpipe|Clog|Strathspey|Fling)$", "",
+                                   regex=True).str.replace(r"\d+$", "", regex=True)
     apart(pieces.assign(title=titles.str.lower()), "title")
 
 def test_keys(music):
@@ -155,12 +166,14 @@ def test_keys(music):
 
 # --- bad audio
 
-def tone(seconds=1., rate=SAMPLE_RATE): return np.sin(2*np.pi*440*np.arange(int(seconds*rate))/rate).astype(np.float32)/2
+def tone(seconds=1., rate=SAMPLE_RATE):
+    return np.sin(2*np.pi*440*np.arange(int(seconds*rate))/rate).astype(np.float32)/2
 
 BAD = {
     "zero": (lambda p: p.touch(), "0 bytes"),
     "text": (lambda p: p.write_text("not audio at all\n"*50), "cannot be read as audio"),
-    "nan": (lambda p: sf.write(p, np.where(np.arange(16000) == 99, np.nan, tone()), SAMPLE_RATE, subtype="FLOAT"), "not finite"),
+    "nan": (lambda p: sf.write(p, np.where(np.arange(16000) == 99, np.nan, tone()), SAMPLE_RATE, subtype="FLOAT"),
+            "not finite"),
     "silent": (lambda p: sf.write(p, np.zeros(16000), SAMPLE_RATE), "silent"),
     "empty": (lambda p: sf.write(p, np.zeros(0), SAMPLE_RATE), "no samples"),
 }
@@ -228,7 +241,8 @@ def piped(path, riff, data):
     return path
 
 @pytest.mark.parametrize("riff, data", [(0x7ffff024, 0x7ffff000), (2**32-1, 2**32-1)])
-def test_a_wav_from_a_pipe_is_whole(tmp_path, riff, data): assert len(load_audio(piped(tmp_path/"a.wav", riff, data))) == 32_000
+def test_a_wav_from_a_pipe_is_whole(tmp_path, riff, data):
+    assert len(load_audio(piped(tmp_path/"a.wav", riff, data))) == 32_000
 
 def endless(path, rate=SAMPLE_RATE):
     "A FLAC that does not say how long it is, as from a pipe."
@@ -242,13 +256,16 @@ def test_flac_of_unknown_length_is_decoded_to_its_end_or_left_out_by_name(tmp_pa
     endless(tmp_path/"a.flac", rate)
     sf.write(tmp_path/"b.wav", tone(2), SAMPLE_RATE)
     assert len(load_audio(tmp_path/"a.flac")) == 48_000
-    with pytest.raises(AudioError, match="a.flac lasts longer than the limit"): load_audio(tmp_path/"a.flac", max_hours=1/3600)
-    with pytest.warns(UserWarning, match="a.flac does not say how long it is"): assert load_corpus(tmp_path)["id"][:] == ["b"]
+    with pytest.raises(AudioError, match="a.flac lasts longer than the limit"):
+        load_audio(tmp_path/"a.flac", max_hours=1/3600)
+    with pytest.warns(UserWarning, match="a.flac does not say how long it is"):
+        assert load_corpus(tmp_path)["id"][:] == ["b"]
 
 def test_channels_that_cancel_each_other_are_named(tmp_path):
     x = np.random.default_rng(0).normal(0, .1, (SAMPLE_RATE, 2))
     sf.write(tmp_path/"inverted.wav", np.stack([x[:, 0], -x[:, 0]], 1), SAMPLE_RATE)
-    with pytest.raises(AudioError, match="inverted.wav has channels that cancel each other"): load_audio(tmp_path/"inverted.wav")
+    with pytest.raises(AudioError, match="inverted.wav has channels that cancel each other"):
+        load_audio(tmp_path/"inverted.wav")
     for name, y in dict(two=x, one_side=x*[1, 0], eight=np.tile(x, 4)*[1, 1, 1, 1, .5, .5, .2, 0]).items():
         sf.write(tmp_path/f"{name}.wav", y, SAMPLE_RATE)
         assert len(load_audio(tmp_path/f"{name}.wav")) == SAMPLE_RATE
@@ -276,7 +293,9 @@ def sources():
     return out
 
 @settings(max_examples=400, deadline=None)
-@given(st.sampled_from(sources()), st.lists(st.tuples(st.integers(0, 200), st.binary(min_size=1, max_size=8)), max_size=4), st.none() | st.integers(0, 3000))
+@given(st.sampled_from(sources()),
+       st.lists(st.tuples(st.integers(0, 200), st.binary(min_size=1, max_size=8)), max_size=4),
+       st.none() | st.integers(0, 3000))
 def test_any_bytes_are_audio_or_an_audio_error(data, changes, length):
     b = bytearray(data)
     for at, new in changes: b[at:at+len(new)] = new
@@ -286,9 +305,12 @@ def test_any_bytes_are_audio_or_an_audio_error(data, changes, length):
 
 # --- folders: which split, which table, which files
 
-SPLIT_OF = dict(train="train", training="train", test="test", testing="test", dev="valid", valid="valid", validation="valid", val="valid", eval="valid", Test="test",
-                devices="", testimonials="", Testament="", Devo="", trains="", latest="", contest="", evaluate="", testdrive="", **{
-                "test-clean": "test", "dev-other": "valid", "train-clean-100": "train", "test_set": "test", "dev-drums": "", "test drive": "", "dev.2": "valid"})
+SPLIT_OF = dict(train="train", training="train", test="test", testing="test", dev="valid", valid="valid",
+                validation="valid", val="valid", eval="valid", Test="test",
+                devices="", testimonials="", Testament="", Devo="", trains="", latest="", contest="", evaluate="",
+                testdrive="", **{
+                "test-clean": "test", "dev-other": "valid", "train-clean-100": "train", "test_set": "test",
+                "dev-drums": "", "test drive": "", "dev.2": "valid"})
 
 @pytest.mark.parametrize("name", SPLIT_OF)
 def test_a_folder_says_its_split_by_its_whole_name(name): assert corpora.split_of(name) == SPLIT_OF[name]
@@ -299,14 +321,18 @@ def audio_in(*folders):
         sf.write(f/"x.wav", np.random.default_rng(i).normal(0, .1, 32_000), SAMPLE_RATE)
 
 def test_naming_a_test_folder_as_the_corpus_trains_on_nothing(tmp_path):
-    audio_in(tmp_path/"LibriSpeech/test-clean/1089", tmp_path/"set/train/a", tmp_path/"set/test/a", tmp_path/"home/test/mine", tmp_path/"eval")
-    for folder, split in (("LibriSpeech/test-clean", "test"), ("LibriSpeech/test-clean/1089", "test"), ("set/test", "test"), ("set/test/a", "test"),
+    audio_in(tmp_path/"LibriSpeech/test-clean/1089", tmp_path/"set/train/a", tmp_path/"set/test/a",
+             tmp_path/"home/test/mine", tmp_path/"eval")
+    for folder, split in (("LibriSpeech/test-clean", "test"), ("LibriSpeech/test-clean/1089", "test"),
+                          ("set/test", "test"), ("set/test/a", "test"),
                           ("set/train/a", "train"), ("home/test/mine", "train"), ("eval", "valid")):
         assert load_corpus(tmp_path/folder)["split"][:] == [split], folder
         if split != "train":
             with pytest.raises(ValueError, match="has no train audio"): crop_batch(str(tmp_path/folder), 0, 1, 1.)
 
-@pytest.mark.parametrize("text", ["file_name,transcription\na.wav,hello\n", "a|Printing, in|Printing, in\n", "", "\0", '"', "id,file\na,a.wav\n"])
+@pytest.mark.parametrize("text",
+                         ["file_name,transcription\na.wav,hello\n", "a|Printing, in|Printing, in\n", "", "\0", '"',
+                          "id,file\na,a.wav\n"])
 def test_a_table_of_others_is_not_ours(tmp_path, text):
     sf.write(tmp_path/"a.wav", tone(1), SAMPLE_RATE)
     (tmp_path/"metadata.csv").write_text(text, encoding="utf-8")
@@ -314,9 +340,14 @@ def test_a_table_of_others_is_not_ours(tmp_path, text):
 
 HEAD = "id,file,start,end,split,license\n"
 
-@pytest.mark.parametrize("row, says", [("a,a.ogg,0,x,train,MIT", "row 3: start = '0' and end = 'x'"), ("a,a.ogg,9,9,train,MIT", "row 3: start"), ("a,a.ogg,-1,9,train,MIT", "row 3: start"),
-                                       ("a,a.ogg,0,9,dev,MIT", "row 3: split = 'dev'"), ("a,a.ogg,0,9", "row 3 has more or fewer cells"), ("a,,0,9,test,MIT", "row 3 names no file"),
-                                       ("ok,a.ogg,0,9,test,MIT", "the id 'ok' occurs twice"), ("a,a.ogg,0,9,train,MIT,x", "row 3 has more or fewer cells")])
+@pytest.mark.parametrize("row, says",
+                         [("a,a.ogg,0,x,train,MIT", "row 3: start = '0' and end = 'x'"),
+                          ("a,a.ogg,9,9,train,MIT", "row 3: start"), ("a,a.ogg,-1,9,train,MIT", "row 3: start"),
+                                       ("a,a.ogg,0,9,dev,MIT", "row 3: split = 'dev'"),
+                                       ("a,a.ogg,0,9", "row 3 has more or fewer cells"),
+                                       ("a,,0,9,test,MIT", "row 3 names no file"),
+                                       ("ok,a.ogg,0,9,test,MIT", "the id 'ok' occurs twice"),
+                                       ("a,a.ogg,0,9,train,MIT,x", "row 3 has more or fewer cells")])
 def test_a_wrong_row_is_named(tmp_path, row, says):
     (tmp_path/"metadata.csv").write_text(HEAD + "ok,a.ogg,0,9,train,MIT\n" + row + "\n", encoding="utf-8")
     with pytest.raises(ValueError, match=f"metadata.csv.*{says}"): load_corpus(tmp_path)
@@ -338,11 +369,13 @@ def test_what_is_passed_over_is_said_and_links_are_followed(tmp_path):
     (tmp_path/"c/song.m4a").touch()
     (tmp_path/"c/notes.txt").touch()
     os.close(os.open(os.fsencode(tmp_path/"c") + b"/caf\xe9.wav", os.O_CREAT | os.O_WRONLY))
-    with pytest.warns(UserWarning, match=r"2 of 4 files left out: .*(m4a file, which is not read|not UTF-8)"): found = load_corpus(tmp_path/"c")
+    with pytest.warns(UserWarning, match=r"2 of 4 files left out: .*(m4a file, which is not read|not UTF-8)"):
+        found = load_corpus(tmp_path/"c")
     assert found["id"][:] == ["link/more/x", "x"]
     bad = corpora._rows(str(tmp_path/"c"), None)[1]
     write_quarantine(bad, tmp_path)
-    assert set(bad) == {str(tmp_path/"c/song.m4a"), str(tmp_path/"c")+"/caf\\xe9.wav"} == set(pd.read_csv(tmp_path/"quarantine.csv").path)
+    assert set(bad) == {str(tmp_path/"c/song.m4a"),
+                        str(tmp_path/"c")+"/caf\\xe9.wav"} == set(pd.read_csv(tmp_path/"quarantine.csv").path)
 
 def test_training_batches_are_those_of_every_version():
     "SHA-256 of the first four batches of the mini profile."
@@ -352,7 +385,8 @@ def test_training_batches_are_those_of_every_version():
 def test_any_number_of_sources_alternate(tmp_path):
     audio_in(tmp_path/"birds")
     three = crop_batch(["speech", "mini:music", str(tmp_path/"birds")], 2, 6, .5)
-    for i, name in enumerate(("speech", "music", str(tmp_path/"birds"))): assert torch.equal(three[i::3], crop_batch(name, 2, 6, .5)[i::3])
+    for i, name in enumerate(("speech", "music", str(tmp_path/"birds"))):
+        assert torch.equal(three[i::3], crop_batch(name, 2, 6, .5)[i::3])
 
 # --- folders of audio
 
@@ -406,7 +440,9 @@ def test_normalise_is_hubert_convention():
 
 def folder_of(tmp_path, n=6, seconds=2.):
     (tmp_path/"train").mkdir()
-    for i in range(n): sf.write(tmp_path/f"train/{i}.flac", np.random.default_rng(i).normal(0, .1, int(seconds*SAMPLE_RATE)), SAMPLE_RATE)
+    for i in range(n):
+        sf.write(tmp_path/f"train/{i}.flac", np.random.default_rng(i).normal(0, .1, int(seconds*SAMPLE_RATE)),
+                 SAMPLE_RATE)
     return tmp_path/"train"
 
 def cut(path, share=.5): path.write_bytes(path.read_bytes()[:int(path.stat().st_size*share)])
@@ -421,7 +457,8 @@ def test_broken_files_are_quarantined_and_change_no_other_crop(tmp_path):
     corpora.open_segments.cache_clear()
     crops = Crops([folder], 4, 1., seed=1)
     after = [crops(k) for k in range(4)]
-    assert met and list(crops.quarantine) == [str(folder/"2.flac")] and "breaks off" in crops.quarantine[str(folder/"2.flac")]
+    assert met and list(crops.quarantine) == [str(folder/"2.flac")]
+    assert "breaks off" in crops.quarantine[str(folder/"2.flac")]
     for k in range(4):
         if k not in met: assert torch.equal(before[k], after[k])
         assert after[k].shape == (4, 16_000) and after[k].isfinite().all()
@@ -442,8 +479,10 @@ def test_a_corpus_of_broken_files_ends_in_a_sentence(tmp_path):
     folder = folder_of(tmp_path, 2)
     for f in folder.glob("*"): cut(f)
     corpora.open_segments.cache_clear()
-    with pytest.raises(AudioError, match=r"\d\.flac.*draws of a crop in a row met unusable files"): Crops([folder], 2, 1.)(0)
-    with pytest.raises(ValueError, match="has no valid audio: a file's split comes from the folders above"): Crops([folder], 2, 1., split="valid")
+    with pytest.raises(AudioError, match=r"\d\.flac.*draws of a crop in a row met unusable files"):
+        Crops([folder], 2, 1.)(0)
+    with pytest.raises(ValueError, match="has no valid audio: a file's split comes from the folders above"):
+        Crops([folder], 2, 1., split="valid")
 
 @pytest.mark.parametrize("rate, channels", [(44_100, 2), (8_000, 1), (48_000, 2)])
 def test_crops_of_other_rates_are_16k_mono_and_of_one_length(tmp_path, rate, channels):
@@ -488,7 +527,8 @@ def test_examples_of_one_name_are_counted_each_and_an_empty_cell_is_one_more(tmp
     rows = pa.array([good]*4 + [bad]*3 + [None], pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
     Dataset(pa.table(dict(audio=rows))).cast_column("audio", Audio()).to_parquet(tmp_path/"train-0.parquet")
     stream, quarantine = Stream(f"stream:{tmp_path}", block=8), {}
-    for _ in range(12): stream.crop(8000, np.random.default_rng(0), quarantine)      # three epochs: each example is counted once
+    # three epochs: each example is counted once
+    for _ in range(12): stream.crop(8000, np.random.default_rng(0), quarantine)
     assert len(quarantine) == 4 and sum("cannot be read as audio" in v for v in quarantine.values()) == 3
     assert [k for k, v in quarantine.items() if "empty cell" in v] == [f"example 7 of block 0 of stream:{tmp_path}"]
 
@@ -502,7 +542,8 @@ def parquet(tmp_path_factory):
         return f.getvalue() if i != 7 else b"<html>404</html>"
     for s in range(3):
         audio = [dict(path=f"{i}.wav", bytes=wav(i)) for i in range(5*s, 5*s+5)]
-        Dataset.from_dict(dict(audio=audio)).cast_column("audio", Audio(decode=False)).to_parquet(folder/f"train-{s}.parquet")
+        Dataset.from_dict(dict(audio=audio)).cast_column("audio",
+                                                         Audio(decode=False)).to_parquet(folder/f"train-{s}.parquet")
     return f"stream:{folder}"
 
 def names(stream, n, quarantine=None):
@@ -514,7 +555,8 @@ def test_a_stream_gives_each_example_once_an_epoch_in_another_order(parquet):
     stream, bad = Stream(parquet, block=4), {}
     epochs = names(stream, 28, bad)
     assert list(bad) == ["7.wav"]
-    assert set(epochs[:14]) == set(epochs[14:]) == {f"{i}.wav" for i in range(15) if i != 7} and epochs[:14] != epochs[14:]
+    assert set(epochs[:14]) == set(epochs[14:]) == {f"{i}.wav" for i in range(15) if i != 7}
+    assert epochs[:14] != epochs[14:]
     assert names(Stream(parquet, block=4), 28) == epochs != names(Stream(parquet, seed=1, block=4), 28)
 
 @pytest.mark.parametrize("taken", [0, 3, 4, 13, 17])
@@ -547,8 +589,10 @@ def test_broken_examples_have_the_same_names_after_a_restart(tmp_path, world, st
     buffer = io.BytesIO()
     sf.write(buffer, np.random.default_rng(0).normal(0, .1, 6000), 16_000, format="WAV")
     for s in range(2):
-        audio = [dict(path=f"{s}{i}.wav", bytes=buffer.getvalue()) for i in range(3+6*s)] + [dict(path="a.wav", bytes=b"<html>404</html>")]
-        Dataset.from_dict(dict(audio=audio)).cast_column("audio", Audio(decode=False)).to_parquet(tmp_path/f"train-{s}.parquet")
+        audio = [dict(path=f"{s}{i}.wav", bytes=buffer.getvalue())
+                 for i in range(3+6*s)] + [dict(path="a.wav", bytes=b"<html>404</html>")]
+        Dataset.from_dict(dict(audio=audio)).cast_column("audio",
+                                                         Audio(decode=False)).to_parquet(tmp_path/f"train-{s}.parquet")
     def crops(): return [Crops([f"stream:{tmp_path}"], 2*world, .3, rank=r, world=world) for r in range(world)]
     def hear(all_crops, steps):
         for k in steps:
@@ -559,7 +603,8 @@ def test_broken_examples_have_the_same_names_after_a_restart(tmp_path, world, st
         saved = [c.state(stop) for c in whole]
         for r, c in enumerate(again): c.restore(stop, saved, r)
         for run in (whole, again): hear(run, range(stop, steps))
-        assert [c.quarantine for c in again] == [c.quarantine for c in whole] and sum(len(c.quarantine) for c in whole) == 2
+        assert [c.quarantine for c in again] == [c.quarantine for c in whole]
+        assert sum(len(c.quarantine) for c in whole) == 2
 
 def test_shares_of_a_folder_are_the_batch(tmp_path):
     crops = Crops([folder_of(tmp_path)], 6, 1.)
@@ -569,7 +614,9 @@ def test_shares_of_a_folder_are_the_batch(tmp_path):
 def lengths(tmp_path):
     "Recordings of .5, 1.2, 2.5, 3 and 9 s; each is a ramp in a band of its own, so a crop tells where it is from."
     (tmp_path/"train").mkdir()
-    for i, s in enumerate((.5, 1.2, 2.5, 3., 9.)): sf.write(tmp_path/f"train/{i}.wav", .1*i + .1 + np.linspace(0, .09, int(s*SAMPLE_RATE)), SAMPLE_RATE, subtype="FLOAT")
+    for i, s in enumerate((.5, 1.2, 2.5, 3., 9.)):
+        sf.write(tmp_path/f"train/{i}.wav", .1*i + .1 + np.linspace(0, .09, int(s*SAMPLE_RATE)), SAMPLE_RATE,
+                 subtype="FLOAT")
     corpora.open_segments.cache_clear()
     return tmp_path
 
@@ -587,13 +634,15 @@ def test_short_recordings_alone_are_heard_in_shorter_crops_and_more_of_them(leng
         assert x.shape == (3*m, 48_000//m), "not the same number of seconds in each batch"
         of = (x*10).floor().long() - 1
         for row, ids in zip(x, of):
-            if m < 3 or 0 not in ids: assert (ids == ids[0]).all() and (row.diff() > 0).all(), "a crop of more than one recording"
+            if m < 3 or 0 not in ids:
+                assert (ids == ids[0]).all() and (row.diff() > 0).all(), "a crop of more than one recording"
         seen.setdefault(m, set()).update(of.flatten().tolist())
     assert seen == {1: {3, 4}, 2: {2}, 3: {0, 1}}, "shorter than a second: continued, as ever"
     spread = [x for k in range(60) if (x := heard_alone(crops, k, monkeypatch)).shape[1] == 24_000]
     first = np.concatenate([x[:, 0] for x in spread])
     assert all(len(x.unique(dim=0)) == 6 for x in spread), "a crop twice in a batch"
-    assert first.min() < .302 and .330 < first.max() < .337, "crops begin anywhere that they fit"    # the last 1.5 of 2.5 s
+    # the last 1.5 of 2.5 s
+    assert first.min() < .302 and .330 < first.max() < .337, "crops begin anywhere that they fit"
 
 def test_batches_by_seconds_follow_seed_and_step_and_are_shared(lengths):
     crops = lambda **more: Crops([lengths, "speech"], 4, 3., seed=2, short="alone", **more)
@@ -606,15 +655,18 @@ def test_batches_by_seconds_follow_seed_and_step_and_are_shared(lengths):
             continue
         (wav, n), several = batch, several+1
         assert n.sum() == 4*48_000 and len(n.unique()) == 2
-        for row, length in zip(wav, n): assert row[length:].isnan().all() and row[:length].isfinite().all() and abs(row[:length].std() - 1) < .01
-        assert torch.equal(torch.cat([p[1] for p in parts]), n) and torch.equal(torch.cat([p[0] for p in parts]).nan_to_num(99), wav.nan_to_num(99))
+        for row, length in zip(wav, n):
+            assert row[length:].isnan().all() and row[:length].isfinite().all() and abs(row[:length].std() - 1) < .01
+        assert torch.equal(torch.cat([p[1] for p in parts]), n)
+        assert torch.equal(torch.cat([p[0] for p in parts]).nan_to_num(99), wav.nan_to_num(99))
     assert several
 
 @pytest.mark.parametrize("short", ["join", "alone"])
 def test_an_epoch_comes_again_in_another_order(lengths, short):
     crops = Crops([lengths], 2, 1., seed=1, short=short, epoch=8)
     turns = [[crops(8*t + k).numpy().tobytes() for k in range(8)] for t in range(3)]
-    assert len(set(turns[0])) == 8 and sorted(turns[0]) == sorted(turns[1]) == sorted(turns[2]) and len({tuple(t) for t in turns}) == 3
+    assert len(set(turns[0])) == 8 and sorted(turns[0]) == sorted(turns[1]) == sorted(turns[2])
+    assert len({tuple(t) for t in turns}) == 3
     again = Crops([lengths], 2, 1., seed=1, short=short, epoch=8)
     assert again(19).numpy().tobytes() == turns[2][3], "a crop depends on the steps before it"
     if short == "join": assert Crops([lengths], 2, 1., seed=1)(0).shape == crops(0).shape
@@ -633,10 +685,13 @@ def test_an_epoch_begins_a_crop_in_every_part_of_each_corpus(tmp_path):
 
 def test_what_a_stream_cannot_do_is_a_sentence(parquet):
     for choice in (dict(short="alone"), dict(epoch=5)):
-        with pytest.raises(ValueError, match="in the order it comes: a stream takes short=join and epoch=0"): Crops([parquet], 2, 1., **choice)
-    with pytest.raises(ValueError, match="short = 'pad' is unknown; use join or alone"): Crops(["speech"], 2, 1., short="pad")
+        with pytest.raises(ValueError, match="in the order it comes: a stream takes short=join and epoch=0"):
+            Crops([parquet], 2, 1., **choice)
+    with pytest.raises(ValueError, match="short = 'pad' is unknown; use join or alone"):
+        Crops(["speech"], 2, 1., short="pad")
 
 def test_a_stream_that_cannot_be_opened_is_named(tmp_path):
-    with pytest.raises(ValueError, match="cannot be opened as stream:NAME:CONFIG:SPLIT"): Stream(f"stream:{tmp_path}/nothing")
+    with pytest.raises(ValueError, match="cannot be opened as stream:NAME:CONFIG:SPLIT"):
+        Stream(f"stream:{tmp_path}/nothing")
     Dataset.from_dict(dict(text=["a"])).to_parquet(tmp_path/"train.parquet")
     with pytest.raises(ValueError, match="no audio column, only text"): Stream(f"stream:{tmp_path}")

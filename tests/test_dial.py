@@ -8,7 +8,8 @@ CHROME = next((p for p in map(shutil.which, ("chromium", "chromium-browser", "go
 
 def page_html(page="dial", id="dial"):
     cells = json.loads((ROOT/f"nbs/{page}.ipynb").read_text(encoding="utf-8"))["cells"]
-    return next("".join(o["data"]["text/html"]) for c in cells for o in c.get("outputs", []) if f'id="{id}"' in "".join(o.get("data", {}).get("text/html", "")))
+    return next("".join(o["data"]["text/html"]) for c in cells for o in c.get("outputs", [])
+                if f'id="{id}"' in "".join(o.get("data", {}).get("text/html", "")))
 
 def data(): return json.loads(re.search(r'id="dial-data">(.*?)</script>', page_html(), re.S)[1].replace("<\\/", "</"))
 
@@ -24,7 +25,9 @@ def test_numbers_are_the_results():
     assert [e["lam"] for e in d["sweep"]] == [round(.1*i, 1) for i in range(11)] and d["ensemble"]
     for e in every(d):
         assert set(e["scores"]) == set(d["tasks"]) and {"speech mean", "music mean"} < set(d["tasks"])
-        for task, shown in e["scores"].items(): assert shown == pytest.approx(table.loc[(task, e["name"]), ["estimate", "lo", "hi"]].astype(float).tolist(), abs=1e-5)
+        for task, shown in e["scores"].items():
+            assert shown == pytest.approx(table.loc[(task, e["name"]), ["estimate", "lo", "hi"]].astype(float).tolist(),
+                                          abs=1e-5)
         assert (ROOT/"nbs"/e["page"]).resolve().with_suffix(".ipynb").exists(), f"{e['name']} leads to no run"
 
 def test_examples_are_of_these_students_and_can_be_heard():
@@ -32,7 +35,8 @@ def test_examples_are_of_these_students_and_can_be_heard():
     import soundfile
     made, scores = json.loads((data_dir()/"results/dial/dial.json").read_text(encoding="utf-8")), pd.read_csv(data_dir()/"results/scores.csv")
     d, hashes = data(), scores.drop_duplicates("encoder").set_index("encoder").weights_hash
-    assert made["hashes"] == {e["name"]: hashes[e["name"]] for e in every(d)}, "other students: papermill nbs/dial.ipynb out.ipynb -p make full"
+    assert made["hashes"] == {e["name"]: hashes[e["name"]]
+                              for e in every(d)}, "other students: papermill nbs/dial.ipynb out.ipynb -p make full"
     assert len({x["title"].split(":")[0] for x in d["examples"]}) >= 3
     for x in d["examples"]:
         assert set(x["answers"]) == {e["name"] for e in every(d)} and x["credit"] and "GPL" not in x["credit"]
@@ -45,15 +49,19 @@ class Browser:
     "Chromium over its debugging protocol."
     def __init__(self, folder, size):
         import websocket
-        self.process = subprocess.Popen([CHROME, "--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-port=0", f"--user-data-dir={folder}",
-                                         "--remote-allow-origins=*", f"--window-size={size}", "about:blank"], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self.process = subprocess.Popen([CHROME, "--headless", "--no-sandbox", "--disable-gpu",
+                                         "--remote-debugging-port=0", f"--user-data-dir={folder}",
+                                         "--remote-allow-origins=*", f"--window-size={size}", "about:blank"],
+                                         stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         file, until = Path(folder)/"DevToolsActivePort", time.time()+60
         while not file.exists() or not file.read_text().strip():
             assert time.time() < until, "the browser did not start"
             time.sleep(.1)
         port = file.read_text().split()[0]
-        target = next(t for t in json.load(urllib.request.urlopen(f"http://127.0.0.1:{port}/json")) if t["type"] == "page")
-        self.socket, self.id, self.events = websocket.create_connection(target["webSocketDebuggerUrl"], timeout=60), 0, []
+        target = next(t for t in json.load(urllib.request.urlopen(f"http://127.0.0.1:{port}/json"))
+                      if t["type"] == "page")
+        self.socket, self.id, self.events = websocket.create_connection(target["webSocketDebuggerUrl"],
+                                                                        timeout=60), 0, []
         for domain in ("Page", "Runtime", "Network", "Log"): self.call(f"{domain}.enable")
 
     def call(self, method, **params):
@@ -74,15 +82,19 @@ class Browser:
 
     def errors(self):
         "What went wrong in the page, as its console has it."
-        return [e for e in self.events if e["method"] == "Runtime.exceptionThrown" or (e["method"] == "Log.entryAdded" and e["params"]["entry"]["level"] == "error")]
+        return [e for e in self.events if e["method"] == "Runtime.exceptionThrown"
+                or (e["method"] == "Log.entryAdded" and e["params"]["entry"]["level"] == "error")]
 
     def js(self, code): return self.call("Runtime.evaluate", expression=code, returnByValue=True)["result"].get("value")
 
     def key(self, name, code, shift=False):
-        for kind in ("rawKeyDown", "keyUp"): self.call("Input.dispatchKeyEvent", type=kind, key=name, code=name, windowsVirtualKeyCode=code, modifiers=8*shift)
+        for kind in ("rawKeyDown", "keyUp"):
+            self.call("Input.dispatchKeyEvent", type=kind, key=name, code=name, windowsVirtualKeyCode=code,
+                      modifiers=8*shift)
 
     def click(self, x, y):
-        for kind in ("mousePressed", "mouseReleased"): self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
+        for kind in ("mousePressed", "mouseReleased"):
+            self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
 
     def close(self):
         self.process.terminate()
@@ -98,7 +110,8 @@ def test_turning_it(tmp_path, size):
         b.open((tmp_path/"dial.html").as_uri(), "document.querySelectorAll('.dial .task').length")
 
         def check(e):
-            assert b.js('document.getElementById("dial-now").textContent') == ("ensemble student" if e["lam"] is None else f"λ = {e['lam']:.1f}")
+            assert b.js('document.getElementById("dial-now").textContent') == ("ensemble student" if e["lam"] is None
+                                                                               else f"λ = {e['lam']:.1f}")
             shown = json.loads(b.js('JSON.stringify([...document.querySelectorAll(".dial .task")].map(r => [r.children[0].textContent, r.children[2].textContent]))'))
             for task, text in shown:
                 value, half = map(float, text.split(" ± "))
@@ -114,14 +127,16 @@ def test_turning_it(tmp_path, size):
         best = max(range(len(sweep)), key=lambda i: sum_of(sweep[i]))
         check(sweep[best])
         b.js('document.getElementById("dial-lam").focus()')
-        for name, code, at in (("Home", 36, 0), ("ArrowRight", 39, 1), ("ArrowRight", 39, 2), ("ArrowLeft", 37, 1), ("End", 35, last)):
+        for name, code, at in (("Home", 36, 0), ("ArrowRight", 39, 1), ("ArrowRight", 39, 2), ("ArrowLeft", 37, 1),
+                               ("End", 35, last)):
             b.key(name, code)
             check(sweep[at])
             assert f"{sweep[at]['lam']:.1f}" in b.js('document.getElementById("dial-lam").getAttribute("aria-valuetext")')
         box = json.loads(b.js('JSON.stringify(document.getElementById("dial-lam").getBoundingClientRect())'))
         b.click(box["x"] + 4, box["y"] + box["height"]/2)
         check(sweep[0])
-        for text, e in (("All speech", sweep[last]), ("All music", sweep[0]), ("Best mean", sweep[best]), ("Ensemble", d["ensemble"])):
+        for text, e in (("All speech", sweep[last]), ("All music", sweep[0]), ("Best mean", sweep[best]),
+                        ("Ensemble", d["ensemble"])):
             b.js(f'[...document.querySelectorAll("#dial-presets button")].find(x => x.textContent === "{text}").click()')
             check(e)
             pressed = json.loads(b.js('JSON.stringify([...document.querySelectorAll("#dial-presets [aria-pressed=true]")].map(x => x.textContent))'))

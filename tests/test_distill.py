@@ -50,9 +50,11 @@ def correlation_loss(p, h, w=.7, cross=5e-5, own=5e-6):
 @pytest.mark.parametrize("dtype, rtol", [(np.float64, 1e-10), (np.float32, 1e-5)])
 def test_correlation_loss_equals_numpy(dtype, rtol):
     p, h = np.random.default_rng(0).normal(1, 2, size=(2, 3, 6, 5, 7)).astype(dtype)
-    for weights in (dict(), dict(cross=50., own=9e4)):    # the second makes the off-diagonal terms as large as the first
+    # the second makes the off-diagonal terms as large as the first
+    for weights in (dict(), dict(cross=50., own=9e4)):
         got = cl_loss(torch.tensor(p), torch.tensor(h), cosine=.7, **weights)
-        np.testing.assert_allclose(got, correlation_loss(p.astype(np.float64), h.astype(np.float64), **weights), rtol=rtol)
+        np.testing.assert_allclose(got, correlation_loss(p.astype(np.float64), h.astype(np.float64), **weights),
+                                   rtol=rtol)
 
 def test_correlation_loss_pools_time_first_and_needs_two_crops():
     p, h = torch.randn(2, 1, 4, 6, 5)
@@ -84,7 +86,8 @@ def test_nothing_of_the_padding_is_heard(loss):
         d = distiller(loss=loss, **STILL)
         d(*padded((4000, 2500, 4000, 2500), fill)[1:])["loss"].backward()
         got.append(torch.cat([p.grad.flatten() for p in d.parameters()]))
-    assert got[0].isfinite().all() and got[0].abs().sum() > 0 and torch.equal(got[0], got[1]) and torch.equal(got[0], got[2])
+    assert got[0].isfinite().all() and got[0].abs().sum() > 0 and torch.equal(got[0], got[1])
+    assert torch.equal(got[0], got[2])
 
 def test_the_correlation_loss_pools_lengths_to_the_shortest():
     "Its items are pooled alone to the frames of the shortest, and then compared."
@@ -92,18 +95,23 @@ def test_the_correlation_loss_pools_lengths_to_the_shortest():
     items, wav, n = padded((4000, 2500, 4000, 3333))
     pairs = [d.predict(x[None])["speech"] for x in items]
     frames = min(p.shape[2] for p, _ in pairs)
-    p, h = (np.concatenate([F.adaptive_avg_pool1d(x[i].detach().flatten(0, 1).mT, frames).mT.unflatten(0, (3, 1)) for x in pairs], 1) for i in (0, 1))
+    p, h = (np.concatenate([F.adaptive_avg_pool1d(x[i].detach().flatten(0, 1).mT, frames).mT.unflatten(0, (3, 1))
+                            for x in pairs], 1) for i in (0, 1))
     assert frames == 7 and len({x[0].shape[2] for x in pairs}) == 3
-    torch.testing.assert_close(d(wav, n)["loss"].item(), correlation_loss(p.astype(np.float64), h.astype(np.float64), w=1.).mean(), rtol=1e-4, atol=0)
+    torch.testing.assert_close(d(wav, n)["loss"].item(),
+                               correlation_loss(p.astype(np.float64), h.astype(np.float64), w=1.).mean(), rtol=1e-4,
+                               atol=0)
 
 def test_ensemble_loss_is_the_sum_over_teachers():
     names = ("speech", "music", "sound")
     out = distiller(names).eval()(torch.randn(2, 4000))
-    torch.testing.assert_close(out["loss"], sum(torch.stack([out[f"{n}_{l}"] for l in (4, 8, 12)]).mean() for n in names))
+    torch.testing.assert_close(out["loss"],
+                               sum(torch.stack([out[f"{n}_{l}"] for l in (4, 8, 12)]).mean() for n in names))
 
 def test_teachers_that_cannot_be_used_are_named():
     small = HubertModel(HubertConfig(**TINY | dict(num_hidden_layers=2)))
-    with pytest.raises(ValueError, match="speech teacher has 2 layers, so layer 12.*`predict`"): Distiller(make_base(small), dict(speech=small))
+    with pytest.raises(ValueError, match="speech teacher has 2 layers, so layer 12.*`predict`"):
+        Distiller(make_base(small), dict(speech=small))
 
 def test_a_teacher_that_wants_waveforms_as_they_are_is_refused_by_name(tmp_path):
     "All crops are normalised, so what its preprocessor_config.json says cannot be done."
@@ -115,7 +123,8 @@ def test_a_teacher_that_wants_waveforms_as_they_are_is_refused_by_name(tmp_path)
         teacher = load_encoder(folder)
         if wants: Distiller(make_base(teacher), dict(sound=teacher))
         else:
-            with pytest.raises(ValueError, match="the sound teacher wants waveforms as they are"): Distiller(make_base(teacher), dict(sound=teacher))
+            with pytest.raises(ValueError, match="the sound teacher wants waveforms as they are"):
+                Distiller(make_base(teacher), dict(sound=teacher))
 
 def test_frames_are_matched_by_their_times():
     "A linear function of time, sampled at 75 frames a second, read off at 50; same clocks are cropped and untouched."
@@ -149,7 +158,9 @@ def test_targets_are_the_teacher_layers_counted_from_one():
     d = distiller()
     teacher, wav = d._teachers["speech"], torch.randn(1, 4000)
     seen = {}
-    for l in (4, 8, 12): teacher.encoder.layers[l-1].register_forward_hook(lambda m, i, o, l=l: seen.update({l: o[0] if isinstance(o, tuple) else o}))
+    for l in (4, 8, 12):
+        teacher.encoder.layers[l
+                               -1].register_forward_hook(lambda m, i, o, l=l: seen.update({l: o[0] if isinstance(o, tuple) else o}))
     assert torch.equal(d.targets(teacher, wav), torch.stack([seen[l] for l in (4, 8, 12)]))
 
 def test_a_teacher_makes_no_graph_and_drops_nothing_out_while_its_student_trains():
@@ -162,7 +173,8 @@ def test_a_teacher_makes_no_graph_and_drops_nothing_out_while_its_student_trains
 def test_a_teacher_is_done_before_its_student_begins():
     "Else its activations and the student's would be in memory together."
     d, order = distiller(("speech", "music")), []
-    for name, m in dict(student=d.student, **d._teachers).items(): m.encoder.register_forward_hook(lambda *_, name=name: order.append(name))
+    for name, m in dict(student=d.student, **d._teachers).items():
+        m.encoder.register_forward_hook(lambda *_, name=name: order.append(name))
     d(torch.randn(1, 4000))
     assert order == ["speech", "music", "student"]
 
@@ -180,7 +192,8 @@ def test_attention_of_either_kind_gives_one_loss_and_gradient():
 def test_gradients_are_clipped_to_the_profiles_norm_and_logged_as_they_were(tmp_path):
     norms = []
     hook = register_optimizer_step_pre_hook(
-        lambda o, *_: norms.append(torch.cat([q.grad.flatten() for g in o.param_groups for q in g["params"] if q.grad is not None]).norm().item()))
+        lambda o, *_: norms.append(torch.cat([q.grad.flatten() for g in o.param_groups for q in g["params"]
+                                              if q.grad is not None]).norm().item()))
     try: log = fit(distiller(), batch_at, tmp_path, replace(P, clip=.05), steps=3, log_every=1)
     finally: hook.remove()
     assert len(norms) == 3 and norms == pytest.approx([.05]*3, rel=1e-3) and (log.gradient > .1).all()
@@ -211,34 +224,44 @@ def test_schedule_warms_up_and_ends_near_zero():
 THREE = Profile("three", dict.fromkeys(("speech", "music", "sound"), "folder"), steps=100)
 ALL = THREE.domains
 
-@pytest.mark.parametrize("corpus, who, audio", [("speech", "music", ("speech",)), ("own", "music", ("music",)), ("own", "ensemble", ALL),
+@pytest.mark.parametrize("corpus, who, audio",
+                         [("speech", "music", ("speech",)), ("own", "music", ("music",)), ("own", "ensemble", ALL),
                                                 ("both", "speech", ALL), ("both", "ensemble", ALL)])
-def test_whose_audio_a_student_listens_to(corpus, who, audio): assert listens_to(replace(THREE, corpus=corpus), who) == audio
+def test_whose_audio_a_student_listens_to(corpus, who, audio):
+    assert listens_to(replace(THREE, corpus=corpus), who) == audio
 
 @pytest.mark.parametrize("who, asked, name", [
-    ("sound", {}, "both/sound"), ("sound", dict(seed=0, steps=100), "both/sound"), ("ensemble", dict(corpus="own"), "own/ensemble"),
+    ("sound", {}, "both/sound"), ("sound", dict(seed=0, steps=100), "both/sound"),
+    ("ensemble", dict(corpus="own"), "own/ensemble"),
     ("sound", dict(seed=2), "both/sound-seed2"), ("ensemble", dict(steps=200), "both/ensemble-2x"),
     ("ensemble", dict(steps=200, seed=1), "both/ensemble-2x-seed1"), ("sound", dict(steps=30), "both/sound-30steps")])
 def test_a_student_has_a_folder_for_what_decides_it(tmp_path, monkeypatch, who, asked, name):
     monkeypatch.setenv("DISTILLTV_HOME", str(tmp_path))
     assert student_folder(THREE, who, **asked) == tmp_path/"three/students"/name
-    assert student_folder(replace(THREE, seed=7), who, **asked | dict(seed=0)) == student_folder(THREE, who, **asked | dict(seed=0))
+    assert student_folder(replace(THREE, seed=7), who,
+                          **asked | dict(seed=0)) == student_folder(THREE, who, **asked | dict(seed=0))
     assert student_folder(replace(THREE, seed=7), who, **asked | dict(seed=None)).name.endswith("-seed7")
     assert student_folder(replace(THREE, loss="cl"), "sound", seed=3).name == "sound-cl-seed3"
 
 def test_the_grid_and_a_run_agree_on_a_students_folder():
     runs = [r for r in grid("mini", seeds=2) if r.stage == "distil"]
     asked = [{k: r.parameters[k] for k in ("corpus", "seed", "steps") if k in r.parameters} for r in runs]
-    assert [r.folder for r in runs] == [student_folder(profile("mini"), r.parameters["teacher"], **a) for r, a in zip(runs, asked)]
+    assert [r.folder for r in runs] == [student_folder(profile("mini"), r.parameters["teacher"], **a)
+                                        for r, a in zip(runs, asked)]
     assert len({r.folder for r in runs}) == 8 and any("steps" in a for a in asked)
 
 def test_what_a_profile_lacks_is_a_sentence():
-    with pytest.raises(ValueError, match="teacher = 'spech' is unknown to profile three: use speech, music, sound or ensemble"): student_folder(THREE, "spech")
-    with pytest.raises(ValueError, match="corpus = 'birds' is unknown: use both, own or one of speech, music, sound"): distil(THREE, "sound", corpus="birds")
-    with pytest.raises(ValueError, match="profile three has no audio of sound: write a folder.*under .audio."): distil(replace(THREE, audio={}), "sound", corpus="sound")
+    with pytest.raises(ValueError,
+                       match="teacher = 'spech' is unknown to profile three: use speech, music, sound or ensemble"):
+        student_folder(THREE, "spech")
+    with pytest.raises(ValueError, match="corpus = 'birds' is unknown: use both, own or one of speech, music, sound"):
+        distil(THREE, "sound", corpus="birds")
+    with pytest.raises(ValueError, match="profile three has no audio of sound: write a folder.*under .audio."):
+        distil(replace(THREE, audio={}), "sound", corpus="sound")
 
 def batch_at(step): return torch.randn(2, 4000, generator=torch.Generator().manual_seed(step))
-P = replace(profile("mini"), batch=2, seconds=.25, epoch=0, cache="")   # the shipped one repeats an epoch, with its targets kept
+# the shipped one repeats an epoch, with its targets kept
+P = replace(profile("mini"), batch=2, seconds=.25, epoch=0, cache="")
 
 class Named:
     "Batches with file names, such as `Crops`, not numbers at some steps."
@@ -249,7 +272,8 @@ class Named:
     def restore(self, *_): pass
 
 def test_a_nan_streak_stops_with_steps_files_and_the_last_good_checkpoint(tmp_path):
-    with pytest.raises(FloatingPointError, match=r"steps 3 to 5, 3 in a row.*step 5 \(clip-5\.flac\).*checkpoint\.pt is the last good one"):
+    with pytest.raises(FloatingPointError,
+                       match=r"steps 3 to 5, 3 in a row.*step 5 \(clip-5\.flac\).*checkpoint\.pt is the last good one"):
         fit(distiller(), Named({3, 4, 5}), tmp_path, P, steps=9, save_every=2, log_every=1, patience=3)
     saved = torch.load(tmp_path/"checkpoint.pt", weights_only=True)
     assert saved["step"] == 4 and saved["skipped"] == [3]
@@ -270,22 +294,26 @@ def test_accumulated_pieces_make_the_same_gradient():
         grads.append(torch.cat([q.grad.flatten() for q in d.parameters()]))
         assert not losses["loss"].requires_grad
     torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-7)
-    with pytest.raises(ValueError, match="batch of 2 .* 3 pieces: choose a multiple of 3"): fit(distiller(), batch_at, "unused", replace(P, accumulate=3), steps=1)
+    with pytest.raises(ValueError, match="batch of 2 .* 3 pieces: choose a multiple of 3"):
+        fit(distiller(), batch_at, "unused", replace(P, accumulate=3), steps=1)
 
 def test_pieces_of_a_batch_have_another_correlation_loss_and_are_refused(tmp_path):
     with pytest.raises(ValueError, match="loss=cl compares the crops of a batch.*use accumulate=1"):
-        fit(distiller(loss="cl"), lambda k: torch.cat([batch_at(k), batch_at(k+1)]), tmp_path, replace(P, batch=4, accumulate=2), steps=1)
+        fit(distiller(loss="cl"), lambda k: torch.cat([batch_at(k), batch_at(k+1)]), tmp_path,
+            replace(P, batch=4, accumulate=2), steps=1)
     assert not list(tmp_path.iterdir())
 
 def test_best_and_last_checkpoints_can_both_be_continued(tmp_path):
     scores = iter([3., 1., 2.])
     d = distiller()
-    log = fit(d, batch_at, tmp_path, replace(P, validate_every=2), steps=6, save_every=3, validate=lambda: dict(valid_speech=next(scores)))
+    log = fit(d, batch_at, tmp_path, replace(P, validate_every=2), steps=6, save_every=3,
+              validate=lambda: dict(valid_speech=next(scores)))
     best, last = (torch.load(tmp_path/f"{n}.pt", weights_only=True) for n in ("best", "checkpoint"))
     assert (best["step"], last["step"]) == (4, 6) and log.validation.dropna().tolist() == [3, 1, 2]
     (tmp_path/"best.pt").replace(tmp_path/"checkpoint.pt")
     again = distiller()
-    fit(again, batch_at, tmp_path, replace(P, validate_every=2), steps=6, save_every=3, validate=lambda: dict(valid_speech=2.))
+    fit(again, batch_at, tmp_path, replace(P, validate_every=2), steps=6, save_every=3,
+        validate=lambda: dict(valid_speech=2.))
     assert weights_hash(again) == weights_hash(d)
 
 class Toy(torch.nn.Module):
@@ -344,7 +372,9 @@ def test_cached_targets_stay_within_their_bound_and_the_longest_unused_go_first(
         assert held <= 3.5*size
     assert [file(k).exists() for k in range(5)] == [True, False, False, True, True]
 
-@pytest.mark.parametrize("damage", [lambda b: b[:len(b)//2], lambda b: b"", lambda b: b"<html>", lambda b: b[:-900] + bytes([b[-900] ^ 1]) + b[-899:]],
+@pytest.mark.parametrize("damage",
+                         [lambda b: b[:len(b)//2], lambda b: b"", lambda b: b"<html>",
+                          lambda b: b[:-900] + bytes([b[-900] ^ 1]) + b[-899:]],
                          ids=["cut", "empty", "another", "one bit"])
 def test_damaged_targets_are_computed_again(tmp_path, damage):
     d = distiller()
@@ -369,15 +399,18 @@ def test_cached_targets_are_keyed_by_all_that_decides_them(tmp_path):
     eager = teacher()
     eager.set_attn_implementation("eager")
     keys = [cache.key(t, batch_at(0), layers) for t in (teacher(), relu, eager, teacher(24_000), teacher(seed=1))]
-    keys += [cache.key(teacher(), batch_at(1), layers), cache.key(teacher(), batch_at(0), (4, 8)), TargetCache("float16", 1, tmp_path).key(teacher(), batch_at(0), layers)]
+    keys += [cache.key(teacher(), batch_at(1), layers), cache.key(teacher(), batch_at(0), (4, 8)),
+             TargetCache("float16", 1, tmp_path).key(teacher(), batch_at(0), layers)]
     with torch.autocast("cpu", torch.bfloat16): keys.append(cache.key(teacher(), batch_at(0), layers))
     assert len(set(keys)) == 9 and cache.key(teacher(), batch_at(0), layers) == keys[0]
 
 def test_what_cannot_be_cached_is_a_sentence(tmp_path):
     with pytest.raises(ValueError, match="cache = 'half' is unknown; use float32 or float16"): TargetCache("half", 1)
-    with pytest.raises(ValueError, match="cache=float32 keeps what is heard again, and with epoch=0 nothing is"): distil(replace(P, cache="float32"), "speech", out=tmp_path)
+    with pytest.raises(ValueError, match="cache=float32 keeps what is heard again, and with epoch=0 nothing is"):
+        distil(replace(P, cache="float32"), "speech", out=tmp_path)
     with pytest.raises(ValueError, match="do not fit float16: use cache=float32"):
-        TargetCache("float16", 1e9, tmp_path)(distiller()._teachers["speech"], batch_at(0), (4,), lambda: torch.full((1, 2, 3, 4), 1e6))
+        TargetCache("float16", 1e9, tmp_path)(distiller()._teachers["speech"], batch_at(0), (4,),
+                                              lambda: torch.full((1, 2, 3, 4), 1e6))
     assert not list(tmp_path.glob("*.npy"))
     d = distiller()
     d.cache = TargetCache("float32", 1e9, tmp_path/"targets")
@@ -385,7 +418,9 @@ def test_what_cannot_be_cached_is_a_sentence(tmp_path):
 
 def test_runs_of_several_precisions_in_one_process(tmp_path):
     "In either order, and again with one module: half precision trains about the same, and single precision to the bit."
-    def run(precision, d): return fit(d, batch_at, tmp_path/str(len(list(tmp_path.iterdir()))), replace(P, precision=precision), steps=3, log_every=1)
+    def run(precision, d):
+        return fit(d, batch_at, tmp_path/str(len(list(tmp_path.iterdir()))), replace(P, precision=precision), steps=3,
+                   log_every=1)
     trained = {}
     for precision in ("bf16", "no", "bf16", "no"):
         d = distiller(**STILL)
@@ -403,23 +438,30 @@ def test_runs_of_several_precisions_in_one_process(tmp_path):
 
 def test_a_tracker_that_is_not_installed_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(training.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="pip install trackio"): fit(distiller(), batch_at, tmp_path, replace(P, log_with="trackio"), steps=1)
+    with pytest.raises(ValueError, match="pip install trackio"):
+        fit(distiller(), batch_at, tmp_path, replace(P, log_with="trackio"), steps=1)
 
 def test_tensorboard_holds_what_the_log_holds(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    log = fit(distiller(), batch_at, tmp_path/"run", replace(P, log_with="tensorboard"), steps=3, log_every=1, inputs=dict(corpus="both"))
+    log = fit(distiller(), batch_at, tmp_path/"run", replace(P, log_with="tensorboard"), steps=3, log_every=1,
+              inputs=dict(corpus="both"))
     board = EventAccumulator(str(tmp_path/"run-logs/distilltv")).Reload()
     assert set(board.Tags()["scalars"]) == set(log.columns) - {"step"}
-    for k in board.Tags()["scalars"]: np.testing.assert_allclose([(s.step, s.value) for s in board.Scalars(k)], list(zip(log.step, log[k])), rtol=1e-6)
+    for k in board.Tags()["scalars"]:
+        np.testing.assert_allclose([(s.step, s.value) for s in board.Scalars(k)], list(zip(log.step, log[k])),
+                                   rtol=1e-6)
 
 def test_trackio_holds_what_the_log_holds(tmp_path):
-    pytest.importorskip("trackio", reason="trackio brings many packages along and is not installed: pip install trackio")
+    pytest.importorskip("trackio",
+                        reason="trackio brings many packages along and is not installed: pip install trackio")
     code = ("import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; import test_distill as t\n"
             "t.fit(t.distiller(), t.batch_at, Path(sys.argv[2]), t.replace(t.P, log_with='trackio'), steps=3, log_every=1)")
     env = dict(os.environ, TRACKIO_DIR=str(tmp_path/"board"), HF_HUB_OFFLINE="1")
-    done = subprocess.run([sys.executable, "-c", code, os.path.dirname(__file__), str(tmp_path/"run")], env=env, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code, os.path.dirname(__file__), str(tmp_path/"run")], env=env,
+                          capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    with sqlite3.connect(tmp_path/"board/distilltv.db") as board: rows = board.execute("select step, metrics from metrics order by step").fetchall()
+    with sqlite3.connect(tmp_path/"board/distilltv.db") as board:
+        rows = board.execute("select step, metrics from metrics order by step").fetchall()
     log = pd.read_csv(tmp_path/"run/log.csv")
     assert [s for s, _ in rows] == log.step.tolist()
     np.testing.assert_allclose([json.loads(m)["loss"] for _, m in rows], log.loss, rtol=1e-6)
@@ -430,7 +472,8 @@ def test_a_full_disk_is_named_and_loses_nothing(tmp_path, monkeypatch):
         if state["step"] > 2: raise OSError(errno.ENOSPC, "No space left on device")
         real(state, f)
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(OSError, match=r"no space left.*checkpoint\.pt.*free some"): fit(distiller(), batch_at, tmp_path, P, steps=4, save_every=2)
+    with pytest.raises(OSError, match=r"no space left.*checkpoint\.pt.*free some"):
+        fit(distiller(), batch_at, tmp_path, P, steps=4, save_every=2)
     monkeypatch.undo()
     d, whole = distiller(), distiller()
     fit(d, batch_at, tmp_path, P, steps=4, save_every=2)
@@ -439,11 +482,13 @@ def test_a_full_disk_is_named_and_loses_nothing(tmp_path, monkeypatch):
 
 def test_a_damaged_checkpoint_is_named(tmp_path):
     (tmp_path/"checkpoint.pt").write_bytes(b"half a file")
-    with pytest.raises(ValueError, match=r"checkpoint\.pt is no checkpoint of ours, or is damaged"): fit(distiller(), batch_at, tmp_path, P, steps=2)
+    with pytest.raises(ValueError, match=r"checkpoint\.pt is no checkpoint of ours, or is damaged"):
+        fit(distiller(), batch_at, tmp_path, P, steps=2)
 
 def test_a_checkpoint_of_another_architecture_is_named(tmp_path):
     fit(distiller(), batch_at, tmp_path, P, steps=2)
-    with pytest.raises(ValueError, match=r"checkpoint\.pt holds another architecture"): fit(distiller(hidden_size=96), batch_at, tmp_path, P, steps=2)
+    with pytest.raises(ValueError, match=r"checkpoint\.pt holds another architecture"):
+        fit(distiller(hidden_size=96), batch_at, tmp_path, P, steps=2)
 
 def test_a_checkpoint_keeps_the_loss_scaler(tmp_path):
     "Of half precision; on a machine without GPU the scaler is one of the CPU."
@@ -451,12 +496,14 @@ def test_a_checkpoint_keeps_the_loss_scaler(tmp_path):
     def session(scale):
         d = distiller()
         scaler = torch.amp.GradScaler("cpu", init_scale=scale)
-        return SimpleNamespace(scaler=scaler, is_main_process=True, device=torch.device("cpu"), process_index=0), d, torch.optim.AdamW(d.parameters())
+        return SimpleNamespace(scaler=scaler, is_main_process=True, device=torch.device("cpu"),
+                               process_index=0), d, torch.optim.AdamW(d.parameters())
     (one, d, optimiser), (two, e, other) = session(2.**9), session(2.**16)
     one.scaler.scale(d(batch_at(0))["loss"]).backward()
     next(d.parameters()).grad.fill_(torch.inf)
     one.scaler.step(optimiser), one.scaler.update()
-    training._save(tmp_path, True, False, one, batch_at, d, optimiser, dict(settings=dict(steps=2), step=1, log=[], skipped=[0]))
+    training._save(tmp_path, True, False, one, batch_at, d, optimiser,
+                   dict(settings=dict(steps=2), step=1, log=[], skipped=[0]))
     assert training._resume(tmp_path/"checkpoint.pt", dict(steps=2), e, other, two, batch_at) == (1, [], [0])
     assert two.scaler.state_dict() == one.scaler.state_dict() and two.scaler.get_scale() == 2.**8
 
@@ -468,7 +515,8 @@ def test_a_checkpoint_of_another_corpus_is_refused(tmp_path):
         return Crops([tmp_path/folder], 2, .25).hash
     assert corpus("a", 2) == corpus("b", 2) != corpus("c", 3)
     fit(distiller(), batch_at, tmp_path, P, steps=2, inputs=dict(audio=corpus("d", 2)))
-    with pytest.raises(ValueError, match="belongs to a run with"): fit(distiller(), batch_at, tmp_path, P, steps=2, inputs=dict(audio=corpus("e", 1)))
+    with pytest.raises(ValueError, match="belongs to a run with"):
+        fit(distiller(), batch_at, tmp_path, P, steps=2, inputs=dict(audio=corpus("e", 1)))
 
 def test_time_left_counts_what_is_computed_once():
     "While targets are made, once they are read, with validations, and where an earlier run has left them."
@@ -486,7 +534,8 @@ def test_time_left_counts_what_is_computed_once():
     late = TimeLeft(30, check_every=20)
     for _ in range(3): late.step(1.)
     late.check(5.)
-    assert late.seconds(19) == pytest.approx(10*1. + 5.) and late.seconds(29) == 0    # a validation comes at the end too
+    # a validation comes at the end too
+    assert late.seconds(19) == pytest.approx(10*1. + 5.) and late.seconds(29) == 0
     for k, says in ((0, "0 s"), (59, "59 s"), (60, "1 min 00 s"), (3725, "1 h 02 min")):
         clock = TimeLeft(2)
         clock.step(k)
@@ -495,7 +544,8 @@ def test_time_left_counts_what_is_computed_once():
 def test_scale_profiles_want_audio_of_yours():
     "Named by the domain, not by the variable: any profile may lack it. For the shipped ones the variable is named too."
     p = replace(P, name="hub", audio=dict(speech="mini:speech"))
-    with pytest.raises(ValueError, match="profile hub has no audio of music: write a folder.*or into DISTILLTV_MUSIC"): crops_of(p, p.domains)
+    with pytest.raises(ValueError, match="profile hub has no audio of music: write a folder.*or into DISTILLTV_MUSIC"):
+        crops_of(p, p.domains)
 
 def test_a_checkpoint_of_other_settings_is_refused_by_name(tmp_path, monkeypatch):
     "Whatever decides the result: the profile, the objective, what goes in, and the libraries that compute."
@@ -503,30 +553,37 @@ def test_a_checkpoint_of_other_settings_is_refused_by_name(tmp_path, monkeypatch
         d = distiller()
         d.settings |= more.pop("settings", {})
         if says is None: return fit(d, batch_at, tmp_path, p, steps, **more)
-        with pytest.raises(ValueError, match=f"checkpoint.pt belongs to a run with {says}: go on with the old values"): fit(d, batch_at, tmp_path, p, steps, **more)
+        with pytest.raises(ValueError, match=f"checkpoint.pt belongs to a run with {says}: go on with the old values"):
+            fit(d, batch_at, tmp_path, p, steps, **more)
     go()
     go("steps = 2, not 4", steps=4)
     go("inputs.base = None, not 'other'", inputs=dict(base="other"))
     go(r"layers = \[4, 8, 12\], not \[1, 2\]", settings=dict(layers=[1, 2]))
-    for name, old, new in (("lr", .001, .005), ("warmup", .07, .9), ("clip", 5., .1), ("weight_decay", .01, 5.), ("seed", 0, 1), ("batch", 2, 4),
-                           ("seconds", .25, .5), ("precision", "no", "bf16"), ("short", "join", "alone"), ("epoch", 0, 9), ("validate_every", 0, 1)):
+    for name, old, new in (("lr", .001, .005), ("warmup", .07, .9), ("clip", 5., .1), ("weight_decay", .01, 5.),
+                           ("seed", 0, 1), ("batch", 2, 4),
+                           ("seconds", .25, .5), ("precision", "no", "bf16"), ("short", "join", "alone"),
+                           ("epoch", 0, 9), ("validate_every", 0, 1)):
         go(f"{name} = {old!r}, not {new!r}", replace(P, **{name: new}))
-    go("clip = 5.0, not 1.0; lr = 0.001, not 0.1; seed = 0, not 3; and 1 more", replace(P, lr=.1, clip=1., seed=3, warmup=.5))
+    go("clip = 5.0, not 1.0; lr = 0.001, not 0.1; seed = 0, not 3; and 1 more",
+       replace(P, lr=.1, clip=1., seed=3, warmup=.5))
     go(p=replace(P, log_with="tensorboard", slurm=dict(distil=dict(hours=1))))   # neither decides anything
-    monkeypatch.setattr(training, "record", lambda p: (r := record(p)) | dict(versions=r["versions"] | dict(torch="1.0")))
+    monkeypatch.setattr(training, "record",
+                        lambda p: (r := record(p)) | dict(versions=r["versions"] | dict(torch="1.0")))
     go(f"versions.torch = '{torch.__version__.partition('+')[0]}.*', not '1.0'")
 
 def test_the_command_takes_the_notebooks_parameters(monkeypatch, capsys):
     seen = []
     monkeypatch.setattr(distill, "distil", lambda *a: seen.append(a) or ("folder", None))
     distill.main("--profile mini --teacher ensemble --corpus own --steps 3 --seed 1 --out here --set loss=cl accumulate=2".split())
-    assert seen == [(replace(profile("mini"), loss="cl", accumulate=2), "ensemble", "own", 3, 1, "here")] and capsys.readouterr().out == "folder\n"
+    assert seen == [(replace(profile("mini"), loss="cl", accumulate=2), "ensemble", "own", 3, 1, "here")]
+    assert capsys.readouterr().out == "folder\n"
     distill.main([])
     assert seen[1] == (profile("mini"), "speech", "", 0, None, "")
     for wrong in (["--set", "los=cl"], ["--set", "lr"], ["--profile", "nowhere.toml"]):
         with pytest.raises(SystemExit): distill.main(wrong)
     said = capsys.readouterr().err
-    assert "los is no setting; use one of name, " in said and "lr = '' cannot be read as float" in said and "nowhere.toml is not a file" in said
+    assert "los is no setting; use one of name, " in said and "lr = '' cannot be read as float" in said
+    assert "nowhere.toml is not a file" in said
 
 # --- killed, and in two processes
 
@@ -575,14 +632,19 @@ def free_port():
 def train(tmp_path_factory):
     "Train in new processes, forked from one that has imported everything and done nothing: exit code, and the weights by process."
     env = dict(os.environ, OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true", HF_HUB_OFFLINE="1")
-    server = subprocess.Popen([sys.executable, "-c", SERVER.format(tests=os.path.dirname(__file__))], env=env, stdin=subprocess.PIPE,
-                              stdout=subprocess.PIPE, stderr=open(tmp_path_factory.mktemp("server")/"stderr", "w+"), text=True)
+    server = subprocess.Popen([sys.executable, "-c", SERVER.format(tests=os.path.dirname(__file__))], env=env,
+                              stdin=subprocess.PIPE,
+                              stdout=subprocess.PIPE, stderr=open(tmp_path_factory.mktemp("server")/"stderr", "w+"),
+                              text=True)
     def train(folder, *audio, world, kill_at=-1, **job):
         job = dict(loss="kd", still=False, seconds=.25, short="join", epoch=0) | job
-        server.stdin.write(json.dumps(job | dict(folder=str(folder), audio=[str(a) for a in audio], world=world, kill_at=int(kill_at)))+"\n")
+        server.stdin.write(json.dumps(job
+                                      | dict(folder=str(folder), audio=[str(a) for a in audio], world=world,
+                                             kill_at=int(kill_at)))+"\n")
         server.stdin.flush()
         code = int(server.stdout.readline())
-        return code, [torch.load(folder/f"weights-{r}.pt", weights_only=True) for r in range(world)] if code == 0 else None
+        return code, [torch.load(folder/f"weights-{r}.pt", weights_only=True)
+                      for r in range(world)] if code == 0 else None
     yield train
     server.stdin.close()
     server.wait(60)
@@ -599,12 +661,14 @@ def stream(tmp_path_factory):
         return f.getvalue() if i != 3 else f.getvalue()[:1000]
     for s in range(2):
         audio = [dict(path=f"{i}.wav", bytes=wav(i)) for i in range(8*s, 8*s+8)]
-        Dataset.from_dict(dict(audio=audio)).cast_column("audio", Audio(decode=False)).to_parquet(folder/f"train-{s}.parquet")
+        Dataset.from_dict(dict(audio=audio)).cast_column("audio",
+                                                         Audio(decode=False)).to_parquet(folder/f"train-{s}.parquet")
     return f"stream:{folder}"
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_killed_with_sigkill_it_ends_with_the_same_weights(tmp_path, train, stream, world):
-    assert train(tmp_path/"killed", stream, world=world, kill_at=np.random.default_rng().integers(2, 7))[0] == -signal.SIGKILL
+    assert train(tmp_path/"killed", stream, world=world,
+                 kill_at=np.random.default_rng().integers(2, 7))[0] == -signal.SIGKILL
     (_, killed), (_, whole) = (train(tmp_path/d, stream, world=world) for d in ("killed", "whole"))
     assert len({weights_hash(w) for w in killed + whole}) == 1
     listed = [(tmp_path/d/"quarantine.csv").read_text() for d in ("killed", "whole")]
@@ -630,7 +694,8 @@ def two_corpora(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
     for name, lengths in dict(short=(1.1, 2.3, 1.1, 2.3), long=(5., 5.)).items():
         (folder/name).mkdir()
-        for i, s in enumerate(lengths): sf.write(folder/f"{name}/{i}.wav", np.random.default_rng(i).normal(0, .1, int(16_000*s)), 16_000)
+        for i, s in enumerate(lengths):
+            sf.write(folder/f"{name}/{i}.wav", np.random.default_rng(i).normal(0, .1, int(16_000*s)), 16_000)
     return folder/"short", folder/"long"
 
 ALONE = dict(short="alone", seconds=2., epoch=3)
@@ -638,7 +703,8 @@ ALONE = dict(short="alone", seconds=2., epoch=3)
 def test_batches_of_several_lengths_in_two_processes_and_killed(tmp_path, train, two_corpora):
     "Two epochs with cached targets, in a space too small for all of them."
     jobs = dict(world=2, still=True, **ALONE)
-    assert train(tmp_path/"killed", *two_corpora, kill_at=np.random.default_rng().integers(2, 7), **jobs)[0] == -signal.SIGKILL
+    assert train(tmp_path/"killed", *two_corpora, kill_at=np.random.default_rng().integers(2, 7),
+                 **jobs)[0] == -signal.SIGKILL
     (_, killed), (_, whole) = (train(tmp_path/d, *two_corpora, **jobs) for d in ("killed", "whole"))
     assert len({weights_hash(w) for w in killed + whole}) == 1
     assert_close_runs(train(tmp_path/"one", *two_corpora, **jobs | dict(world=1))[1], whole)
@@ -648,9 +714,11 @@ def test_batches_of_several_lengths_in_two_processes_and_killed(tmp_path, train,
 def test_the_command_distils_checkpoints_of_real_size(tmp_path):
     "θ₀ of HuBERT Base, taught by MERT v0-public: random weights in the hub's own format, the hub profile, the command as a user types it (but for bfloat16, which few CPUs have)."
     torch.manual_seed(0)
-    mert = dict(model_type="mert_model", architectures=["MERTModel"], sample_rate=16_000, feature_extractor_cqt=False, attention_relax=-1.0,
+    mert = dict(model_type="mert_model", architectures=["MERTModel"], sample_rate=16_000, feature_extractor_cqt=False,
+                attention_relax=-1.0,
                 auto_map=dict(AutoConfig="configuration_MERT.MERTConfig", AutoModel="modeling_MERT.MERTModel"))
-    old = lambda k: k.replace("parametrizations.weight.original0", "weight_g").replace("parametrizations.weight.original1", "weight_v")
+    old = lambda k: k.replace("parametrizations.weight.original0",
+                              "weight_g").replace("parametrizations.weight.original1", "weight_v")
     model, file = HubertModel(HubertConfig()), tmp_path/"pytorch_model.bin"
     torch.save({old(k): v for k, v in model.state_dict().items()}, file)
     for name, more in dict(hubert={}, mert=mert).items():
@@ -660,19 +728,24 @@ def test_the_command_distils_checkpoints_of_real_size(tmp_path):
         (tmp_path/name/"preprocessor_config.json").write_text(json.dumps(dict(feature_extractor_type="Wav2Vec2FeatureExtractor", sampling_rate=16_000, do_normalize=True)))
     for split in ("train-clean-100", "dev-clean"):
         (tmp_path/"audio"/split).mkdir(parents=True)
-        for i in range(2): sf.write(tmp_path/f"audio/{split}/{i}.flac", np.random.default_rng(i).normal(0, .1, 30_000), 16_000)
+        for i in range(2):
+            sf.write(tmp_path/f"audio/{split}/{i}.flac", np.random.default_rng(i).normal(0, .1, 30_000), 16_000)
     (tmp_path/"audio/train-clean-100/9.wav").write_text("Dear Sir or Madam")
-    env = dict(os.environ, OMP_NUM_THREADS="2", ACCELERATE_USE_CPU="true", HF_HUB_OFFLINE="1", DISTILLTV_HOME=str(tmp_path/"runs"), DISTILLTV_SPEECH=str(tmp_path/"audio"))
+    env = dict(os.environ, OMP_NUM_THREADS="2", ACCELERATE_USE_CPU="true", HF_HUB_OFFLINE="1",
+               DISTILLTV_HOME=str(tmp_path/"runs"), DISTILLTV_SPEECH=str(tmp_path/"audio"))
     command = "-m distilltv.distill --profile hub --teacher music --corpus speech --steps 2 --set batch=2 seconds=.5 short=alone precision=no validate_every=0"
-    done = subprocess.run([sys.executable, *command.split(), f"teachers.speech={tmp_path}/hubert", f"teachers.music={tmp_path}/mert"], env=env, capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run([sys.executable, *command.split(), f"teachers.speech={tmp_path}/hubert",
+                           f"teachers.music={tmp_path}/mert"], env=env, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     folder = tmp_path/"runs/hub/students/speech/music-2steps"
     record, log, plain = json.loads((folder/"result.json").read_text()), pd.read_csv(folder/"log.csv"), HubertModel.from_pretrained(folder)
     assert done.stdout.strip() == str(folder) and sum(p.numel() for p in plain.parameters()) == 23_491_200
     assert weights_hash(plain) != record["inputs"]["base"] == weights_hash(load_encoder(tmp_path/"runs/hub/base"))
-    assert log.step.tolist() == [0, 1] and {"music_4", "music_8", "music_12", "gradient"} <= set(log) and log.notna().all(axis=None)
+    assert log.step.tolist() == [0, 1] and {"music_4", "music_8", "music_12", "gradient"} <= set(log)
+    assert log.notna().all(axis=None)
     found, asked = record["metrics"], record["parameters"]
-    assert found["quarantined_files"] == 1 and found["audio_seconds"] == 2 and found["valid_speech"] > 0 and (asked["short"], asked["corpus"]) == ("alone", "speech")
+    assert found["quarantined_files"] == 1 and found["audio_seconds"] == 2 and found["valid_speech"] > 0
+    assert (asked["short"], asked["corpus"]) == ("alone", "speech")
     assert list(pd.read_csv(folder/"quarantine.csv").path) == [str(tmp_path/"audio/train-clean-100/9.wav")]
 
 def test_a_saved_base_of_another_shape_is_refused(tmp_path, monkeypatch):
@@ -683,7 +756,8 @@ def test_a_saved_base_of_another_shape_is_refused(tmp_path, monkeypatch):
     torch.manual_seed(1)
     save_encoder(HubertModel(HubertConfig(**TINY)), tmp_path/"another")
     another = replace(p, teachers=p.teachers | dict(speech=str(tmp_path/"another")))
-    for changed, says in ((replace(p, student_layers=3), "layers = 2, not 3"), (replace(p, student_width=96), "width = 0, not 96"), (another, "teacher_hash = '")):
+    for changed, says in ((replace(p, student_layers=3), "layers = 2, not 3"),
+                          (replace(p, student_width=96), "width = 0, not 96"), (another, "teacher_hash = '")):
         with pytest.raises(ValueError, match=f"hub/base holds another θ₀, with {says}"): base_of(changed)
     monkeypatch.setenv("DISTILLTV_HOME", str(tmp_path/"wide"))
     wide = base_of(replace(p, student_width=96, student_heads=2)).config
@@ -700,7 +774,8 @@ def test_a_base_belongs_to_its_teachers_weights_and_not_to_their_place(tmp_path,
     assert weights_hash(base_of(moved)) == first and base_of(moved).distilltv["licence"] == "CC-BY-4.0"
     save_encoder(HubertModel(HubertConfig(**TINY | dict(hidden_size=96))), tmp_path/"b/teacher")
     with pytest.raises(ValueError, match="three/base holds another θ₀, with teacher_hash"): base_of(moved)
-    assert weights_hash(base_of(profile("mini"))) == weights_hash(load_encoder(data_dir()/"base")) and not (tmp_path/"mini").exists()
+    assert weights_hash(base_of(profile("mini"))) == weights_hash(load_encoder(data_dir()/"base"))
+    assert not (tmp_path/"mini").exists()
     other = replace(profile("mini"), init="music")
     assert weights_hash(base_of(other)) == weights_hash(load_encoder(tmp_path/"mini/base")) != weights_hash(load_encoder(data_dir()/"base"))
 
@@ -714,7 +789,8 @@ def tiny_three(tmp_path_factory):
         for j, split in enumerate(("train", "dev-clean")):
             (top/f"audio/{d}/{split}").mkdir(parents=True)
             for k in range(3): sf.write(top/f"audio/{d}/{split}/{k}.wav", noise(100*i+10*j+k), 16_000)
-    return Profile("three", {d: str(top/f"teachers/{d}") for d in ALL}, {d: str(top/f"audio/{d}") for d in ALL}, steps=4, batch=3, seconds=.25, lr=1e-3)
+    return Profile("three", {d: str(top/f"teachers/{d}") for d in ALL}, {d: str(top/f"audio/{d}") for d in ALL},
+                   steps=4, batch=3, seconds=.25, lr=1e-3)
 
 def test_students_of_three_domains(tmp_path, monkeypatch, tiny_three):
     "Each endpoint and the ensemble; the heads beside a student give the loss that was recorded, and its parts."
@@ -728,9 +804,12 @@ def test_students_of_three_domains(tmp_path, monkeypatch, tiny_three):
         again = Distiller(student, {d: load_encoder(p.teachers[d]) for d in domains}, p.predict)
         again.heads.load_state_dict(load_heads(folder).state_dict())
         want, found = json.loads((folder/"result.json").read_text())["metrics"], validate(again, validation_crops(p))
-        assert set(found) == {f"valid_{a}" + (f"/{d}_{l}" if l else "") for a in ALL for d in domains for l in (0, 4, 8, 12)}
+        assert set(found) == {f"valid_{a}" + (f"/{d}_{l}" if l else "") for a in ALL for d in domains
+                              for l in (0, 4, 8, 12)}
         for k, v in found.items(): assert v == pytest.approx(want[k], rel=1e-3)
-        for a in ALL: assert found[f"valid_{a}"] == pytest.approx(sum(found[f"valid_{a}/{d}_{l}"] for d in domains for l in (4, 8, 12))/3)
+        for a in ALL:
+            assert found[f"valid_{a}"] == pytest.approx(sum(found[f"valid_{a}/{d}_{l}"] for d in domains
+                                                            for l in (4, 8, 12))/3)
         assert set(found) | {"validation", "gradient"} <= set(log) and log["valid_sound"].notna().tolist()[-1]
         assert log.validation.dropna().iloc[-1] == pytest.approx(np.mean([log[f"valid_{a}"].iloc[-1] for a in ALL]))
     assert len(hashes) == 4
@@ -742,15 +821,18 @@ def test_a_teacher_that_is_refused_leaves_nothing_behind(tmp_path, monkeypatch, 
     p = replace(tiny_three, teachers=tiny_three.teachers | dict(sound=str(save_encoder(raw, tmp_path/"raw"))))
     for who in ("sound", "ensemble"):
         with pytest.raises(ValueError, match="the sound teacher wants waveforms as they are"): distil(p, who)
-    with pytest.raises(ValueError, match="speech has 12 layers|layers = 13"): distil(replace(p, predict=(4, 13)), "speech")
+    with pytest.raises(ValueError, match="speech has 12 layers|layers = 13"):
+        distil(replace(p, predict=(4, 13)), "speech")
     assert not list((tmp_path/"home").glob("three/**/*"))
 
 def test_a_seed_is_one_thing_and_is_recorded_as_used(tmp_path, monkeypatch, tiny_three):
     "From the profile, from a call or from `--set`: the same student, in a folder of its own; records say what was used."
     monkeypatch.setenv("DISTILLTV_HOME", str(tmp_path))
     monkeypatch.setattr(distill, "get_profile", lambda name: tiny_three)
-    def made(folder): return json.loads((folder/"distilltv.json").read_text()), json.loads((folder/"result.json").read_text())["parameters"]
-    ways = [distil(tiny_three, "sound", seed=3, out=tmp_path/"a")[0], distil(replace(tiny_three, seed=3), "sound", out=tmp_path/"b")[0]]
+    def made(folder):
+        return json.loads((folder/"distilltv.json").read_text()), json.loads((folder/"result.json").read_text())["parameters"]
+    ways = [distil(tiny_three, "sound", seed=3, out=tmp_path/"a")[0],
+            distil(replace(tiny_three, seed=3), "sound", out=tmp_path/"b")[0]]
     for out, more in dict(c=["--seed", "3"], d=["--set", "seed=3", "lr=1e-3"]).items():
         distill.main(["--teacher", "sound", "--out", str(tmp_path/out), *more])
         ways.append(tmp_path/out)
@@ -759,7 +841,8 @@ def test_a_seed_is_one_thing_and_is_recorded_as_used(tmp_path, monkeypatch, tiny
     assert plain.name == "sound" and made(plain)[0]["weights_hash"] != made(ways[0])[0]["weights_hash"]
     other, _ = distil(replace(tiny_three, lr=9e-3, warmup=.5, clip=1.), "sound", seed=3, out=tmp_path/"e")
     for f, seed, lr in ((plain, 0, 1e-3), *((w, 3, 1e-3) for w in ways), (other, 3, 9e-3)):
-        for record in made(f): assert (record["seed"], record["lr"], record["steps"], record["predict"]) == (seed, lr, 4, [4, 8, 12])
+        for record in made(f):
+            assert (record["seed"], record["lr"], record["steps"], record["predict"]) == (seed, lr, 4, [4, 8, 12])
     assert [made(other)[1][k] for k in ("warmup", "clip", "batch", "seconds")] == [.5, 1, 3, .25]
     assert distil(tiny_three, "sound", seed=3)[0].name == "sound-seed3"
 
@@ -771,8 +854,10 @@ def test_two_runs_side_by_side_share_a_cache_that_is_bounded(tmp_path, tiny_thre
     from dataclasses import asdict
     def start(home, out):
         env = dict(os.environ, OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", DISTILLTV_HOME=str(home))
-        return subprocess.Popen([sys.executable, "-c", code, os.path.dirname(__file__), json.dumps(asdict(p)), out], env=env, stderr=subprocess.DEVNULL)
-    runs = [start(tmp_path/"alone", tmp_path/"one"), start(tmp_path/"shared", tmp_path/"two"), start(tmp_path/"shared", tmp_path/"three")]
+        return subprocess.Popen([sys.executable, "-c", code, os.path.dirname(__file__), json.dumps(asdict(p)), out],
+                                env=env, stderr=subprocess.DEVNULL)
+    runs = [start(tmp_path/"alone", tmp_path/"one"), start(tmp_path/"shared", tmp_path/"two"),
+            start(tmp_path/"shared", tmp_path/"three")]
     assert [r.wait(1800) for r in runs] == [0, 0, 0]
     assert len({weights_hash(load_encoder(tmp_path/f)) for f in ("one", "two", "three")}) == 1
     assert sum(f.stat().st_size for f in (tmp_path/"shared/cache/targets").iterdir()) <= 5e4

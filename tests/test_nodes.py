@@ -18,7 +18,8 @@ def start_nodes(arguments, env, log):
     "Two torchrun agents of one process each, as `sbatch` starts one on each machine."
     port, nodes = free_port(), []
     for rank in range(2):
-        command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--node-rank={rank}", "--nproc-per-node=1",
+        command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--node-rank={rank}",
+                   "--nproc-per-node=1",
                    "--master-addr=127.0.0.1", f"--master-port={port}", "-m", "distilltv.distill", *arguments]
         with open(log.with_suffix(f".{rank}"), "w", encoding="utf-8") as f:
             nodes.append(subprocess.Popen(command, env=env, stdout=f, stderr=subprocess.STDOUT, start_new_session=True))
@@ -26,7 +27,8 @@ def start_nodes(arguments, env, log):
 
 def kill(node):
     "An agent and its process, as if their machine had lost power."
-    children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(node.pid)], capture_output=True, text=True).stdout.split()
+    children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(node.pid)], capture_output=True,
+                              text=True).stdout.split()
     for pid in (node.pid, *map(int, children)):
         try: os.kill(pid, signal.SIGKILL)
         except ProcessLookupError: pass
@@ -40,8 +42,10 @@ def test_two_nodes_train_what_one_process_trains_and_one_may_be_lost(tmp_path, m
     save_encoder(HubertModel(HubertConfig(**TINY)), tmp_path/"teacher")
     for split in ("train", "dev-clean"):
         (tmp_path/"audio"/split).mkdir(parents=True)
-        for i in range(4): sf.write(tmp_path/f"audio/{split}/{i}.wav", np.random.default_rng(i).normal(0, .1, 6000), 16_000)
-    arguments = ["--profile", "paper", "--teacher", "music", "--steps", "150", "--set", "batch=4", "seconds=.25", "precision=no", "lr=1e-3",
+        for i in range(4):
+            sf.write(tmp_path/f"audio/{split}/{i}.wav", np.random.default_rng(i).normal(0, .1, 6000), 16_000)
+    arguments = ["--profile", "paper", "--teacher", "music", "--steps", "150", "--set", "batch=4", "seconds=.25",
+                 "precision=no", "lr=1e-3",
                  *(f"teachers.{d}={tmp_path}/teacher" for d in ("speech", "music")), f"audio.speech={tmp_path}/audio"]
     distill.main([*arguments, "--out", str(tmp_path/"one")])
     env = dict(os.environ, OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true", HF_HUB_OFFLINE="1", GLOO_SOCKET_IFNAME="lo")
@@ -58,8 +62,10 @@ def test_two_nodes_train_what_one_process_trains_and_one_may_be_lost(tmp_path, m
         for n in nodes: kill(n)
     said = (tmp_path/"again.0").read_text(encoding="utf-8")
     assert codes == [0, 0], said[-2000:]
-    assert int(re.search(r"continuing at step (\d+) of 150", said)[1]) in (50, 100)   # at most the 50 steps since the last checkpoint
+    # at most the 50 steps since the last checkpoint
+    assert int(re.search(r"continuing at step (\d+) of 150", said)[1]) in (50, 100)
     start, one, two = (flat(f) for f in (tmp_path/"runs/paper/base", tmp_path/"one", out))
     moved, apart = (one-start).norm(), (one-two).norm()
-    assert apart < .01*moved, (float(apart), float(moved))    # students are saved in half precision, which is most of it
+    # students are saved in half precision, which is most of it
+    assert apart < .01*moved, (float(apart), float(moved))
     assert str(out) in said and str(out) not in (tmp_path/"again.1").read_text(encoding="utf-8").splitlines()

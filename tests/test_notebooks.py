@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-NOTEBOOKS = sorted(p for p in (ROOT/"nbs").rglob("*.ipynb") if not any(d.startswith((".", "_")) for d in p.relative_to(ROOT).parts))
+NOTEBOOKS = sorted(p for p in (ROOT/"nbs").rglob("*.ipynb")
+                   if not any(d.startswith((".", "_")) for d in p.relative_to(ROOT).parts))
 BIN = Path(sys.executable).parent
 ids = lambda p: p.relative_to(ROOT).as_posix() if isinstance(p, Path) else None
 
@@ -52,20 +53,25 @@ def test_notebook_is_executed_without_noise(path):
     assert outputs or not code_cells(path), "no outputs: run the notebook and save it"
     assert not [o for o in outputs if o["output_type"] == "error"], "an output is an error"
     text = json.dumps(outputs)
-    assert not re.search(r"Warning:|\[IPKernelApp\]|it/s\]|s/it\]|step/s\]|jupyter.widget-view", text), "warnings or progress bars in outputs"
+    assert not re.search(r"Warning:|\[IPKernelApp\]|it/s\]|s/it\]|step/s\]|jupyter.widget-view",
+                         text), "warnings or progress bars in outputs"
     assert "widgets" not in json.loads(path.read_text())["metadata"], "the state of progress bars is left in the metadata: delete `widgets` there"
-    assert not re.search(r"(?<![\w.])/(home|root|tmp|work|Users|opt|data)/\w", re.sub(r'"image/[a-z+]*": ("[^"]*"|\[[^\]]*\])', "", text)), "an absolute path in outputs"
+    assert not re.search(r"(?<![\w.])/(home|root|tmp|work|Users|opt|data)/\w",
+                         re.sub(r'"image/[a-z+]*": ("[^"]*"|\[[^\]]*\])', "", text)), "an absolute path in outputs"
 
-TAKE_PARAMETERS = [p for p in NOTEBOOKS if re.match(r"0[2-6]_", p.name) or any("parameters" in c["metadata"].get("tags", []) for c in code_cells(p))]
+TAKE_PARAMETERS = [p for p in NOTEBOOKS if re.match(r"0[2-6]_", p.name)
+                   or any("parameters" in c["metadata"].get("tags", []) for c in code_cells(p))]
 
 @pytest.mark.parametrize("path", TAKE_PARAMETERS, ids=ids)
 def test_parameters_are_tagged_and_checked(path):
     cells = code_cells(path)
     at = [i for i, c in enumerate(cells) if "parameters" in c["metadata"].get("tags", [])]
     assert len(at) == 1, "exactly one cell carries the tag `parameters` that papermill looks for"
-    assert any("check_parameters(globals()" in source(c) for c in cells[at[0]:at[0]+2]), "check_parameters follows at once"
+    assert any("check_parameters(globals()" in source(c)
+               for c in cells[at[0]:at[0]+2]), "check_parameters follows at once"
     import papermill
-    for name, p in papermill.inspect_notebook(str(path)).items(): assert p["help"], f"{name} has no help for --help-notebook"
+    for name, p in papermill.inspect_notebook(str(path)).items():
+        assert p["help"], f"{name} has no help for --help-notebook"
 
 def test_notebooks_run():
     "Every notebook runs from top to bottom (`nbdev_test`, as a contributor runs it)."
@@ -74,7 +80,8 @@ def test_notebooks_run():
 
 def test_the_distillation_chapter_runs_with_few_steps(tmp_path):
     "`nbdev_test` leaves its run of minutes out (`slow`), so here it is with six steps, figure and record included."
-    done = tool("papermill", "nbs/02_distill.ipynb", tmp_path/"out.ipynb", "-p", "steps", 6, "-p", "teacher", "music", "--no-progress-bar",
+    done = tool("papermill", "nbs/02_distill.ipynb", tmp_path/"out.ipynb", "-p", "steps", 6, "-p", "teacher", "music",
+                "--no-progress-bar",
                 DISTILLTV_HOME=str(tmp_path), OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stdout[-3000:]
     assert json.loads((tmp_path/"mini/students/both/music-6steps/distilltv.json").read_text())["steps"] == 6
@@ -91,7 +98,8 @@ def test_prose_numbers_are_computed(tmp_path):
 # --- papermill
 
 def merge(tmp_path, *args):
-    return tool("papermill", "nbs/03_merge.ipynb", tmp_path/"out.ipynb", *args, "--no-progress-bar", DISTILLTV_HOME=str(tmp_path), OMP_NUM_THREADS="1")
+    return tool("papermill", "nbs/03_merge.ipynb", tmp_path/"out.ipynb", *args, "--no-progress-bar",
+                DISTILLTV_HOME=str(tmp_path), OMP_NUM_THREADS="1")
 
 def test_the_lam_on_the_command_line_is_the_lam_used(tmp_path):
     done = merge(tmp_path, "-p", "lam", "0.4")
@@ -100,12 +108,16 @@ def test_the_lam_on_the_command_line_is_the_lam_used(tmp_path):
     assert json.loads((folder/"distilltv.json").read_text())["lam"] == .4
 
     # and the README's five lines open it
-    block = next(b for b in re.findall(r"```python\n(.*?)```", (ROOT/"README.md").read_text(), re.S) if "last_hidden_state" in b)
+    block = next(b for b in re.findall(r"```python\n(.*?)```", (ROOT/"README.md").read_text(), re.S)
+                 if "last_hidden_state" in b)
     code = block.replace("runs/mini/merged/both/linear-lam-0.40", str(folder)) + "\nprint(list(frames.shape))"
-    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                           env={**os.environ, "HF_HUB_OFFLINE": "1"})
     assert shown.stdout.strip() == "[1, 49, 192]", shown.stderr[-2000:]
 
-@pytest.mark.parametrize("args, says", [(("-p", "lamda", "0.4"), "unknown parameter 'lamda'"), (("-p", "lam", "abc"), "lam = 'abc' is not a number")])
+@pytest.mark.parametrize("args, says",
+                         [(("-p", "lamda", "0.4"), "unknown parameter 'lamda'"),
+                          (("-p", "lam", "abc"), "lam = 'abc' is not a number")])
 def test_a_wrong_parameter_is_refused(tmp_path, args, says):
     done = merge(tmp_path, *args)
     assert done.returncode != 0 and says in done.stdout and "Valid parameters are lam: a number" in done.stdout

@@ -30,7 +30,8 @@ def mine(tmp_path, monkeypatch):
         for i in range(n):
             tone = .3*np.sin(np.arange(8_000)*(.05 + .3*(i % 2))) + .05*rng.normal(size=8_000)
             sf.write(tmp_path/f"audio/{split}/{i}.wav", tone, 16_000)
-            rows.append(dict(file=f"{split}/{i}.wav", split=split, what="low high".split()[i % 2], who=f"{split}{i//2}"))
+            rows.append(dict(file=f"{split}/{i}.wav", split=split, what="low high".split()[i % 2],
+                             who=f"{split}{i//2}"))
     pd.DataFrame(rows).to_csv(tmp_path/"audio/what.csv", index=False)
     text = 'name = "mine"\n[teachers]\n'
     for i, d in enumerate(ALL):
@@ -47,7 +48,8 @@ def mine(tmp_path, monkeypatch):
 def papermill(notebook, executed, **parameters):
     said = [a for k, v in parameters.items() for a in ("-p", k, v)]
     env = dict(os.environ, PYTHONPATH=str(root()), DISTILLTV_THREADS="1")
-    done = subprocess.run([sys.executable, "-m", "papermill", root()/"nbs"/notebook, executed, *said], env=env, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "papermill", root()/"nbs"/notebook, executed, *said], env=env,
+                          capture_output=True, text=True)
     assert not done.returncode, done.stderr[-3000:]
 
 def test_three_domains_from_teachers_to_the_results(mine, tmp_path):
@@ -59,7 +61,8 @@ def test_three_domains_from_teachers_to_the_results(mine, tmp_path):
     assert len(merges) == 15
     for name, said in merge_weights(ALL):
         student = merge(found["base"], vectors, said["weights"])
-        student.save_pretrained(merges[name].folder, method="linear", weights=said["weights"], corpus="both", profile="mine")
+        student.save_pretrained(merges[name].folder, method="linear", weights=said["weights"], corpus="both",
+                                profile="mine")
     some = merges[merge_weights(ALL)[7][0]]
     before, weights = weights_hash(load_encoder(some.folder)), json.dumps(some.parameters["weights"])
     papermill("03_merge.ipynb", tmp_path/"03.ipynb", profile=str(mine), weights=weights, out=str(tmp_path/"again"))
@@ -81,6 +84,7 @@ def test_three_domains_from_teachers_to_the_results(mine, tmp_path):
     assert shares(gather(tradeoff.parent)[0]).equals(w)                  # what was saved says the same
 
 def test_the_probe_notebook_asks_the_profiles_question(mine, tmp_path):
-    papermill("04_probe.ipynb", tmp_path/"04.ipynb", profile=str(mine), encoder="teacher-birds", tasks="what-birds", seeds="1")
+    papermill("04_probe.ipynb", tmp_path/"04.ipynb", profile=str(mine), encoder="teacher-birds", tasks="what-birds",
+              seeds="1")
     scores = pd.read_csv(profile(mine).folder/"probes/teacher-birds/scores.csv")
     assert set(scores.task) == {"what-birds"} and set(scores.domain) == {"birds"} and set(scores.taught_by) == {"birds"}

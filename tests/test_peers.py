@@ -5,7 +5,8 @@ import numpy as np, pytest, torch
 
 ROOT = Path(__file__).resolve().parent.parent
 STUDENT = ROOT/"data/mini/students/speech"
-MADE_BY = dict(S3PRL="the lines in nbs/appendix/a5_distill_benchmark.ipynb", XARES='python -m venv xares && xares/bin/pip install xares==0.1.3 -e .')
+MADE_BY = dict(S3PRL="the lines in nbs/appendix/a5_distill_benchmark.ipynb",
+               XARES='python -m venv xares && xares/bin/pip install xares==0.1.3 -e .')
 
 def peer(name):
     "The Python that `DISTILLTV_PEER_<name>` names, or a skip that says how to make one."
@@ -15,7 +16,8 @@ def peer(name):
 def run(python, code, *args):
     "What that Python says last, as JSON; a failure shows the end of what it wrote."
     env = os.environ | dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
-    done = subprocess.run([python, "-W", "ignore", "-c", code, *map(str, args)], cwd=ROOT, env=env, capture_output=True, text=True)
+    done = subprocess.run([python, "-W", "ignore", "-c", code, *map(str, args)], cwd=ROOT, env=env, capture_output=True,
+                          text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.strip().splitlines()[-1])
 
@@ -44,10 +46,12 @@ def test_s3prl_opens_a_saved_student(tmp_path):
     from distilltv.adapters import S3prlUpstream
     encoder = open_encoder(str(STUDENT))
     torch.save(wavs(), tmp_path/"wavs.pt")
-    assert run(python, OPENED, STUDENT, tmp_path/"wavs.pt", tmp_path/"heard.npz") == [encoder.dim, encoder.hop, encoder.depth]
+    assert run(python, OPENED, STUDENT, tmp_path/"wavs.pt",
+               tmp_path/"heard.npz") == [encoder.dim, encoder.hop, encoder.depth]
     theirs, ours = np.load(tmp_path/"heard.npz"), S3prlUpstream(encoder)
     for i, w in enumerate(wavs()):
-        for l, h in enumerate(ours([w])["hidden_states"][:-1]):  # `transformers` 4 and 5 take the last one after and before the final norm
+        # `transformers` 4 and 5 take the last one after and before the final norm
+        for l, h in enumerate(ours([w])["hidden_states"][:-1]):
             np.testing.assert_allclose(theirs[f"{i}-{l}"], h[0].numpy(), atol=1e-4, err_msg=f"clip {i}, layer {l}")
 
 EXPERT = """
@@ -108,8 +112,10 @@ def test_s3prl_runner_trains_on_our_upstream(tmp_path):
 
 def test_a_step_equals_s3prls(tmp_path):
     "The benchmark of distillation asserts that hidden states and losses agree with s3prl's HuBERT and distiller from the same weights."
-    command = [Path(sys.executable).parent/"papermill", ROOT/"nbs/appendix/a5_distill_benchmark.ipynb", tmp_path/"out.ipynb", "-p", "peer", peer("S3PRL"), "-p", "rounds", "1"]
-    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, env=os.environ | dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1"))
+    command = [Path(sys.executable).parent/"papermill", ROOT/"nbs/appendix/a5_distill_benchmark.ipynb",
+               tmp_path/"out.ipynb", "-p", "peer", peer("S3PRL"), "-p", "rounds", "1"]
+    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True,
+                          env=os.environ | dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1"))
     assert done.returncode == 0, done.stderr[-3000:]
 
 # --- X-ARES

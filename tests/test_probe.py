@@ -8,7 +8,8 @@ from distilltv.runs import _trim, data_dir
 
 torch.set_num_threads(1)
 COST = ["seconds", "peak_mb"]     # what differs between two runs of the same
-SHAPE = dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, conv_dim=(8,)*7, num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=2, feat_proj_layer_norm=False, layerdrop=0.)
+SHAPE = dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, conv_dim=(8,)*7,
+             num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=2, feat_proj_layer_norm=False, layerdrop=0.)
 
 def hubert(seed=0):
     torch.manual_seed(seed)
@@ -27,8 +28,11 @@ def corpus(tmp_path):
         n = 6000 + 320*(i % 5) + 17
         hz = 300 if i % 2 else 900
         parts.append((.3*np.sin(2*np.pi*hz*np.arange(n)/16000) + .01*rng.standard_normal(n)).astype(np.float32))
-        rows.append(dict(id=f"n{i}", file="a.flac", start=at, end=at+n, split=("train", "train", "valid", "test")[i//2 % 4], kind="note", bank="b", source="s", license="CC0",
-                         velocity="1", program=str(i), family=("low", "high")[i % 2], pitch=str(i % 2), key="", piece=""))
+        rows.append(dict(id=f"n{i}", file="a.flac", start=at, end=at+n,
+                         split=("train", "train", "valid", "test")[i//2 % 4], kind="note", bank="b", source="s",
+                         license="CC0",
+                         velocity="1", program=str(i), family=("low", "high")[i % 2], pitch=str(i % 2), key="",
+                         piece=""))
         at += n
     (tmp_path/"music").mkdir()
     sf.write(tmp_path/"music/a.flac", np.concatenate(parts), 16000)
@@ -48,7 +52,8 @@ def framed(x, y, seed=0):
     for i, k in enumerate(n): frames[:, i, k-1], frames[:, i, k:] = x[:, i], torch.nan
     return frames
 
-@pytest.mark.parametrize("layers, hidden, attend", [(1, 0, False), (4, 0, False), (1, 16, False), (3, 16, False), (1, 0, True), (3, 0, True)])
+@pytest.mark.parametrize("layers, hidden, attend",
+                         [(1, 0, False), (4, 0, False), (1, 16, False), (3, 16, False), (1, 0, True), (3, 0, True)])
 def test_batched_probes_equal_probes_trained_one_by_one(layers, hidden, attend):
     x, y = toy(layers=layers)
     if attend: x = framed(x, y)
@@ -76,8 +81,11 @@ def test_one_copy_equals_torch_adamw():
 def test_attention_starts_as_the_mean_and_weights_frames_by_a_softmax(layers):
     x, y = toy(n=40, layers=layers)
     f, g = framed(x, y), torch.Generator().manual_seed(1)
-    W, b, q, a = torch.randn(2, 1, 6, 3, generator=g), torch.zeros(2, 1, 1, 3), torch.zeros(2, 1, 6), torch.randn(2, 1, layers, generator=g) if layers > 1 else None
-    torch.testing.assert_close(F.logits(f[:, None], W, b, a, q=q), F.logits(f.nanmean(2)[:, None], W, b, a), atol=1e-5, rtol=1e-4)
+    W, b, q, a = torch.randn(2, 1, 6, 3, generator=g), torch.zeros(2, 1, 1,
+                                                                   3), torch.zeros(2, 1,
+                                                                                   6), torch.randn(2, 1, layers, generator=g) if layers > 1 else None
+    torch.testing.assert_close(F.logits(f[:, None], W, b, a, q=q), F.logits(f.nanmean(2)[:, None], W, b, a), atol=1e-5,
+                               rtol=1e-4)
     q = torch.randn(2, 1, 6, generator=g)
     for s in range(2):
         h = f[0] if a is None else torch.einsum("lntd,l->ntd", f, a[s, 0].softmax(0))
@@ -93,7 +101,9 @@ def test_attention_finds_the_frame_that_a_mean_hides():
     at = torch.randint(0, 7, (300,), generator=g)
     for i, t in enumerate(at): x[0, i, t, 0], x[0, i, t, 1], x[0, i, t+1, 1] = 2., 2.*y[i] - 1, 1 - 2.*y[i]
     parts = lambda v: (v[:, :200], y[:200], v[:, 200:], y[200:], 2)
-    assert F.fit_probes(*parts(x.mean(2)), seeds=(0,))["valid"].max() < .75 < .95 < F.fit_probes(*parts(x), seeds=(0,), attend=True)["valid"].max()
+    assert F.fit_probes(*parts(x.mean(2)),
+                        seeds=(0,))["valid"].max() < .75 < .95 < F.fit_probes(*parts(x), seeds=(0,),
+                                                                              attend=True)["valid"].max()
 
 def test_project_pool_classify_is_one_matrix():
     "The reference probe, Linear - mean - Linear, is the linear map that we train on the mean."
@@ -113,7 +123,8 @@ def test_pool_is_the_mean_of_frames_whose_centre_is_inside(frames, spans):
     lo, hi = np.array([a for a, _ in spans]), np.array([a + b for a, b in spans])
     got = E.pool(h, lo, hi)
     for i, (a, b) in enumerate(zip(lo, hi)):
-        inside = [t for t in range(frames) if a <= 320*t + 200 < b] or [min(range(frames), key=lambda t: abs(320*t + 200 - (a+b)/2))]
+        inside = [t for t in range(frames) if a <= 320*t
+                  + 200 < b] or [min(range(frames), key=lambda t: abs(320*t + 200 - (a+b)/2))]
         torch.testing.assert_close(got[:, i], h[:, inside].mean(1))
 
 def test_batches_are_free_of_padding(runs, corpus):
@@ -148,7 +159,9 @@ def test_same_weights_in_another_configuration_have_a_key_of_their_own(corpus):
 def test_mert_folders_open_without_their_code(tmp_path):
     hubert().save_pretrained(tmp_path/"mert")
     f = tmp_path/"mert/config.json"
-    f.write_text(json.dumps(json.loads(f.read_text()) | dict(model_type="mert_model", sample_rate=16000, auto_map=dict(AutoModel="modeling_MERT.MERTModel"))))
+    f.write_text(json.dumps(json.loads(f.read_text())
+                            | dict(model_type="mert_model", sample_rate=16000,
+                                   auto_map=dict(AutoModel="modeling_MERT.MERTModel"))))
     (tmp_path/"mert/modeling_MERT.py").write_text("raise SystemExit('this code must never run')")
     assert E.open_encoder(str(tmp_path/"mert")).hash == E.Transformer(hubert()).hash
 
@@ -164,37 +177,47 @@ def test_a_solvable_task_is_solved_and_predictions_are_kept(runs, corpus, tmp_pa
     assert (linear.score == 1).all() and set(linear.seed) == {0, 1, 2} and (d[d.probe == "knn"].score == 1).all()
     z = np.load(tmp_path/"out/predictions.npz", allow_pickle=False)
     assert z["pitch/pred"].shape == (3, linear.n_test.iloc[0]) and (z["pitch/pred"] == z["pitch/true"]).all()
-    assert pd.read_csv(tmp_path/"out/scores.csv").columns.tolist() == P.COLUMNS and (tmp_path/"out/result.json").exists()
+    assert pd.read_csv(tmp_path/"out/scores.csv").columns.tolist() == P.COLUMNS
+    assert (tmp_path/"out/result.json").exists()
     again = P.probe("logmel", "instrument,pitch", seeds=3, root=str(corpus))
     pd.testing.assert_frame_equal(d.drop(columns=COST), again.drop(columns=COST))
 
 def test_a_row_names_what_it_was_made_from(runs, corpus, tmp_path):
     d = P.probe("logmel", "pitch", seeds=1, root=str(corpus), out=tmp_path/"out")
-    assert d.commit.notna().all() and d.versions.str.contains("torch ").all() and (d.peak_mb > 10).all() and (d.weights_hash == "logmel-80").all()
+    assert d.commit.notna().all() and d.versions.str.contains("torch ").all() and (d.peak_mb > 10).all()
+    assert (d.weights_hash == "logmel-80").all()
     rewrite(corpus, end=lambda m: m.end.astype(int) - 320)
-    assert P.probe("logmel", "pitch", seeds=1, root=str(corpus)).data_hash[0] != d.data_hash[0] == pd.read_csv(tmp_path/"out/scores.csv").data_hash[0]
+    assert P.probe("logmel", "pitch", seeds=1,
+                   root=str(corpus)).data_hash[0] != d.data_hash[0] == pd.read_csv(tmp_path/"out/scores.csv").data_hash[0]
 
 def test_frames_are_those_that_are_averaged(runs, corpus):
     e, table = E.Transformer(hubert()), M.notes(corpus)
     frames = E.frame_features(e, M.notes(corpus), corpus)
-    assert frames.shape[:2] == (1, len(table)) and set(np.isfinite(frames[0, ..., 0]).sum(1)) == set((table.hi - table.lo - 400)//320 + 1)
+    assert frames.shape[:2] == (1, len(table))
+    assert set(np.isfinite(frames[0, ..., 0]).sum(1)) == set((table.hi - table.lo - 400)//320 + 1)
     np.testing.assert_allclose(np.nanmean(frames[0], 1), E.features(e, M.notes(corpus), corpus)[-1], atol=1e-4)
     assert E.frame_features(e, M.notes(corpus), corpus, "sum").shape[0] == 3
     np.testing.assert_array_equal(E.frame_features(e, M.notes(corpus), corpus), frames)      # from the cache
-    with pytest.raises(ValueError, match="the frames of 48 segments would take .* use the head `linear`"): E.frame_features(e, M.notes(corpus), corpus, largest=1e4)
+    with pytest.raises(ValueError, match="the frames of 48 segments would take .* use the head `linear`"):
+        E.frame_features(e, M.notes(corpus), corpus, largest=1e4)
 
 def test_an_attentive_probe_solves_a_solvable_task(runs, corpus):
     d = P.probe(E.open_encoder("logmel"), "instrument", seeds=2, root=str(corpus), head="attentive")
     assert d.encoder[0] == "logmel@attentive" and (d.score == 1).all() and set(d.probe) == {"attentive", "knn"}
-    with pytest.raises(ValueError, match="head 'deep' is unknown; use linear, mlp, attentive"): P.score_task(E.LogMel(), "pitch", root=str(corpus), head="deep")
+    with pytest.raises(ValueError, match="head 'deep' is unknown; use linear, mlp, attentive"):
+        P.score_task(E.LogMel(), "pitch", root=str(corpus), head="deep")
 
-@pytest.mark.parametrize("change", [lambda m: m.encoder.layers[0].feed_forward.output_dense.weight.data.mul_(3), lambda m: torch.nn.init.zeros_(m.feature_projection.projection.weight)])
+@pytest.mark.parametrize("change",
+                         [lambda m: m.encoder.layers[0].feed_forward.output_dense.weight.data.mul_(3),
+                          lambda m: torch.nn.init.zeros_(m.feature_projection.projection.weight)])
 def test_weights_changed_after_wrapping_do_not_meet_cached_features(runs, corpus, change):
     e = E.Transformer(hubert())
     E.features(e, M.notes(corpus), corpus)
     E.features(e, M.notes(corpus), corpus)
     change(e.model)
-    with pytest.raises(ValueError, match="does not compute the features that the cache holds under its hash .* wrap it again"): E.features(e, M.notes(corpus), corpus)
+    with pytest.raises(ValueError,
+                       match="does not compute the features that the cache holds under its hash .* wrap it again"):
+        E.features(e, M.notes(corpus), corpus)
 
 def rewrite(corpus, **change):
     m = pd.read_csv(corpus/"music/metadata.csv", dtype=str, keep_default_na=False)
@@ -207,7 +230,9 @@ def test_bad_tables_are_named(corpus):
     with pytest.raises(ValueError, match="valid split of table notes is empty"): T.task_table("pitch", str(corpus))
 
 def test_a_group_in_two_splits_is_named(corpus):
-    rewrite(corpus, program=lambda m: "0", split=lambda m: m.split.replace("test", "valid").where(m.id != "n47", "test").where(m.id != "n46", "test"), pitch=lambda m: (m.id.str[1:].astype(int) % 4).astype(str))
+    rewrite(corpus, program=lambda m: "0",
+            split=lambda m: m.split.replace("test", "valid").where(m.id != "n47", "test").where(m.id != "n46", "test"),
+            pitch=lambda m: (m.id.str[1:].astype(int) % 4).astype(str))
     with pytest.raises(ValueError, match="note '0/[0-3]' is in more than one split"): T.task_table("pitch", str(corpus))
 
 def test_labels_only_in_test_or_missing_are_set_apart(corpus):
@@ -224,13 +249,16 @@ def test_labels_that_are_not_there_at_all(corpus):
     m = pd.read_csv(corpus/"music/metadata.csv")
     m.drop(columns="family").to_csv(corpus/"music/metadata.csv", index=False)
     T.forget_tables()
-    with pytest.raises(ValueError, match="task instrument: table notes has no column family"): T.task_table("instrument", str(corpus))
+    with pytest.raises(ValueError, match="task instrument: table notes has no column family"):
+        T.task_table("instrument", str(corpus))
     m.assign(family=np.nan).to_csv(corpus/"music/metadata.csv", index=False)
     T.forget_tables()
-    with pytest.raises(ValueError, match="no family in the test and train and valid split is labelled"): T.task_table("instrument", str(corpus))
+    with pytest.raises(ValueError, match="no family in the test and train and valid split is labelled"):
+        T.task_table("instrument", str(corpus))
 
 def test_nan_is_no_label(corpus):
-    t = dataclasses.replace(T.find_task("instrument"), load=lambda root: M.notes(root).assign(family=lambda d: d.family.where(d.id != "n0", np.nan)))
+    t = dataclasses.replace(T.find_task("instrument"),
+                            load=lambda root: M.notes(root).assign(family=lambda d: d.family.where(d.id != "n0", np.nan)))
     assert M.notes(corpus).id[0] == "n0" and not t.split(corpus).usable[0]
 
 def test_a_task_that_the_recording_chain_gives_away_is_refused(corpus):
@@ -240,7 +268,9 @@ def test_a_task_that_the_recording_chain_gives_away_is_refused(corpus):
 def test_a_leak_costs_the_task_not_the_run(runs, corpus):
     rewrite(corpus, bank=lambda m: m.family, pitch=lambda m: (m.id.str[1:].astype(int)//2 % 2).astype(str))
     d = P.probe("logmel", "instrument,pitch", seeds=1, root=str(corpus))
-    assert d[d.task == "instrument"].score.isna().all() and d.status[0].startswith("not run: task instrument: bank, velocity alone predict") and d[d.task == "pitch"].score.notna().all()
+    assert d[d.task == "instrument"].score.isna().all()
+    assert d.status[0].startswith("not run: task instrument: bank, velocity alone predict")
+    assert d[d.task == "pitch"].score.notna().all()
 
 def leaky(monkeypatch, table, **task):
     "Leakage of a task with the columns `label` and `c`."
@@ -250,7 +280,8 @@ def leaky(monkeypatch, table, **task):
 
 def test_leakage_by_hand(monkeypatch):
     splits = ["train"]*4 + ["valid"] + ["test"]*4
-    t = pd.DataFrame(dict(label=list("aaab") + ["a"] + list("aabb"), c=list("xxxy") + ["x"] + list("xzyy"), split=splits))
+    t = pd.DataFrame(dict(label=list("aaab") + ["a"] + list("aabb"), c=list("xxxy") + ["x"] + list("xzyy"),
+                          split=splits))
     l = leaky(monkeypatch, t)                    # `z` was never heard: the usual `a`, which is right
     assert (l["majority"], l["chain"], l["n"]) == (.5, 1., 4)
     # what the question is about may be known to both guesses: then `c` adds nothing
@@ -261,15 +292,19 @@ def test_leakage_by_hand(monkeypatch):
 
 def test_leakage_of_numbers_and_tags(monkeypatch):
     splits = ["train"]*4 + ["valid"] + ["test"]*4
-    t = pd.DataFrame(dict(label=["1|0", "1|0", "0|1", "0|1", "1|0", "1|0", "0|1", "1|0", "0|1"], c=list("xxyyxxyxy"), split=splits))
-    tags, blind = leaky(monkeypatch, t, answer=F.Tags(), metric="roc-auc"), leaky(monkeypatch, t.assign(c="x"), answer=F.Tags(), metric="roc-auc")
+    t = pd.DataFrame(dict(label=["1|0", "1|0", "0|1", "0|1", "1|0", "1|0", "0|1", "1|0", "0|1"], c=list("xxyyxxyxy"),
+                          split=splits))
+    tags, blind = leaky(monkeypatch, t, answer=F.Tags(), metric="roc-auc"), leaky(monkeypatch, t.assign(c="x"),
+                                                                                  answer=F.Tags(), metric="roc-auc")
     assert (tags["majority"], tags["chain"]) == (.5, 1.) and blind["chain"] == .5
     numbers = leaky(monkeypatch, t, answer=F.Numbers(), metric="r2")
     assert (numbers["majority"], numbers["chain"]) == (0., 1.)
-    with pytest.raises(T.Leak, match="c alone predict label at 1.00, the majority at 0.00"): T.check_leakage("leaky", "nowhere")
+    with pytest.raises(T.Leak, match="c alone predict label at 1.00, the majority at 0.00"):
+        T.check_leakage("leaky", "nowhere")
 
 @pytest.mark.parametrize("change, message", [
-    (dict(sample_rate=24000), "wants 24000 Hz"), (dict(hop=None), "no whole number `hop`"), (dict(hop=160), "about 32[0-9] samples"), (dict(dim=12), "says dim = 12 and returns 80")])
+    (dict(sample_rate=24000), "wants 24000 Hz"), (dict(hop=None), "no whole number `hop`"),
+    (dict(hop=160), "about 32[0-9] samples"), (dict(dim=12), "says dim = 12 and returns 80")])
 def test_the_contract_explains(change, message):
     e = E.LogMel()
     for k, v in change.items(): setattr(e, k, v)
@@ -291,7 +326,8 @@ def test_an_unknown_encoder_is_named(name):
     with pytest.raises(ValueError, match="no config.json"): E.open_encoder(name)
 
 def test_unknown_tasks_and_views_are_named():
-    with pytest.raises(ValueError, match="task 'tempo' is unknown; use all, more, paper, a domain, or some of phones"): P.probe("logmel", "tempo")
+    with pytest.raises(ValueError, match="task 'tempo' is unknown; use all, more, paper, a domain, or some of phones"):
+        P.probe("logmel", "tempo")
     with pytest.raises(ValueError, match="layer from 0 to 0"): E.choose_view(E.LogMel(), "3")
     assert E.choose_view(E.LogMel()) == "last"
 
@@ -303,7 +339,8 @@ def test_knn_votes_and_breaks_ties_by_nearness():
 def test_match_finds_the_same_content_in_another_voice():
     g = torch.Generator().manual_seed(0)
     content = torch.randn(30, 8, generator=g)
-    df = pd.DataFrame([dict(label=str(i), voice=v, lang="fr", split="train" if i < 10 else "test") for v in "ab" for i in range(30)])
+    df = pd.DataFrame([dict(label=str(i), voice=v, lang="fr", split="train" if i < 10 else "test") for v in "ab"
+                       for i in range(30)])
     x = torch.cat([content, 3*content + 5])   # another voice: another colour and loudness, same content
     assert F.match(x, df).all() and len(F.match(x, df)) == 40
     assert F.match(torch.randn(60, 8, generator=g), df).mean() < .3
@@ -326,38 +363,48 @@ def test_detection_hides_nothing_but_the_question(runs):
         n = d[d.split == s].content.value_counts()
         assert n.nunique() == 1 and set(n.index) == {"speech", "music", "both"}
     where = lambda t, *c: sorted(map(tuple, t[list(c)].to_numpy()))
-    assert where(alone, "file", "start") == sorted(where(both, "file", "start") + where(both, "with_file", "with_start"))
-    assert both.groupby(["split", "heard"]).size().groupby("split").agg(np.ptp).max() <= 1 and set(both.speech_db) == set(M.SNRS)
+    assert where(alone, "file",
+                 "start") == sorted(where(both, "file", "start") + where(both, "with_file", "with_start"))
+    assert both.groupby(["split", "heard"]).size().groupby("split").agg(np.ptp).max() <= 1
+    assert set(both.speech_db) == set(M.SNRS)
     # a corpus that mixes one voice only would give the mixtures away
     T.check_leakage("speech-music-both")
     l = T.leakage("speech-music-both")
     assert abs(l["chain"] - l["majority"]) < .02 and .6 < l["majority"] < .7
 
 def test_detection_that_mixes_one_voice_only_is_refused():
-    rows = [dict(content=c, heard="speech", performer="a" if c == "both" else "bc"[i % 2], source="s", pair=f"{s}{i}{c}", id=f"{s}{i}{c}", split=s) for s in ("train", "valid", "test") for i in range(6) for c in ("speech", "both")]
+    rows = [dict(content=c, heard="speech", performer="a" if c == "both" else "bc"[i % 2], source="s",
+                 pair=f"{s}{i}{c}", id=f"{s}{i}{c}", split=s) for s in ("train", "valid", "test") for i in range(6)
+                 for c in ("speech", "both")]
     task = dataclasses.replace(T.find_task("speech-music-both"), load=lambda root: pd.DataFrame(rows))
-    with pytest.raises(T.Leak, match="source, performer alone predict content at 1.00, the majority at 0.50"): T.check_leakage(task, "nowhere")
+    with pytest.raises(T.Leak, match="source, performer alone predict content at 1.00, the majority at 0.50"):
+        T.check_leakage(task, "nowhere")
 
 def test_mixtures_and_single_windows_in_one_table(runs, corpus):
     clean = M.notes(corpus).iloc[:6].reset_index(drop=True)
     one = clean.assign(with_file="", with_start=0, snr=0.)
-    two = clean.assign(with_file=clean.file[::-1].to_numpy(), with_start=clean.start[::-1].to_numpy(), snr=[-10., 0, 10]*2)
+    two = clean.assign(with_file=clean.file[::-1].to_numpy(), with_start=clean.start[::-1].to_numpy(),
+                       snr=[-10., 0, 10]*2)
     w, audio = E.windows(pd.concat([one, two], ignore_index=True), corpus)
     assert len(w) == 12
     at = np.cumsum([0, *(w.end - w.start)])
     cut = {r[0]: audio[a:b].astype(float) for r, a, b in zip(w.rows, at, at[1:])}
     for i, snr in enumerate(two.snr):
         x, z = cut[i], cut[6+i]
-        scale = np.dot(z, x)/np.dot(x, x)        # the windows hardly correlate, and a mixture that would clip is made quieter
+        # the windows hardly correlate, and a mixture that would clip is made quieter
+        scale = np.dot(z, x)/np.dot(x, x)
         assert 10*np.log10(np.mean((scale*x)**2)/np.mean((z - scale*x)**2)) == pytest.approx(snr, abs=1.5)
-    keys = {E.features_key(E.LogMel(), pd.concat([one, two.assign(snr=v)], ignore_index=True), corpus) for v in ([-10., 0, 10]*2, [10., 0, -10]*2, [0.]*6)}
+    keys = {E.features_key(E.LogMel(), pd.concat([one, two.assign(snr=v)], ignore_index=True), corpus)
+            for v in ([-10., 0, 10]*2, [10., 0, -10]*2, [0.]*6)}
     assert len(keys) == 3
 
 @shipped
 def test_drum_kits_of_a_maker_share_a_fold():
     d = M.drums(data_dir())
-    assert (d.groupby("maker").fold.nunique() == 1).all() and (d.groupby("kit").maker.nunique() == 1).all() and d.maker.nunique() >= 7
-    assert set(d.drum) == {"kick", "snare", "tom", "hat", "cymbal"} and (d.groupby("fold").drum.nunique() == 5).all() and d.id.is_unique
+    assert (d.groupby("maker").fold.nunique() == 1).all() and (d.groupby("kit").maker.nunique() == 1).all()
+    assert d.maker.nunique() >= 7
+    assert set(d.drum) == {"kick", "snare", "tom", "hat", "cymbal"} and (d.groupby("fold").drum.nunique() == 5).all()
+    assert d.id.is_unique
 
 @shipped
 def test_test_notes_are_another_bank_and_unheard_pairs():
@@ -368,7 +415,8 @@ def test_test_notes_are_another_bank_and_unheard_pairs():
 def test_a_hidden_layer_solves_what_a_linear_probe_cannot():
     x = torch.tensor([[0., 0], [0, 1], [1, 0], [1, 1]]).repeat(50, 1)[None]*2 - 1
     y = ((x[0, :, 0] > 0) ^ (x[0, :, 1] > 0)).long()
-    assert F.fit_probes(x, y, x, y, 2, seeds=(0,))["valid"].max() <= .75 and F.fit_probes(x, y, x, y, 2, seeds=(0,), hidden=32)["valid"].max() == 1
+    assert F.fit_probes(x, y, x, y, 2, seeds=(0,))["valid"].max() <= .75
+    assert F.fit_probes(x, y, x, y, 2, seeds=(0,), hidden=32)["valid"].max() == 1
 
 @given(st.floats(-20, 20))
 def test_mixtures_have_the_stated_ratio(snr):
@@ -381,7 +429,8 @@ def test_mixtures_have_the_stated_ratio(snr):
 def test_mixed_windows_have_their_own_cache_key(runs, corpus):
     clean = M.notes(corpus)
     e, keys = E.LogMel(), set()
-    for t in (clean, M.mixed(clean.copy(), clean, 0.), M.mixed(clean.copy(), clean, 5.)): keys.add(E.features_key(e, t, corpus))
+    for t in (clean, M.mixed(clean.copy(), clean, 0.), M.mixed(clean.copy(), clean, 5.)):
+        keys.add(E.features_key(e, t, corpus))
     assert len(keys) == 3
     t = M.mixed(clean.copy(), clean.iloc[::-1].reset_index(drop=True), 0.)
     assert not np.allclose(E.windows(t, corpus)[1], E.windows(clean, corpus)[1])
@@ -402,11 +451,14 @@ def test_encoders_probed_together_score_as_one_by_one(runs, corpus, tmp_path):
     pd.testing.assert_frame_equal(together.drop(columns=COST), alone.drop(columns=COST), atol=1e-6)
     assert [pd.read_csv(f/"scores.csv").encoder.iloc[0] for f in folders] == ["e0", "e1", "e2", "logmel"]
 
-@pytest.mark.parametrize("layers, hidden, kind", [(1, 0, "classify"), (3, 0, "classify"), (1, 8, "classify"), (1, 0, "tags"), (2, 0, "numbers")])
+@pytest.mark.parametrize("layers, hidden, kind",
+                         [(1, 0, "classify"), (3, 0, "classify"), (1, 8, "classify"), (1, 0, "tags"),
+                          (2, 0, "numbers")])
 def test_probes_of_several_encoders_equal_their_own(layers, hidden, kind):
     (a, y), (b, _) = toy(layers=layers), toy(layers=layers, seed=1)
     if kind != "classify": y = torch.nn.functional.one_hot(y, 3).float()
-    x, kw = torch.stack([a, b]), dict(classes=3, lrs=(3e-3, 3e-2), seeds=(4, 5), steps=60, batch=32, hidden=hidden, kind=kind)
+    x, kw = torch.stack([a, b]), dict(classes=3, lrs=(3e-3, 3e-2), seeds=(4, 5), steps=60, batch=32, hidden=hidden,
+                                      kind=kind)
     both = F.fit_probes(x, y, x, y, **kw)
     for e in range(2):
         one = F.fit_probes(x[e], y, x[e], y, **kw)
@@ -416,7 +468,8 @@ def test_probes_of_several_encoders_equal_their_own(layers, hidden, kind):
 @pytest.mark.parametrize("copies", [True, False])
 def test_logits_are_those_of_each_copy(copies):
     g = torch.Generator().manual_seed(0)
-    x, W, b = torch.randn(1, 2, 5, 6, generator=g), torch.randn(2, 3, 6, 4, generator=g), torch.randn(2, 3, 1, 4, generator=g)
+    x, W, b = torch.randn(1, 2, 5, 6, generator=g), torch.randn(2, 3, 6, 4,
+                                                                generator=g), torch.randn(2, 3, 1, 4, generator=g)
     x = x if copies else x[:, :1]
     said = F.logits(x, W, b)
     for s in range(2):
@@ -435,16 +488,19 @@ def test_two_encoders_of_one_folder_name_are_two(runs, corpus, tmp_path):
     d = P.probe(both, "pitch", seeds=1, root=str(corpus), out=[tmp_path/"out"/e.info["encoder"] for e in both])
     assert d.encoder.nunique() == 2 and len(list((tmp_path/"out").glob("*/scores.csv"))) == 2
     for e in both: e.info["encoder"] = "final"
-    with pytest.raises(ValueError, match="two encoders of different weights are called 'final'"): P.probe(both, "pitch", seeds=1, root=str(corpus))
+    with pytest.raises(ValueError, match="two encoders of different weights are called 'final'"):
+        P.probe(both, "pitch", seeds=1, root=str(corpus))
     assert P.probe([both[0], both[0]], "pitch", seeds=1, root=str(corpus)).encoder.nunique() == 1
 
 def test_a_domain_means_its_default_tasks():
-    assert T.task_names("speech") + T.task_names("music") == T.task_names("all") and len(T.task_names("speech")) >= 4 <= len(T.task_names("music"))
+    assert T.task_names("speech") + T.task_names("music") == T.task_names("all")
+    assert len(T.task_names("speech")) >= 4 <= len(T.task_names("music"))
     assert T.task_names("sound,pitch".split(",")[1:]) == ["pitch"]
     with pytest.raises(ValueError, match="task 'sound' is unknown"): T.task_names("sound")
 
 def test_names_like_numbers_and_missing_values_stay_text(corpus):
-    rewrite(corpus, program=lambda m: "007", family=lambda m: m.family.replace("low", "NA"), pitch=lambda m: m.id.str[1:])
+    rewrite(corpus, program=lambda m: "007", family=lambda m: m.family.replace("low", "NA"),
+            pitch=lambda m: m.id.str[1:])
     d = T.task_table("instrument", str(corpus))
     assert set(d.label) == {"NA", "high"} and d.usable.all() and set(d.program) == {"007"}
 
@@ -468,7 +524,8 @@ def iter_in(some, all_):
 def test_chords_hold_their_notes_and_no_note_is_in_two_splits():
     d, n = T.task_table("chord"), M.notes(data_dir()).set_index("note")
     parts = {s: set("+".join(g.notes).split("+")) for s, g in d.groupby("split")}
-    assert not parts["train"] & parts["test"] and not parts["train"] & parts["valid"] and not parts["valid"] & parts["test"]
+    assert not parts["train"] & parts["test"] and not parts["train"] & parts["valid"]
+    assert not parts["valid"] & parts["test"]
     for r in d.itertuples():
         root, quality = r.chord.split(":")
         classes = {(int(p.split("/")[1]) - int(root)) % 12 for p in r.notes.split("+")}
@@ -477,13 +534,16 @@ def test_chords_hold_their_notes_and_no_note_is_in_two_splits():
 
 def test_three_windows_are_mixed_at_one_level(runs, corpus):
     d = M.notes(corpus).iloc[:6].reset_index(drop=True)
-    t = d.assign(with_file=d.file, with_start=d.start[::-1].to_numpy(), also_file=d.file, also_start=np.roll(d.start, 1), snr=0.)
+    t = d.assign(with_file=d.file, with_start=d.start[::-1].to_numpy(), also_file=d.file,
+                 also_start=np.roll(d.start, 1), snr=0.)
     w, audio = E.windows(t, corpus)
     cut = lambda table: [a.astype(float) for a in np.split(E.windows(table, corpus)[1], len(table))]
     same = t.assign(end=t.start + 4000)
-    x, y, z = cut(d.assign(end=d.start + 4000)), cut(d.assign(start=same.with_start, end=same.with_start + 4000)), cut(d.assign(start=same.also_start, end=same.also_start + 4000))
+    x, y, z = cut(d.assign(end=d.start + 4000)), cut(d.assign(start=same.with_start,
+                                                              end=same.with_start + 4000)), cut(d.assign(start=same.also_start, end=same.also_start + 4000))
     w, audio = E.windows(same, corpus)
     for i, a in zip([r[0] for r in w.rows], np.split(audio.astype(float), len(same))):
         want = E.mix(x[i]/32768, [y[i]/32768, z[i]/32768], 0.)
         np.testing.assert_allclose(a/32768, want, atol=1e-4)
-    assert len({E.features_key(E.LogMel(), v, corpus) for v in (t, t.drop(columns=["also_file", "also_start"]), t.assign(also_start=t.start))}) == 3
+    assert len({E.features_key(E.LogMel(), v, corpus)
+                for v in (t, t.drop(columns=["also_file", "also_start"]), t.assign(also_start=t.start))}) == 3

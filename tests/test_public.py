@@ -22,9 +22,12 @@ def tensorflow(arrays):
     data, rows = b"", []
     for name, a in sorted(arrays.items()):
         dims = b"".join(b"\x12" + varint(len(d)) + d for d in (b"\x08" + varint(n) for n in a.shape))
-        rows.append((name.encode(), b"\x08\x01\x12" + varint(len(dims)) + dims + b"\x20" + varint(len(data)) + b"\x28" + varint(a.nbytes)))
+        rows.append((name.encode(),
+                     b"\x08\x01\x12" + varint(len(dims)) + dims + b"\x20" + varint(len(data)) + b"\x28"
+                     + varint(a.nbytes)))
         data += a.tobytes()
-    block = lambda rows: b"".join(b"\0" + varint(len(k)) + varint(len(v)) + k + v for k, v in rows) + struct.pack("<II", 0, 1)
+    block = lambda rows: b"".join(b"\0" + varint(len(k)) + varint(len(v)) + k + v
+                                  for k, v in rows) + struct.pack("<II", 0, 1)
     entries = block(rows)
     top = block([(b"z", varint(0) + varint(len(entries)))])
     foot = varint(0) + varint(0) + varint(len(entries)) + varint(len(top))

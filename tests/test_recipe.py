@@ -17,8 +17,10 @@ from distilltv.weights import ByName, Checkpoint
 
 def tiny(seed, **kw):
     torch.manual_seed(seed)
-    m = HubertModel(HubertConfig(**(dict(hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96, conv_dim=(24,)*7,
-        num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=4, feat_proj_layer_norm=False, mask_time_prob=0.) | kw)))
+    m = HubertModel(HubertConfig(**(dict(hidden_size=48, num_hidden_layers=2, num_attention_heads=4,
+                                         intermediate_size=96, conv_dim=(24,)*7,
+        num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=4, feat_proj_layer_norm=False, mask_time_prob=0.)
+        | kw)))
     for p in m.parameters(): p.data += .02*torch.randn_like(p)
     return m.eval()
 
@@ -26,7 +28,8 @@ def tiny(seed, **kw):
 def trio(tmp_path_factory):
     top = tmp_path_factory.mktemp("recipes")
     save_encoder(tiny(0), top/"base")
-    for i, d in enumerate(("speech", "music")): save_encoder(tiny(i+1), top/d, base_hash=weights_hash(tiny(0)), licence="CC0-1.0")
+    for i, d in enumerate(("speech", "music")):
+        save_encoder(tiny(i+1), top/d, base_hash=weights_hash(tiny(0)), licence="CC0-1.0")
     return top
 
 @pytest.fixture
@@ -54,11 +57,14 @@ def test_replay_gives_the_same_bytes(mine, rule):
     merge_recipe(mine/"made/recipe.yaml", mine/"again")
     for f in (mine/"made").iterdir(): assert file_hash(f) == file_hash(mine/"again"/f.name), f.name
 
-@pytest.mark.parametrize("lam", [np.array([1, .3, 0]), ByName({"attention": 1/3, "": .7}), ByName({"layer 2": .1, "conv": .9, "": .2})])
+@pytest.mark.parametrize("lam",
+                         [np.array([1, .3, 0]), ByName({"attention": 1/3, "": .7}),
+                          ByName({"layer 2": .1, "conv": .9, "": .2})])
 def test_replay_of_weights_by_part(mine, lam):
     base, v = vectors(mine)
     (base + lam*v["speech"] + (1-lam)*v["music"]).save_pretrained(mine/"made")
-    assert merge_recipe(mine/"made/recipe.yaml", mine/"again")["weights_hash"] == json.loads((mine/"made/distilltv.json").read_text())["weights_hash"]
+    assert merge_recipe(mine/"made/recipe.yaml",
+                        mine/"again")["weights_hash"] == json.loads((mine/"made/distilltv.json").read_text())["weights_hash"]
 
 def test_replay_of_weights_that_no_decimal_says(mine):
     base, v = vectors(mine)
@@ -69,7 +75,8 @@ def test_replay_of_weights_that_no_decimal_says(mine):
 def test_a_merge_of_merges_says_what_to_do(mine):
     base, v = vectors(mine)
     a, b = (merge(base, v, dict(speech=.5, music=.5), r) for r in ("ties", "model_stock"))
-    with pytest.raises(ValueError, match="save the inner merge first"): (base + (a-base) + (b-base)).save_pretrained(mine/"x")
+    with pytest.raises(ValueError, match="save the inner merge first"):
+        (base + (a-base) + (b-base)).save_pretrained(mine/"x")
     assert not (mine/"x").exists()
     a.save_pretrained(mine/"inner")
     assert load_student(mine/"inner").origin == base.hash
@@ -78,16 +85,20 @@ def test_changed_input_is_refused(mine):
     base, v = vectors(mine)
     (base + .5*v["speech"] + .5*v["music"]).save_pretrained(mine/"made")
     save_encoder(tiny(8), mine/"music", base_hash=base.hash)
-    with pytest.raises(ValueError, match="music has the hash .* not the model this recipe was made from"): merge_recipe(mine/"made/recipe.yaml", mine/"again")
+    with pytest.raises(ValueError, match="music has the hash .* not the model this recipe was made from"):
+        merge_recipe(mine/"made/recipe.yaml", mine/"again")
 
 def test_mergekit_filters_and_lists(mine):
     w = [dict(filter="attention", value=.2), dict(value=.9)]
-    s, _ = recipe_student(note(mine, merge_method="task_arithmetic", base_model="base", models=two(speech=w, music=[0, 1])))
+    s, _ = recipe_student(note(mine, merge_method="task_arithmetic", base_model="base",
+                               models=two(speech=w, music=[0, 1])))
     base, v = vectors(mine)
     for n in s.names:
         a = .2 if "attention" in n else .9
         b = 1. if "layers.1." in n and n.startswith("encoder") else 0.
-        np.testing.assert_allclose(s[n], base[n] + a*np.asarray(v["speech"][n], float) + b*np.asarray(v["music"][n], float), atol=1e-14)
+        np.testing.assert_allclose(s[n],
+                                   base[n] + a*np.asarray(v["speech"][n], float) + b*np.asarray(v["music"][n], float),
+                                   atol=1e-14)
 
 @pytest.mark.parametrize("change, says", [
     (dict(merge_method="magic"), "'magic' is unknown"),
@@ -96,7 +107,8 @@ def test_mergekit_filters_and_lists(mine):
     (dict(models=two(speech=1) + two(speech=1)), "each once"),
     (dict(parameters=dict(gamma=.1)), "ties has no parameter gamma"),
     (dict(parameters=dict(normalize=False)), "normalize: False is not offered"),
-    (dict(models=[dict(model="speech", parameters=dict(density=.1)), dict(model="music", parameters=dict(density=.2))]), "density differs between models"),
+    (dict(models=[dict(model="speech", parameters=dict(density=.1)), dict(model="music", parameters=dict(density=.2))]),
+     "density differs between models"),
     (dict(models=two(speech=1, nowhere=1)), "nowhere holds no model.safetensors"),
     (dict(dtype="int8"), "'int8' cannot be stored"),
 ])
@@ -105,25 +117,37 @@ def test_recipes_that_are_refused(mine, change, says):
     with pytest.raises((ValueError, FileNotFoundError), match=says): merge_recipe(note(mine, **r), mine/"out")
     assert not (mine/"out").exists()
 
-BAD = {"density: 50": ("ties", "parameters: {density: 50}"), "density is .0.1": ("ties", "parameters: {density: [.1, .9]}"), "weight of speech is None": ("task_arithmetic", "", "null"),
-       "weight of speech is inf": ("task_arithmetic", "", ".inf"), "weight of speech is True": ("task_arithmetic", "", "true"), "seed is '1e3'": ("dare_ties", "parameters: {seed: 1e3}"),
-       "add up to 0": ("linear", "", "-0.5"), "has no parameter t": ("task_arithmetic", "parameters: {t: .1}"), "'self_attn' is never used": ("task_arithmetic", "", "[{filter: self_attn, value: .9}, {value: .4}]"),
-       "model_stock takes its models as equals": ("model_stock", ""), "lower epsilon": ("della", ""), "normalize is 'yes'": ("ties", "parameters: {normalize: 'yes'}"),
-       "lambda is '1/0'": ("ties", "parameters: {lambda: 1/0}"), "an earlier one fits": ("task_arithmetic", "", "[{value: .9}, {filter: conv, value: .4}]")}
+BAD = {"density: 50": ("ties", "parameters: {density: 50}"),
+       "density is .0.1": ("ties", "parameters: {density: [.1, .9]}"),
+       "weight of speech is None": ("task_arithmetic", "", "null"),
+       "weight of speech is inf": ("task_arithmetic", "", ".inf"),
+       "weight of speech is True": ("task_arithmetic", "", "true"),
+       "seed is '1e3'": ("dare_ties", "parameters: {seed: 1e3}"),
+       "add up to 0": ("linear", "", "-0.5"), "has no parameter t": ("task_arithmetic", "parameters: {t: .1}"),
+       "'self_attn' is never used": ("task_arithmetic", "", "[{filter: self_attn, value: .9}, {value: .4}]"),
+       "model_stock takes its models as equals": ("model_stock", ""), "lower epsilon": ("della", ""),
+       "normalize is 'yes'": ("ties", "parameters: {normalize: 'yes'}"),
+       "lambda is '1/0'": ("ties", "parameters: {lambda: 1/0}"),
+       "an earlier one fits": ("task_arithmetic", "", "[{value: .9}, {filter: conv, value: .4}]")}
 
 @pytest.mark.parametrize("says, how", BAD.items(), ids=list(BAD))
 def test_values_of_a_recipe_that_are_refused(mine, says, how):
     method, more, weight = (*how, ".3")[:3]
     (mine/"r.yaml").write_text(f"merge_method: {method}\nbase_model: base\nmodels:\n- {{model: speech, parameters: {{weight: {weight}}}}}\n"
                                f"- {{model: music, parameters: {{weight: .5}}}}\n{more}\n")
-    with pytest.raises(ValueError, match="r.yaml: .*" + says.replace(": 50", " is 50")): merge_recipe(mine/"r.yaml", mine/"out")
+    with pytest.raises(ValueError, match="r.yaml: .*" + says.replace(": 50", " is 50")):
+        merge_recipe(mine/"r.yaml", mine/"out")
     assert not (mine/"out").exists()
 
 @pytest.mark.parametrize("text, says", [
-    ("merge_method: ties\nmodels: [speech, music]", "a model is 'speech'; it must be a table"), ("merge_method: ties\nmodels: [{model: 7}]", "model is 7; it must be the path .* quotes"),
-    ("merge_method: ties\nmodels: [{model: a, weight: .4}]", "a weight stands under parameters"), ("merge_method: ties\nmerge_method: linear", "merge_method stands twice"),
-    ("merge_method: ties\nfacts: &a [1]\nhashes: *a", "references"), ("merge_method: ties\nfacts: {1: 2}\nmodels: [{model: a}]", "a fact's name is 1"),
-    ("merge_method: !!timestamp x", "is not YAML that can be read"), ("["*3000, "is not YAML that can be read"), ("merge_method: [ties]", "merge_method is .*the name of a rule")])
+    ("merge_method: ties\nmodels: [speech, music]", "a model is 'speech'; it must be a table"),
+    ("merge_method: ties\nmodels: [{model: 7}]", "model is 7; it must be the path .* quotes"),
+    ("merge_method: ties\nmodels: [{model: a, weight: .4}]", "a weight stands under parameters"),
+    ("merge_method: ties\nmerge_method: linear", "merge_method stands twice"),
+    ("merge_method: ties\nfacts: &a [1]\nhashes: *a", "references"),
+    ("merge_method: ties\nfacts: {1: 2}\nmodels: [{model: a}]", "a fact's name is 1"),
+    ("merge_method: !!timestamp x", "is not YAML that can be read"), ("["*3000, "is not YAML that can be read"),
+    ("merge_method: [ties]", "merge_method is .*the name of a rule")])
 def test_recipes_of_the_wrong_kind_are_refused(tmp_path, text, says):
     (tmp_path/"r.yaml").write_text(text)
     with pytest.raises(ValueError, match=says): recipe_student(tmp_path/"r.yaml")
@@ -131,7 +155,8 @@ def test_recipes_of_the_wrong_kind_are_refused(tmp_path, text, says):
 def test_numbers_that_yaml_takes_for_text(mine):
     (mine/"r.yaml").write_text("merge_method: ties\nbase_model: base\nmodels: [{model: speech, parameters: {weight: 5e-1}}, {model: music}]\nparameters: {density: 3e-1, lambda: 1/2}\n")
     base, v = vectors(mine)
-    assert recipe_student(mine/"r.yaml")[0].hash == merge(base, v, dict(speech=.5, music=1), "ties", density=.3, scale=.5).hash
+    assert recipe_student(mine/"r.yaml")[0].hash == merge(base, v, dict(speech=.5, music=1), "ties", density=.3,
+                                                          scale=.5).hash
 
 def test_a_recipe_behind_a_link_is_replayed(mine, tmp_path_factory):
     base, v = vectors(mine)
@@ -139,29 +164,39 @@ def test_a_recipe_behind_a_link_is_replayed(mine, tmp_path_factory):
     (mine/"out").symlink_to(disk) # the usual way to put models on a big disk
     made = (base + .3*v["speech"] + .7*v["music"]).save_pretrained(mine/"out")["weights_hash"]
     (here/"r.yaml").symlink_to(disk/"recipe.yaml")
-    for at, r in enumerate((mine/"out/recipe.yaml", disk/"recipe.yaml", here/"r.yaml")): assert merge_recipe(r, here/f"again{at}")["weights_hash"] == made
+    for at, r in enumerate((mine/"out/recipe.yaml", disk/"recipe.yaml", here/"r.yaml")):
+        assert merge_recipe(r, here/f"again{at}")["weights_hash"] == made
 
 def test_slerp_between_students_is_saved_in_the_form_of_mergekit(mine):
     base, v = vectors(mine)
-    merge_recipe(note(mine, merge_method="slerp", base_model="music", models=[dict(model="music"), dict(model="speech")], parameters=dict(t=.3)), mine/"made")
+    merge_recipe(note(mine, merge_method="slerp", base_model="music",
+                      models=[dict(model="music"), dict(model="speech")], parameters=dict(t=.3)), mine/"made")
     want = merge(base, v, dict(speech=.3, music=.7), "slerp")
     assert all(np.allclose(load_student(mine/"made")[n], want[n], atol=1e-6) for n in want.names)
     r, record = (yaml.safe_load((mine/f"made/{f}").read_text()) for f in ("recipe.yaml", "distilltv.json"))
-    assert r["parameters"]["t"] == .3 and r["base_model"] == "../music" and [i["weight"] for i in record["inputs"]] == [.7, .3]
+    assert r["parameters"]["t"] == .3 and r["base_model"] == "../music"
+    assert [i["weight"] for i in record["inputs"]] == [.7, .3]
     merge_recipe(mine/"made/recipe.yaml", mine/"again")
     for f in (mine/"made").iterdir(): assert file_hash(f) == file_hash(mine/"again"/f.name), f.name
 
-values = st.recursive(st.none() | st.booleans() | st.integers(-9, 9) | st.floats() | st.sampled_from(["1/3", "5e-1", "1e999999999", "", "speech", "~", "*"]),
-                      lambda v: st.lists(v, max_size=3) | st.dictionaries(st.sampled_from(["filter", "value", "model", "weight", "parameters"]), v, max_size=3), max_leaves=6)
-keys = st.sampled_from(["density", "gamma", "epsilon", "weight", "lambda", "seed", "normalize", "rescale", "t", "int8_mask"])
+values = st.recursive(st.none() | st.booleans() | st.integers(-9, 9) | st.floats()
+                      | st.sampled_from(["1/3", "5e-1", "1e999999999", "", "speech", "~", "*"]),
+                      lambda v: st.lists(v, max_size=3)
+                      | st.dictionaries(st.sampled_from(["filter", "value", "model", "weight", "parameters"]), v,
+                                        max_size=3), max_leaves=6)
+keys = st.sampled_from(["density", "gamma", "epsilon", "weight", "lambda", "seed", "normalize", "rescale", "t",
+                        "int8_mask"])
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.sampled_from(["linear", *RULES]), st.dictionaries(keys, values, max_size=3), st.dictionaries(keys, values, max_size=2),
-       st.dictionaries(st.sampled_from(["models", "base_model", "dtype", "hashes", "facts", "parameters"]), values, max_size=1))
+@given(st.sampled_from(["linear", *RULES]), st.dictionaries(keys, values, max_size=3),
+       st.dictionaries(keys, values, max_size=2),
+       st.dictionaries(st.sampled_from(["models", "base_model", "dtype", "hashes", "facts", "parameters"]), values,
+                       max_size=1))
 def test_fuzzed_recipes_give_a_student_or_a_sentence(trio, tmp_path_factory, method, shared, own, odd):
     top = tmp_path_factory.mktemp("fuzz")
     for d in ("base", "speech", "music"): (top/d).symlink_to(trio/d)
-    r = dict(merge_method=method, base_model="base", parameters=shared, models=[dict(model="speech", parameters=own), dict(model="music")]) | odd
+    r = dict(merge_method=method, base_model="base", parameters=shared,
+             models=[dict(model="speech", parameters=own), dict(model="music")]) | odd
     try: recipe_student(note(top, **r))[0]["encoder.layer_norm.bias"]
     except (ValueError, OSError) as e: assert len(str(e)) < 3000
     (top/"r.yaml").unlink()
@@ -203,7 +238,8 @@ def test_sweep_reads_each_input_once_and_equals_single_merges(mine, monkeypatch)
     assert set(read.values()) == {size} and len(read) == 3
     monkeypatch.undo()
     base, v = vectors(mine)
-    assert load_student(made[.25]).hash == (base + .25*v["speech"] + .75*v["music"]).save_pretrained(mine/"one")["weights_hash"]
+    assert load_student(made[.25]).hash == (base + .25*v["speech"]
+                                            + .75*v["music"]).save_pretrained(mine/"one")["weights_hash"]
     assert load_student(made[1.]).hash == load_student(mine/"speech").hash
 
 def test_dial(mine):
@@ -267,12 +303,17 @@ out = dict(task_arithmetic=task_arithmetic(t, w), magnitude_prune=magnitude_prun
 for k, v in out.items(): print(f"    {k}={[round(x, 5) for x in v.flatten().tolist()]},")
 """
 PEFT = dict(
-    task_arithmetic=[-0.0308, -0.0547, 0.8611, -0.0214, -0.6111, -0.6786, 0.0717, 0.4742, -0.407, -0.0569, -0.5595, 0.583],
+    task_arithmetic=[-0.0308, -0.0547, 0.8611, -0.0214, -0.6111, -0.6786, 0.0717, 0.4742, -0.407, -0.0569, -0.5595,
+                     0.583],
     magnitude_prune=[0.0, 0.0, 1.0068, -0.4455, -0.4032, -0.496, 0.0417, 0.283, -0.161, -0.31, -0.4244, 0.0],
     ties=[0.0, 0.0, -2.517, -0.891, -1.344, -0.992, -1.7155, 1.34, -1.4105, -0.62, 1.061, 0.0],
-    pruned=[0.00167, 0.0, -0.45667, -1.485, -0.75833, -0.0, 0.1, 0.0, -0.82, -0.0, 0.81667, 0.595, 0.175, -1.55, -0.04833, 1.15833, -0.0, -0.0, -3.16833, -2.15, -0.0, -0.0, -2.11167, 0.0, 0.26167, -0.31167, -0.0, -0.89833, -0.08167, 0.18833, -2.55, -0.0, -1.63167, -1.34833, 1.76833, -1.34667],
-    dare_linear=[-0.05133, -0.34033, -0.24283, -0.03567, -0.3465, -0.07533, 0.1195, -0.645, 0.24267, 0.53933, -0.9325, 0.83617],
-    dare_ties=[0.14611, -0.93083, -0.2525, -1.19167, -0.42, 0.18833, -2.85917, -2.15, -1.22583, -1.34833, 1.2925, -1.34667],
+    pruned=[0.00167, 0.0, -0.45667, -1.485, -0.75833, -0.0, 0.1, 0.0, -0.82, -0.0, 0.81667, 0.595, 0.175, -1.55,
+            -0.04833, 1.15833, -0.0, -0.0, -3.16833, -2.15, -0.0, -0.0, -2.11167, 0.0, 0.26167, -0.31167, -0.0,
+            -0.89833, -0.08167, 0.18833, -2.55, -0.0, -1.63167, -1.34833, 1.76833, -1.34667],
+    dare_linear=[-0.05133, -0.34033, -0.24283, -0.03567, -0.3465, -0.07533, 0.1195, -0.645, 0.24267, 0.53933, -0.9325,
+                 0.83617],
+    dare_ties=[0.14611, -0.93083, -0.2525, -1.19167, -0.42, 0.18833, -2.85917, -2.15, -1.22583, -1.34833, 1.2925,
+               -1.34667],
 )
 
 def test_shared_rules_agree_with_peft():
@@ -281,15 +322,18 @@ def test_shared_rules_agree_with_peft():
     w, near = [.5, .3, -.4], lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5)
     near(apply_rule("task_arithmetic", ts, w), want["task_arithmetic"])
     near(add([trim(t, .4) for t in ts], w), want["magnitude_prune"])
-    near(apply_rule("ties", ts, [1, 1, 1], density=.4), want["ties"]) # at other weights peft elects signs before weighing, mergekit and we after
-    kept = want["pruned"] != 0                                        # peft draws from torch, we from numpy: its draw is replayed
+    # at other weights peft elects signs before weighing, mergekit and we after
+    near(apply_rule("ties", ts, [1, 1, 1], density=.4), want["ties"])
+    # peft draws from torch, we from numpy: its draw is replayed
+    kept = want["pruned"] != 0
     class Drawn:                                                      # a generator that draws what peft drew
         def __init__(self, i): self.i = i
         def random(self, shape): return np.where(kept[self.i], 0., 1.)
     pruned = [dare(t, .6, Drawn(i)) for i, t in enumerate(ts)]
     near(pruned, want["pruned"])
     near(add(pruned, w), want["dare_linear"])
-    near(elect(pruned, [1, 1, 1]), want["dare_ties"])                 # peft takes the mean of the winners here, mergekit and our dare_ties the sum
+    # peft takes the mean of the winners here, mergekit and our dare_ties the sum
+    near(elect(pruned, [1, 1, 1]), want["dare_ties"])
 
 # What mergekit 0.1.5 with torch 2.14.1 makes of three files of random numbers by these recipes. These lines made it, run as
 # `mk/bin/python made.py FOLDER recipes.yaml` where mergekit is installed:
@@ -326,16 +370,26 @@ slerp: {base_model: a, models: [{model: a}, {model: c}], parameters: {t: 0.3}}
 model_stock: {base_model: base, models: [{model: a}, {model: c}]}
 """
 MERGEKIT = dict(
-    linear=[0.03, -0.1875, 0.6525, -0.3925, -1.185, 0.09, -0.415, -1.3775, -0.3325, -0.6725, -1.0575, -1.3275, -0.4025, 0.7075, -0.04, -0.74, 0.6325],
-    task_arithmetic=[-0.6255, 0.7705, 1.0715, -1.818, -1.6245, 0.604, -0.6, -2.199, -1.098, -0.743, 0.01, -1.1155, 1.454, 0.79, -0.7685, -0.08, 0.016],
-    ties=[0.03, -0.24, 1.22, 1.04, -1.51, -0.53, -0.67, -1.92, -0.81, -0.956, -0.872, -1.1, -1.73, -0.14, 0.53, -0.74, 0.82],
-    breadcrumbs=[0.444, 1.36, 1.008, 0.42, -0.784, -0.53, 0.074, -0.06, 0.336, -0.956, 1.57, -1.1, 0.68, 0.276, 0.166, -0.74, 1.162],
-    breadcrumbs_ties=[0.444, 1.36, 1.008, 0.42, -0.784, -0.53, 0.074, -0.06, 0.126, -0.956, 1.57, -1.1, 0.68, 0.276, 0.166, -0.74, 1.162],
-    dare_linear=[0.352, -0.24, 0.6, 0.276, -0.73, -0.33, -0.058, -0.618, 0.336, -0.956, -0.872, -1.1, -1.022, 0.438, 0.226, -0.74, 0.986],
-    dare_ties=[0.444, -0.24, 0.6, 0.42, -0.784, -0.162, -0.058, -0.804, 0.126, -0.956, -0.872, -1.1, -1.022, 0.438, 0.226, -0.74, 1.162],
-    della=[0.72, -0.24, 0.6, 1.04, -1.51, 0.39, -0.058, -1.92, -0.81, -0.956, -0.872, -1.1, -1.022, 0.438, 0.226, -0.74, 1.39],
-    slerp=[0.16528, -0.28622, 0.90644, -0.30258, -1.50914, -0.00691, -0.4204, -1.51724, -0.22733, -0.92804, -1.2786, -1.60659, -0.68423, 0.8138, 0.02578, -0.93188, 0.89771],
-    model_stock=[0.16208, 0.44978, 0.87257, -0.16831, -0.62159, -0.30382, 0.05402, -0.60778, 0.32238, -1.16085, -0.19351, -0.85276, -0.39789, 0.32296, -0.00539, -0.38818, 0.86594],
+    linear=[0.03, -0.1875, 0.6525, -0.3925, -1.185, 0.09, -0.415, -1.3775, -0.3325, -0.6725, -1.0575, -1.3275, -0.4025,
+            0.7075, -0.04, -0.74, 0.6325],
+    task_arithmetic=[-0.6255, 0.7705, 1.0715, -1.818, -1.6245, 0.604, -0.6, -2.199, -1.098, -0.743, 0.01, -1.1155,
+                     1.454, 0.79, -0.7685, -0.08, 0.016],
+    ties=[0.03, -0.24, 1.22, 1.04, -1.51, -0.53, -0.67, -1.92, -0.81, -0.956, -0.872, -1.1, -1.73, -0.14, 0.53, -0.74,
+          0.82],
+    breadcrumbs=[0.444, 1.36, 1.008, 0.42, -0.784, -0.53, 0.074, -0.06, 0.336, -0.956, 1.57, -1.1, 0.68, 0.276, 0.166,
+                 -0.74, 1.162],
+    breadcrumbs_ties=[0.444, 1.36, 1.008, 0.42, -0.784, -0.53, 0.074, -0.06, 0.126, -0.956, 1.57, -1.1, 0.68, 0.276,
+                      0.166, -0.74, 1.162],
+    dare_linear=[0.352, -0.24, 0.6, 0.276, -0.73, -0.33, -0.058, -0.618, 0.336, -0.956, -0.872, -1.1, -1.022, 0.438,
+                 0.226, -0.74, 0.986],
+    dare_ties=[0.444, -0.24, 0.6, 0.42, -0.784, -0.162, -0.058, -0.804, 0.126, -0.956, -0.872, -1.1, -1.022, 0.438,
+               0.226, -0.74, 1.162],
+    della=[0.72, -0.24, 0.6, 1.04, -1.51, 0.39, -0.058, -1.92, -0.81, -0.956, -0.872, -1.1, -1.022, 0.438, 0.226, -0.74,
+           1.39],
+    slerp=[0.16528, -0.28622, 0.90644, -0.30258, -1.50914, -0.00691, -0.4204, -1.51724, -0.22733, -0.92804, -1.2786,
+           -1.60659, -0.68423, 0.8138, 0.02578, -0.93188, 0.89771],
+    model_stock=[0.16208, 0.44978, 0.87257, -0.16831, -0.62159, -0.30382, 0.05402, -0.60778, 0.32238, -1.16085,
+                 -0.19351, -0.85276, -0.39789, 0.32296, -0.00539, -0.38818, 0.86594],
     dropped=[0.0, 0.299, -0.274, -0.891, -0.0, -0.0, 0.0, 0.0, -0.492, -0.0, 0.0, 0.357],
     magpruned=[0.0, 0.299, -0.274, -0.891, -0.0, -0.0, 0.0, 1.34, -0.492, -0.0, 0.0, 0.357],
 )
@@ -345,16 +399,19 @@ def test_recipes_agree_with_mergekit(tmp_path, rule):
     rng = np.random.default_rng(11)
     for m in ("base", "a", "c"):
         (tmp_path/m).mkdir()
-        save_file({n: torch.from_numpy(rng.normal(size=s).round(2).astype("float32")) for n, s in dict(b=(5,), w=(3, 4)).items()}, tmp_path/m/"model.safetensors")
+        save_file({n: torch.from_numpy(rng.normal(size=s).round(2).astype("float32"))
+                   for n, s in dict(b=(5,), w=(3, 4)).items()}, tmp_path/m/"model.safetensors")
         (tmp_path/m/"config.json").write_text("{}")
-    merge_recipe(note(tmp_path, merge_method=rule, **yaml.safe_load(MERGEKIT_RECIPES)[rule]), tmp_path/"out", trust=True)
+    merge_recipe(note(tmp_path, merge_method=rule, **yaml.safe_load(MERGEKIT_RECIPES)[rule]), tmp_path/"out",
+                 trust=True)
     t = load_file(tmp_path/"out/model.safetensors")
     np.testing.assert_allclose(np.concatenate([t["b"].numpy(), t["w"].numpy().ravel()]), MERGEKIT[rule], atol=2e-5)
 
 def test_random_rules_keep_what_mergekit_keeps():
     "The same draws keep the same entries; mergekit then rescales to the L1 norm of before, we by the chance, as the papers do."
     t = np.random.default_rng(7).normal(size=(3, 4)).round(3)
-    for ours, theirs in ((dare(t, .6, np.random.default_rng(0)), "dropped"), (magprune(t, .6, .3, np.random.default_rng(0)), "magpruned")):
+    for ours, theirs in ((dare(t, .6, np.random.default_rng(0)), "dropped"),
+                         (magprune(t, .6, .3, np.random.default_rng(0)), "magpruned")):
         np.testing.assert_allclose(np.where(ours != 0, t, 0).ravel(), MERGEKIT[theirs], atol=2e-5)
 
 @settings(max_examples=25, deadline=None)
@@ -366,7 +423,8 @@ def test_trim_breaks_ties_by_position(entries, density):
     np.testing.assert_array_equal(trim(t, density), np.where(ranks >= len(t)-n, t, 0))
 
 @settings(max_examples=25, deadline=None)
-@given(st.lists(st.sampled_from([0., 1., -1., 1+2**-40, -1-2**-41, 1e-60, -2e-60, 1e60, -2e60]), min_size=1, max_size=40), st.floats(.01, 1))
+@given(st.lists(st.sampled_from([0., 1., -1., 1+2**-40, -1-2**-41, 1e-60, -2e-60, 1e60, -2e60]), min_size=1,
+                max_size=40), st.floats(.01, 1))
 def test_trim_sees_what_float32_does_not(entries, density):
     t, n = np.array(entries), max(1, int(density*len(entries)))
     order = sorted(range(len(t)), key=lambda i: (abs(t[i]), i))
@@ -378,7 +436,8 @@ def test_blocks_leave_no_seam():
     assert [b.start for b in blocks(ts[0].size)] == [0, size, 2*size]
     for rule, kw in (("ties", dict(density=.3)), ("breadcrumbs_ties", dict(density=.5))):
         sparse = [(trim if rule == "ties" else breadcrumbs)(t, **kw) for t in ts]
-        np.testing.assert_array_equal(apply_rule(rule, ts, [.3, .7], **kw), (elect if rule == "ties" else vote)(sparse, [.3, .7]))
+        np.testing.assert_array_equal(apply_rule(rule, ts, [.3, .7], **kw),
+                                      (elect if rule == "ties" else vote)(sparse, [.3, .7]))
 
 def test_random_rules_keep_the_expectation():
     t = np.random.default_rng(0).normal(size=(30, 30))
@@ -410,7 +469,8 @@ def test_breadcrumbs_drops_both_ends():
 def test_fisher_and_regmean_minimise_what_they_promise():
     rng = np.random.default_rng(0)
     t, f, w = rng.normal(size=(3, 4, 5)), rng.random((3, 4, 5)), [.5, .3, .2]
-    np.testing.assert_allclose(fisher(list(t), list(f), w), sum(k*i*x for k, i, x in zip(w, f, t))/sum(k*i for k, i in zip(w, f)))
+    np.testing.assert_allclose(fisher(list(t), list(f), w),
+                               sum(k*i*x for k, i, x in zip(w, f, t))/sum(k*i for k, i in zip(w, f)))
     f[:, 0, 0] = 0
     assert fisher(list(t), list(f), w)[0, 0] == pytest.approx(sum(k*x[0, 0] for k, x in zip(w, t)))
     xs = rng.normal(size=(3, 40, 5))
@@ -419,7 +479,10 @@ def test_fisher_and_regmean_minimise_what_they_promise():
     want = np.linalg.lstsq(np.vstack(root), np.vstack([x@m.T for x, m in zip(root, t)]), rcond=None)[0].T
     np.testing.assert_allclose(got, want, atol=1e-6)
     shrunk = [.9*x.T@x + .1*np.diag(np.diag(x.T@x)) for x in xs]
-    np.testing.assert_allclose(regmean(list(t), [x.T@x for x in xs], w), sum(k*m@g for k, m, g in zip(w, t, shrunk))@np.linalg.inv(sum(k*g for k, g in zip(w, shrunk))), atol=1e-6)
+    np.testing.assert_allclose(regmean(list(t), [x.T@x for x in xs], w),
+                               sum(k*m@g for k, m, g in zip(w, t,
+                                                            shrunk))@np.linalg.inv(sum(k*g for k, g in zip(w, shrunk))),
+                                                            atol=1e-6)
 
 def test_regmean_with_a_dead_input():
     x = np.random.default_rng(0).normal(size=(50, 4)); x[:, 2] = 0
@@ -440,7 +503,8 @@ def test_a_shuffled_model_merged_with_itself_is_itself():
     assert all(np.array_equal(back[n], state[n]) for n in state)
     m = merge_with_data(dict(a=model, b=other), dict(a=.4, b=.6), dict(a=audio, b=audio), "permute")
     assert all(torch.allclose(t, model.state_dict()[n], atol=1e-7) for n, t in m.state_dict().items())
-    with pytest.raises(ValueError, match="use fisher, regmean or permute"): merge_with_data(dict(a=model), dict(a=1), dict(a=audio), "magic")
+    with pytest.raises(ValueError, match="use fisher, regmean or permute"):
+        merge_with_data(dict(a=model), dict(a=1), dict(a=audio), "magic")
 
 # --- broken files
 
@@ -457,7 +521,8 @@ def test_fuzzed_headers_are_refused_or_harmless(trio, tmp_path_factory, data):
     else:
         head = json.loads(whole[8:8+n])
         t = head[data.draw(st.sampled_from(sorted(k for k in head if k != "__metadata__")))]
-        if how == "offset": t["data_offsets"][data.draw(st.integers(0, 1))] += data.draw(st.integers(-10**7, 10**7).filter(bool))
+        if how == "offset":
+            t["data_offsets"][data.draw(st.integers(0, 1))] += data.draw(st.integers(-10**7, 10**7).filter(bool))
         else: t["shape"] = data.draw(st.lists(st.integers(0, 2**40), max_size=4).filter(lambda s: s != t["shape"]))
         text = json.dumps(head).encode()
         broken = len(text).to_bytes(8, "little") + text + whole[8+n:]
@@ -468,7 +533,8 @@ def test_fuzzed_headers_are_refused_or_harmless(trio, tmp_path_factory, data):
     except ValueError as e: assert str(folder) in str(e) or folder.name in str(e)
     else: assert how == "flip" # only a byte that the format leaves free (spaces, the metadata text) may pass
 
-junk = st.recursive(st.sampled_from([0, 1e300, "", "ab", None, []]), lambda x: st.lists(x, max_size=3) | st.dictionaries(st.sampled_from("abc"), x, max_size=3))
+junk = st.recursive(st.sampled_from([0, 1e300, "", "ab", None, []]),
+                    lambda x: st.lists(x, max_size=3) | st.dictionaries(st.sampled_from("abc"), x, max_size=3))
 
 @settings(max_examples=25, deadline=None)
 @given(junk, st.integers(1, 300), st.sampled_from(["metadata", "tensor", "shape", "beside"]))
@@ -478,7 +544,8 @@ def test_a_header_takes_memory_in_proportion_to_its_file(tmp_path_factory, value
     many, w = [value]*(20_000//len(json.dumps(value)) + 1), dict(dtype="F32", shape=[1], data_offsets=[0, 4])
     if where == "tensor": w["more"] = many
     if where == "shape": w |= dict(shape=[0, 2**62, *[1]*20_000], data_offsets=[0, 0])
-    head = {"w": w} | (dict(beside=many) if where == "beside" else {}) | ({"__metadata__": dict(text=json.dumps(many))} if where == "metadata" else {})
+    head = {"w": w} | (dict(beside=many) if where == "beside" else {}) | ({"__metadata__": dict(text=json.dumps(many))}
+                                                                          if where == "metadata" else {})
     text = json.dumps(head, separators=(",", ":")).encode()
     file = tmp_path_factory.mktemp("header")/"model.safetensors"
     file.write_bytes(len(text).to_bytes(8, "little") + text + bytes(4 if where != "shape" else 0))
@@ -510,6 +577,7 @@ def test_slider_with_a_browser(monkeypatch, lam, low, high):
     monkeypatch.setenv("JPY_SESSION_NAME", "x.ipynb")
     monkeypatch.setattr(ipywidgets, "interact", lambda f, **kw: made.append(real(f, **kw).widget.children[0]))
     slider(shown.append, lam=lam)
-    assert shown == [lam] and (made[0].min, made[0].max) == (low, high) # it begins where the notebook is, beyond the ends too
+    # it begins where the notebook is, beyond the ends too
+    assert shown == [lam] and (made[0].min, made[0].max) == (low, high)
     made[0].value = .8                                                  # as turning it does
     assert shown == [lam, .8]

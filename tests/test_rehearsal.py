@@ -82,7 +82,8 @@ def test_from_distilling_to_the_results_page(rehearsed):
     assert len(table) == 1 and (made/"results/findings.json").exists() and (made/"results/05_results.ipynb").exists()
     student = json.loads((made/"students/both/music/distilltv.json").read_text())
     assert student["steps"] == 4
-    if REAL and "DISTILLTV_RECORD" in os.environ: Path(os.environ["DISTILLTV_RECORD"]).write_text(costs(made), encoding="utf-8")
+    if REAL and "DISTILLTV_RECORD" in os.environ:
+        Path(os.environ["DISTILLTV_RECORD"]).write_text(costs(made), encoding="utf-8")
 
 def costs(made):
     "Seconds of each run in their order, and the most memory of those that note it, as JSON."

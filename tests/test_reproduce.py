@@ -19,9 +19,11 @@ with log.open('a') as f: f.write(name + '\\n')
 def notebook(path, code, **parameters):
     "Write a notebook of a parameters cell and a code cell."
     head = "\n".join(f"{k} = {v!r}" for k, v in parameters.items())
-    cell = lambda source, *tags: dict(cell_type="code", id=f"c{len(tags)}", metadata=dict(tags=list(tags)), source=source,
+    cell = lambda source, *tags: dict(cell_type="code", id=f"c{len(tags)}", metadata=dict(tags=list(tags)),
+                                      source=source,
                                       outputs=[], execution_count=None)
-    path.write_text(json.dumps(dict(nbformat=4, nbformat_minor=5, cells=[cell(head, "parameters"), cell(WRITE.format(code=code))],
+    path.write_text(json.dumps(dict(nbformat=4, nbformat_minor=5,
+                                    cells=[cell(head, "parameters"), cell(WRITE.format(code=code))],
         metadata=dict(kernelspec=dict(name="python3", display_name="python3", language="python")))))
 
 @pytest.fixture
@@ -31,8 +33,10 @@ def repo(tmp_path, monkeypatch):
     (tmp_path/"distilltv").mkdir()
     (tmp_path/"distilltv/helper.py").write_text("def square(x): return x*x\n")
     notebook(tmp_path/"nbs/make.ipynb", "value = x", name="", x=0)
-    notebook(tmp_path/"nbs/square.ipynb", SLOW + "value = int(Path(f'runs/{of}/number.txt').read_text())**2  # import distilltv", name="", of="")
-    notebook(tmp_path/"nbs/total.ipynb", "value = sum(int(Path(f'runs/{n}/number.txt').read_text()) for n in of.split())", name="", of="")
+    notebook(tmp_path/"nbs/square.ipynb",
+             SLOW + "value = int(Path(f'runs/{of}/number.txt').read_text())**2  # import distilltv", name="", of="")
+    notebook(tmp_path/"nbs/total.ipynb",
+             "value = sum(int(Path(f'runs/{n}/number.txt').read_text()) for n in of.split())", name="", of="")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DISTILLTV_HOME", str(tmp_path/"runs"))
     return tmp_path
@@ -41,8 +45,11 @@ def at(notebook): return str(Path.cwd()/"nbs"/notebook)
 
 def small(xs=(1, 2)):
     make = [GridRun("make", f"m{i}", at("make.ipynb"), dict(name=f"m{i}", x=x), f"m{i}") for i, x in enumerate(xs)]
-    square = [GridRun("square", f"s{i}", at("square.ipynb"), dict(name=f"s{i}", of=f"m{i}"), f"s{i}", (f"make/m{i}",)) for i in range(len(xs))]
-    return [*make, *square, GridRun("total", "t", at("total.ipynb"), dict(name="t", of=" ".join(c.name for c in square)), "t", tuple(c.id for c in square))]
+    square = [GridRun("square", f"s{i}", at("square.ipynb"), dict(name=f"s{i}", of=f"m{i}"), f"s{i}", (f"make/m{i}",))
+              for i in range(len(xs))]
+    return [*make, *square,
+            GridRun("total", "t", at("total.ipynb"), dict(name="t", of=" ".join(c.name for c in square)), "t",
+                    tuple(c.id for c in square))]
 
 def ran(repo):
     "Names of the runs since the last call, sorted."
@@ -133,7 +140,8 @@ def test_a_bare_assert_shows_its_line(repo):
     assert "AssertionError: assert value > 5" in run_stale(small((1,)))["make/m0"]
 
 def test_nothing_made_is_a_failure(repo):
-    (repo/"nbs/make.ipynb").write_text((repo/"nbs/total.ipynb").read_text().replace("(out/'number.txt')", "(out/'.hidden')").replace("of.split()", "[]").replace("of = ", "x = "))
+    (repo/"nbs/make.ipynb").write_text((repo/"nbs/total.ipynb").read_text().replace("(out/'number.txt')",
+                                                                                    "(out/'.hidden')").replace("of.split()", "[]").replace("of = ", "x = "))
     assert "left nothing in runs/m0" in run_stale(small((1,)))["make/m0"]
 
 def test_leftovers_of_other_code_are_cleared_but_a_killed_run_may_continue(repo):
@@ -146,16 +154,21 @@ def test_leftovers_of_other_code_are_cleared_but_a_killed_run_may_continue(repo)
     assert not (repo/"runs/m0/checkpoint").exists()
 
 def test_two_at_once_are_refused(repo):
-    with alone(repo/"runs"), pytest.raises(RuntimeError, match="another `distilltv reproduce` is writing to"): run_stale(small())
+    with alone(repo/"runs"), pytest.raises(RuntimeError, match="another `distilltv reproduce` is writing to"):
+        run_stale(small())
 
 def cli(*args, cwd, **env):
-    return subprocess.run([sys.executable, "-c", "import sys; from distilltv.reproduce import main; sys.exit(main(sys.argv[1:]))", *args], cwd=cwd, text=True, capture_output=True,
+    return subprocess.run([sys.executable, "-c",
+                           "import sys; from distilltv.reproduce import main; sys.exit(main(sys.argv[1:]))", *args],
+                           cwd=cwd, text=True, capture_output=True,
                           stdin=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": str(root_of_package()), **env})
 
 def test_command_line(tmp_path, repo):
-    assert "reproduce" in cli("--help", cwd=repo).stdout and "start + lam" in cli("reproduce", "--help", cwd=repo).stdout
+    assert "reproduce" in cli("--help", cwd=repo).stdout
+    assert "start + lam" in cli("reproduce", "--help", cwd=repo).stdout
     wrong = cli("reproduce", "--profile", "maxi", cwd=repo)
-    assert wrong.returncode == 2 and "use one of mini, hub, paper, or the path" in wrong.stderr and "Traceback" not in wrong.stderr
+    assert wrong.returncode == 2 and "use one of mini, hub, paper, or the path" in wrong.stderr
+    assert "Traceback" not in wrong.stderr
     few = cli("reproduce", "--jobs", "0", cwd=repo)
     assert few.returncode == 2 and "--jobs 0 is too few" in few.stderr
     none = cli("merge", "nothing.yaml", "out", cwd=repo)
@@ -169,7 +182,8 @@ def test_without_notebooks_it_says_what_to_do(tmp_path):
 
 def test_checking_imports_nothing_heavy():
     code = "import sys, distilltv.reproduce; print([m for m in ('torch', 'transformers', 'pandas', 'papermill') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root_of_package()).stdout.strip() == "[]"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                          cwd=root_of_package()).stdout.strip() == "[]"
 
 def test_grid_passes_only_parameters_the_notebooks_have():
     import papermill
@@ -205,9 +219,11 @@ def stale_after(tree, path, change):
 
 def test_each_module_makes_exactly_its_runs_stale(tree):
     stages = {}
-    for path in sorted((tree/"distilltv").glob("*.py")): stages[path.stem] = stale_after(tree, path, lambda text: text + "\n_edited = 1\n")
+    for path in sorted((tree/"distilltv").glob("*.py")):
+        stages[path.stem] = stale_after(tree, path, lambda text: text + "\n_edited = 1\n")
     assert {m: s for m, s in stages.items() if m in STALE} == STALE
-    expected = dict(runs="distil merge probe results", profiles="distil merge probe results", objective="distil results", training="distil results",
+    expected = dict(runs="distil merge probe results", profiles="distil merge probe results",
+                    objective="distil results", training="distil results",
                     rules="merge", merge="merge",
                     features="probe results", fit="probe results")
     assert {m: stages[m] for m in expected} == expected
@@ -219,7 +235,8 @@ def test_a_figure_or_a_comment_in_a_chapter_makes_nothing_stale_and_a_line_of_co
         def with_cell(source):
             def change(text):
                 nb = json.loads(text)
-                nb["cells"].append(dict(cell_type="code", id="new", metadata={}, outputs=[], execution_count=None, source=[source]))
+                nb["cells"].append(dict(cell_type="code", id="new", metadata={}, outputs=[], execution_count=None,
+                                        source=[source]))
                 return json.dumps(nb)
             return change
         assert stale_after(tree, path, with_cell("#| fig-alt: \"a line\"\nplt.plot([1, 2])")) == ""
@@ -245,7 +262,8 @@ def test_profile_audio_and_teachers_are_in_the_key(tmp_path, monkeypatch):
     assert changed()                        # an environment variable that the profile names
     (tmp_path/"three.toml").write_text(text.replace("steps = 7", "steps = 8"), encoding="utf-8")
     assert changed()                        # a value of the profile
-    (tmp_path/"three.toml").write_text(text.replace("steps = 7", "steps = 8").replace("hours = 2", "hours = 3"), encoding="utf-8")
+    (tmp_path/"three.toml").write_text(text.replace("steps = 7", "steps = 8").replace("hours = 2", "hours = 3"),
+                                       encoding="utf-8")
     assert not changed()                    # what decides no result
 
 def test_a_profiles_question_makes_probes_stale_and_no_student(tmp_path):
@@ -276,7 +294,8 @@ def test_a_student_is_stale_with_what_it_reads_and_nothing_else(tmp_path, monkey
     monkeypatch.setenv("C", str(tmp_path/"c"))
     monkeypatch.setenv("STREAM", "stream:z:y:train")
     runs = {r.id: r for r in grid(tmp_path/"three.toml")}
-    asked = ["distil/a", "distil/b", "distil/c", "distil/ensemble", "probe/logmel", "probe/teacher-b", "probe/teacher-c"]
+    asked = ["distil/a", "distil/b", "distil/c", "distil/ensemble", "probe/logmel", "probe/teacher-b",
+             "probe/teacher-c"]
     last = {r: key(runs[r], runs) for r in asked}
     def stale():
         now = {r: key(runs[r], runs) for r in asked}
@@ -296,11 +315,13 @@ def test_a_student_is_stale_with_what_it_reads_and_nothing_else(tmp_path, monkey
 
 def test_grid_and_notebook_name_a_merge_alike(tmp_path):
     from distilltv.cards import merged_name
-    (tmp_path/"three.toml").write_text('name = "three"\n[teachers]\na = "x/a"\nb = "x/b"\nc = "x/c"\n', encoding="utf-8")
+    (tmp_path/"three.toml").write_text('name = "three"\n[teachers]\na = "x/a"\nb = "x/b"\nc = "x/c"\n',
+                                       encoding="utf-8")
     for r in [r for r in grid(tmp_path/"three.toml", seeds=2) + grid("mini") if r.stage == "merge"]:
         said = r.parameters["weights"] if "weights" in r.parameters else r.parameters["lam"]
         seed = f"-seed{r.parameters['seed']}" if r.parameters["seed"] else ""
-        assert r.out.split("/")[-1] == merged_name("linear", said) + seed     # the folder that 03_merge.ipynb writes by itself
+        # the folder that 03_merge.ipynb writes by itself
+        assert r.out.split("/")[-1] == merged_name("linear", said) + seed
 
 def test_audio_behind_a_link_counts(tmp_path):
     (tmp_path/"store").mkdir()
@@ -316,15 +337,18 @@ def test_audio_behind_a_link_counts(tmp_path):
 # --- the grid of any experiment
 
 def test_grid_of_three_domains_and_two_seeds(tmp_path):
-    (tmp_path/"three.toml").write_text('name = "three"\n[teachers]\na = "x/a"\nb = "x/b"\nc = "x/c"\n', encoding="utf-8")
+    (tmp_path/"three.toml").write_text('name = "three"\n[teachers]\na = "x/a"\nb = "x/b"\nc = "x/c"\n',
+                                       encoding="utf-8")
     runs = grid(tmp_path/"three.toml", seeds=2)
     names = {s: [r.name for r in runs if r.stage == s] for s in STAGES}
     assert names["distil"] == "a b c ensemble ensemble-3x a-seed1 b-seed1 c-seed1 ensemble-seed1 ensemble-3x-seed1".split()
     longer = next(r for r in runs if r.name == "ensemble-3x")
-    assert longer.parameters["steps"] == 3*20_000 and longer.out == "three/students/both/ensemble-3x" and longer.parameters["profile"] == str(tmp_path/"three.toml")
+    assert longer.parameters["steps"] == 3*20_000 and longer.out == "three/students/both/ensemble-3x"
+    assert longer.parameters["profile"] == str(tmp_path/"three.toml")
     assert len(names["merge"]) == 2*len(simplex("abc", 4)) == 30 and "a-0.25-b-0.25-c-0.5-seed1" in names["merge"]
     one = next(r for r in runs if r.name == "a-0.25-b-0.25-c-0.5-seed1" and r.stage == "merge")
-    assert one.needs == ("distil/a-seed1", "distil/b-seed1", "distil/c-seed1") and one.parameters["weights"] == dict(a=.25, b=.25, c=.5)
+    assert one.needs == ("distil/a-seed1", "distil/b-seed1", "distil/c-seed1")
+    assert one.parameters["weights"] == dict(a=.25, b=.25, c=.5)
     assert len(set(r.out for r in runs)) == len(runs) and len(names["probe"]) == 3 + 3 + 10 + 30
 
 def test_weights_that_round_alike_keep_their_folders():
@@ -340,7 +364,8 @@ def test_what_somebody_else_put_into_a_run_folder_stays(repo):
 
 def test_a_profile_beside_which_the_command_is_given(tmp_path):
     "A path is relative to where one is, also when teachers are looked at before anything runs."
-    (tmp_path/"mine.toml").write_text('name = "mine"\n[teachers]\na = "./nothing"\n[audio]\na = "mini:speech"\n', encoding="utf-8")
+    (tmp_path/"mine.toml").write_text('name = "mine"\n[teachers]\na = "./nothing"\n[audio]\na = "mini:speech"\n',
+                                      encoding="utf-8")
     said = cli("reproduce", "--profile", "mine.toml", "--home", "runs", cwd=tmp_path)
     assert said.returncode == 2 and str(tmp_path/"nothing") in said.stderr and not (tmp_path/"runs").exists()
 
@@ -348,9 +373,11 @@ def test_time_left_is_a_rehearsal(repo):
     runs = small((1, 2, 3, 4))
     for r in runs:
         r.folder.mkdir(parents=True)
-        (r.folder/"stamp.json").write_text(json.dumps(dict(key="another", made="another", seconds=dict(make=10, square=30, total=5)[r.stage])))
+        (r.folder/"stamp.json").write_text(json.dumps(dict(key="another", made="another",
+                                                           seconds=dict(make=10, square=30, total=5)[r.stage])))
     p = Progress(runs, 2)
-    assert p.time_left() == pytest.approx(2*10 + 2*30 + 5)         # two kernels: four of each stage in two turns, then the total
+    # two kernels: four of each stage in two turns, then the total
+    assert p.time_left() == pytest.approx(2*10 + 2*30 + 5)
     p.start(runs[0])
     p.done(runs[0])
     p.took[runs[0].id] = 20.                                       # this machine takes twice as long today
@@ -371,7 +398,8 @@ def test_time_left_of_a_profile_of_few_steps(tmp_path, monkeypatch):
     p.close()
 
 def test_time_left_of_a_distillation_by_its_own_steps(tmp_path, monkeypatch):
-    (tmp_path/"one.toml").write_text('name = "one"\n[teachers]\na = "x/a"\n[training]\nsteps = 1000\n', encoding="utf-8")
+    (tmp_path/"one.toml").write_text('name = "one"\n[teachers]\na = "x/a"\n[training]\nsteps = 1000\n',
+                                     encoding="utf-8")
     monkeypatch.setenv("DISTILLTV_HOME", str(tmp_path/"runs"))
     student = next(r for r in grid(tmp_path/"one.toml") if r.stage == "distil")
     def log(step):

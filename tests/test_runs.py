@@ -14,19 +14,26 @@ def left(folder): return sorted(f.name for f in folder.iterdir())
 
 # --- folders: only what this package wrote is replaced
 
-FOREIGN = {"a file of theirs": ["notes.txt"], "a folder of theirs": ["thesis/notes.txt"], "a model of others": ["config.json", "model.safetensors", "README.md"],
-           "theirs beside ours": ["distilltv.json", "model.safetensors", "notes.txt"], "a folder beside ours": ["distilltv.json", "old/model.safetensors"]}
+FOREIGN = {"a file of theirs": ["notes.txt"], "a folder of theirs": ["thesis/notes.txt"],
+           "a model of others": ["config.json", "model.safetensors", "README.md"],
+           "theirs beside ours": ["distilltv.json", "model.safetensors", "notes.txt"],
+           "a folder beside ours": ["distilltv.json", "old/model.safetensors"]}
 
 @pytest.mark.parametrize("what", FOREIGN)
 def test_a_folder_of_others_is_refused_by_name(tmp_path, what):
     for f in FOREIGN[what]:
         (tmp_path/"models"/f).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path/"models"/f).write_text("three years", encoding="utf-8")
-    with pytest.raises(ValueError, match="models holds .*which distilltv did not write: choose another folder"): write(tmp_path/"models")
-    assert all((tmp_path/"models"/f).read_text(encoding="utf-8") == "three years" for f in FOREIGN[what]) and left(tmp_path) == ["models"]
+    with pytest.raises(ValueError, match="models holds .*which distilltv did not write: choose another folder"):
+        write(tmp_path/"models")
+    assert all((tmp_path/"models"/f).read_text(encoding="utf-8") == "three years" for f in FOREIGN[what])
+    assert left(tmp_path) == ["models"]
 
-@pytest.mark.parametrize("ours", [[], ["result.json", "02_distill.ipynb"], ["stamp.json"], ["checkpoint.pt", "log.csv", "best.pt"],
-                                  ["distilltv.json", "config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "recipe.yaml"]])
+@pytest.mark.parametrize("ours",
+                         [[], ["result.json", "02_distill.ipynb"], ["stamp.json"],
+                          ["checkpoint.pt", "log.csv", "best.pt"],
+                                  ["distilltv.json", "config.json", "model-00001-of-00002.safetensors",
+                                   "model.safetensors.index.json", "recipe.yaml"]])
 def test_a_folder_of_ours_is_replaced(tmp_path, ours):
     (tmp_path/"u").mkdir()
     for f in ours: (tmp_path/"u"/f).touch()
@@ -59,14 +66,16 @@ def test_a_link_is_followed(tmp_path, there):
     (tmp_path/"link").symlink_to(tmp_path/"disk/big")
     for text in ("one", "two"):
         write(tmp_path/"link", text)
-        assert (tmp_path/"link").is_symlink() and (tmp_path/"disk/big/distilltv.json").read_text(encoding="utf-8") == text
+        assert (tmp_path/"link").is_symlink()
+        assert (tmp_path/"disk/big/distilltv.json").read_text(encoding="utf-8") == text
     assert left(tmp_path) == ["disk", "link"] and left(tmp_path/"disk") == ["big"]
 
 def test_a_file_behind_a_link_is_written(tmp_path):
     (tmp_path/"disk").mkdir()
     (tmp_path/"link.json").symlink_to(tmp_path/"disk/a.json")
     write_json(tmp_path/"link.json", dict(a="ü"))
-    assert (tmp_path/"link.json").is_symlink() and json.loads((tmp_path/"disk/a.json").read_text(encoding="utf-8")) == dict(a="ü")
+    assert (tmp_path/"link.json").is_symlink()
+    assert json.loads((tmp_path/"disk/a.json").read_text(encoding="utf-8")) == dict(a="ü")
 
 @pytest.mark.parametrize("code", [errno.EXDEV, errno.EBUSY, errno.EROFS])
 def test_a_folder_that_cannot_be_renamed_is_filled(tmp_path, monkeypatch, code):
@@ -97,7 +106,8 @@ done
 
 def test_layers_and_mount_points_of_a_container(tmp_path):
     if not shutil.which("unshare"): pytest.skip("only Linux has mount namespaces")
-    done = subprocess.run(["unshare", "-m", "bash", "-c", MOUNTS.format(tmp_path, sys.executable)], capture_output=True, text=True, env=os.environ | dict(PYTHONPATH=str(ROOT)))
+    done = subprocess.run(["unshare", "-m", "bash", "-c", MOUNTS.format(tmp_path, sys.executable)], capture_output=True,
+                          text=True, env=os.environ | dict(PYTHONPATH=str(ROOT)))
     if done.returncode == 77 or "unshare" in done.stderr: pytest.skip("this user may not mount")
     assert done.returncode == 0, done.stderr
 
@@ -112,7 +122,8 @@ def test_a_file_is_whole_or_absent(tmp_path):
 
 def asked(what, cwd, **env):
     command = f"from distilltv import runs; print(runs.{what})"
-    return subprocess.run([sys.executable, "-c", command], cwd=cwd, env=os.environ | env, capture_output=True, text=True, check=True).stdout.strip()
+    return subprocess.run([sys.executable, "-c", command], cwd=cwd, env=os.environ | env, capture_output=True,
+                          text=True, check=True).stdout.strip()
 
 def repository(folder, *files):
     folder.mkdir()
@@ -134,7 +145,8 @@ def test_an_installed_package_records_no_commit_of_others(tmp_path):
     thesis = repository(tmp_path/"thesis")
     shutil.copytree(ROOT/"distilltv", thesis/".venv/distilltv", ignore=shutil.ignore_patterns("__pycache__"))
     assert asked("commit()", thesis, PYTHONPATH=str(thesis/".venv")) == "unknown"
-    assert asked("root()", ROOT/"nbs", PYTHONPATH=str(thesis/".venv")) == str(ROOT)   # the clone around the working directory
+    # the clone around the working directory
+    assert asked("root()", ROOT/"nbs", PYTHONPATH=str(thesis/".venv")) == str(ROOT)
     assert asked("root()", thesis, PYTHONPATH=str(thesis/".venv")) == str(thesis)
 
 def test_home_is_what_was_asked_for(tmp_path, monkeypatch):
@@ -154,6 +166,7 @@ def test_home_is_what_was_asked_for(tmp_path, monkeypatch):
 def test_text_is_utf8_in_any_locale(tmp_path):
     code = "import sys; from distilltv.runs import atomic_folder, root, write_json; write_json(sys.argv[1], dict(a='\\u03b8')); print(ascii(str(root())))"
     env = os.environ | dict(PYTHONPATH=str(ROOT), LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
-    done = subprocess.run([sys.executable, "-X", "warn_default_encoding", "-W", "error::EncodingWarning:distilltv.runs", "-c", code, str(tmp_path/"a.json")], env=env, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-X", "warn_default_encoding", "-W", "error::EncodingWarning:distilltv.runs",
+                           "-c", code, str(tmp_path/"a.json")], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path/"a.json").read_text(encoding="utf-8")) == dict(a="θ")

@@ -25,25 +25,31 @@ def contrast(one, other):
     return (high+.05)/(low+.05)
 
 def test_contrast_is_computed_as_w3c_does():
-    assert contrast("#000000", "#ffffff") == pytest.approx(21) and contrast("#777777", "#ffffff") == pytest.approx(4.48, abs=.01)
+    assert contrast("#000000", "#ffffff") == pytest.approx(21)
+    assert contrast("#777777", "#ffffff") == pytest.approx(4.48, abs=.01)
 
 def variables(mode):
     "Colours that Sass is given."
-    return dict(re.findall(r"^\$([\w-]+):\s*(#[0-9a-f]{6});", (ROOT/f"nbs/{mode}.scss").read_text(encoding="utf-8"), re.M))
+    return dict(re.findall(r"^\$([\w-]+):\s*(#[0-9a-f]{6});", (ROOT/f"nbs/{mode}.scss").read_text(encoding="utf-8"),
+                           re.M))
 
 @pytest.mark.parametrize("mode, ground", [("light", "#ffffff"), ("dark", None)])
 def test_colours_of_the_theme_can_be_read(mode, ground):
     v = variables(mode)
     grounds = [ground] if ground else [v["body-bg"], v["code-block-bg"], v["navbar-bg"]]
-    letters = [k for k in v if k in ("body-color", "link-color", "text-muted", "code-color", "pre-color", "navbar-fg", "sidebar-fg", "input-color")]
-    assert {"link-color", "text-muted"} <= set(letters) and (mode == "light" or {"pre-color", "code-color"} <= set(letters))
+    letters = [k for k in v
+               if k in ("body-color", "link-color", "text-muted", "code-color", "pre-color", "navbar-fg", "sidebar-fg",
+                        "input-color")]
+    assert {"link-color", "text-muted"} <= set(letters)
+    assert (mode == "light" or {"pre-color", "code-color"} <= set(letters))
     for k in letters:
         for g in grounds: assert contrast(v[k], g) >= 5, f"{mode}: ${k} {v[k]} on {g}"
 
 def test_css_and_sass_agree_in_dark_mode():
     css, v = (ROOT/"nbs/site.css").read_text(encoding="utf-8"), variables("dark")
     block = re.search(r"^\.quarto-dark \{(.*?)\}", css, re.S | re.M)[1]
-    for name, k in (("--bs-body-bg", "body-bg"), ("--bs-body-color", "body-color"), ("--bs-link-color", "link-color"), ("--bs-code-color", "code-color"), ("--quiet", "text-muted")):
+    for name, k in (("--bs-body-bg", "body-bg"), ("--bs-body-color", "body-color"), ("--bs-link-color", "link-color"),
+                    ("--bs-code-color", "code-color"), ("--quiet", "text-muted")):
         assert re.search(rf"{name}:\s*(#[0-9a-f]{{6}})", block)[1] == v[k], name
 
 def test_the_font_of_formulas_ships_with_its_licence():
@@ -80,7 +86,9 @@ def test_a_chapter_begins_with_its_idea(path):
     assert len(re.sub(r"^[#>].*$", "", before, flags=re.M).split()) >= 25
 
 def title(path):
-    if path.suffix == ".ipynb": return re.search(r"^# (.+)$", "\n".join(source(c) for c in cells(path) if c["cell_type"] == "markdown"), re.M)[1]
+    if path.suffix == ".ipynb":
+        return re.search(r"^# (.+)$", "\n".join(source(c) for c in cells(path) if c["cell_type"] == "markdown"),
+                         re.M)[1]
     text = path.read_text(encoding="utf-8")
     return (re.search(r'^title: "?(.+?)"?$', text, re.M) or re.search(r"^# (.+)$", text, re.M))[1]
 
@@ -100,18 +108,22 @@ def uncaptioned(path):
         if "#| hide" in text: continue
         if c["cell_type"] == "code":
             data = [o.get("data", {}) for o in c.get("outputs", [])]
-            frames = [d for d in data if "<table" in "".join(d.get("text/html", "")) and 'class="dial"' not in "".join(d["text/html"])]
+            frames = [d for d in data if "<table" in "".join(d.get("text/html", ""))
+                      and 'class="dial"' not in "".join(d["text/html"])]
             text = "\n".join("".join(d.get("text/markdown", "")) for d in data)
             if frames and "tbl-cap" not in source(c): yield source(c)
         text = re.sub(r"^```.*?^```", "", text, flags=re.S | re.M)
-        if len(re.findall(rule, text, re.M)) > len(re.findall(r"^: ", text, re.M)) and "tbl-cap" not in source(c): yield source(c)
+        if len(re.findall(rule, text, re.M)) > len(re.findall(r"^: ", text, re.M)) and "tbl-cap" not in source(c):
+            yield source(c)
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES.get)
 def test_every_table_has_a_caption(path):
     assert not (bare := [s[:200] for s in uncaptioned(path)]), "\n\n".join(bare)
 
-METHODS = {"TIES": "yadav2023ties", "DARE": "yu2024dare", "Fisher": "matena2022fisher", "RegMean": "jin2023regmean", "Barlow Twins": "zbontar2021barlow",
-           "DistilHuBERT": "chang2022distilhubert", "HuBERT": "hsu2021hubert", "MERT": "li2024mert", "SUPERB": "yang2021superb", "MARBLE": "yuan2023marble"}
+METHODS = {"TIES": "yadav2023ties", "DARE": "yu2024dare", "Fisher": "matena2022fisher", "RegMean": "jin2023regmean",
+           "Barlow Twins": "zbontar2021barlow",
+           "DistilHuBERT": "chang2022distilhubert", "HuBERT": "hsu2021hubert", "MERT": "li2024mert",
+           "SUPERB": "yang2021superb", "MARBLE": "yuan2023marble"}
 
 def test_every_method_has_its_reference_and_is_cited():
     bib = (ROOT/SITE["bibliography"]).read_text(encoding="utf-8")
@@ -127,15 +139,20 @@ def script(name):
     spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
     return module
 
-@pytest.mark.parametrize("source, name", [("import os\nfrom pathlib import Path", "Imports"), ("#| export\ndef _a(): pass\nclass _B: pass", "Helper: _a, _B"),
-                                          ("check_parameters(globals(), lam=1)", "Checking the parameters"), ("import os\nos.getcwd()", None), ("def a(): pass", None), ("%%bash\nls", None)])
+@pytest.mark.parametrize("source, name",
+                         [("import os\nfrom pathlib import Path", "Imports"),
+                          ("#| export\ndef _a(): pass\nclass _B: pass", "Helper: _a, _B"),
+                                          ("check_parameters(globals(), lam=1)", "Checking the parameters"),
+                                          ("import os\nos.getcwd()", None), ("def a(): pass", None),
+                                          ("%%bash\nls", None)])
 def test_what_is_folded(source, name): assert script("fold").name_of(source) == name
 
 @pytest.mark.parametrize("path", [p for p in NOTEBOOKS if re.match(r"0|a\d", p.name)], ids=NAMES.get)
 def test_boxes_of_imports_and_helpers_are_folded_with_a_name(path):
     notebook = json.loads(path.read_text(encoding="utf-8"))
     assert not (open_ := [name for _, name in script("fold").unfolded(notebook)]), f"run `python .ci/fold.py`: {open_}"
-    for c in notebook["cells"]: assert not c["metadata"].get("code-fold") or c["metadata"].get("code-summary"), f"without a name:\n{''.join(c['source'])}"
+    for c in notebook["cells"]:
+        assert not c["metadata"].get("code-fold") or c["metadata"].get("code-summary"), f"without a name:\n{''.join(c['source'])}"
 
 # --- where things are
 
@@ -150,8 +167,11 @@ def test_one_search_box_and_home_marked_on_home_alone():
 
 def test_search_finds_pages_to_read():
     page = r'<math>…<annotation encoding="application/x-tex">\theta_0 &lt; 1</annotation></math><math><annotation encoding="application/x-tex">a</annotation></math>'
-    entries = [dict(href="nbs/a.html#x", title="A", text="the start θ0 < 1\\theta_0 < 1 of a student"), dict(href="data/mini/runs/merge-lam-0.50.html", title="Run", text="…")]
-    assert script("offline").searched(entries, {"nbs/a.html": page}) == [dict(href="nbs/a.html#x", title="A", text="the start θ0 < 1 of a student")]
+    entries = [dict(href="nbs/a.html#x", title="A", text="the start θ0 < 1\\theta_0 < 1 of a student"),
+               dict(href="data/mini/runs/merge-lam-0.50.html", title="Run", text="…")]
+    assert script("offline").searched(entries,
+                                      {"nbs/a.html": page}) == [dict(href="nbs/a.html#x", title="A",
+                                                                     text="the start θ0 < 1 of a student")]
 
 def test_the_promises_name_tests_that_are_there():
     held = re.findall(r'"(tests/\w+\.py)::(\w+)"', "\n".join(source(c) for c in cells(ROOT/"nbs/promises.ipynb")))
@@ -205,13 +225,16 @@ def address(site):    # noqa: F811
 def test_a_page_on_a_phone(browser, address, path, mode):
     "390 pixels wide: nothing slides sideways, everything can be read, nothing fails."
     browser.events.clear()
-    browser.call("Network.setBlockedURLs", urls=["https://*"])    # smalldocs draws formulas with a script of another site
+    # smalldocs draws formulas with a script of another site
+    browser.call("Network.setBlockedURLs", urls=["https://*"])
     browser.call("Emulation.setEmulatedMedia", features=[dict(name="prefers-color-scheme", value=mode)])
     browser.call("Emulation.setDeviceMetricsOverride", width=390, height=844, deviceScaleFactor=1, mobile=True)
-    browser.open(f"{address}/{path.relative_to(ROOT).with_suffix('.html').as_posix()}", "document.querySelector('main')")
+    browser.open(f"{address}/{path.relative_to(ROOT).with_suffix('.html').as_posix()}",
+                 "document.querySelector('main')")
     assert browser.js("document.querySelectorAll('.skip-link').length >= 1 && !!document.querySelector(document.querySelector('.skip-link').getAttribute('href'))")
     assert browser.js("document.documentElement.scrollWidth") <= 390
     assert json.loads(browser.js(FAINT)) == {}
     assert browser.js("[...document.querySelectorAll('a')].every(a => typeof a.href === 'string')"), "Quarto's script fails on links inside of SVG"
-    failed = [e for e in browser.errors() if "Failed to load resource" not in json.dumps(e) and "ERR_BLOCKED" not in json.dumps(e)]
+    failed = [e for e in browser.errors() if "Failed to load resource" not in json.dumps(e)
+              and "ERR_BLOCKED" not in json.dumps(e)]
     assert not failed, failed
