@@ -125,7 +125,7 @@ def _wrong_tasks(p):
     wrong = []
     for name, said in p.tasks.items():
         if name in ("all", "more", "paper") or isinstance(p.teachers, dict) and name in p.teachers:
-            wrong.append(f"tasks.{name} has a name that asks for several tasks, as all, more, paper and domains do: choose another")
+            wrong.append(f"tasks.{name} has a name that asks for several tasks, as a domain's does: choose another")
         if not re.fullmatch(r"[^\W\d_][\w-]{0,59}", str(name)):
             wrong.append(f"tasks.{name} is no name for a task: use letters, digits, dashes and underscores")
         if not isinstance(said, dict):

@@ -73,8 +73,8 @@ class Task:
                              "give the table rows of it")
         unnamed = df.id[_or_nothing(df[self.group]).eq("").to_numpy()]
         if len(unnamed):
-            raise ValueError(f"{name}: {unnamed.iloc[0]} has no {self.group} (nor have {len(unnamed)-1} others), so it cannot be kept "
-                             f"within a split; give each row its {self.group}, or one of its own")
+            raise ValueError(f"{name}: {unnamed.iloc[0]} has no {self.group} (nor have {len(unnamed)-1} others), so it "
+                             f"cannot be kept within a split; give each row its {self.group}, or one of its own")
         astray = df.groupby(self.group).split.nunique().pipe(lambda n: n[n > 1])
         if len(astray):
             raise ValueError(f"{name}: {self.group} {astray.index[0]!r} is in more than one split "
@@ -193,7 +193,7 @@ def profile_tasks(p) -> list: # a `Profile`; names, in the profile's order
     domains = {t.domain for t in TASKS.values() if t.asked != "own"}
     for name, said in p.tasks.items():
         if name in domains:
-            raise ValueError(f"profile {p.name}: tasks.{name} has the name of a domain, which asks for the tasks of that domain; "
+            raise ValueError(f"profile {p.name}: tasks.{name} has the name of a domain, which asks for its tasks; "
                              "give it another name")
         if name in TASKS and TASKS[name].asked != "own":
             raise ValueError(f"profile {p.name}: tasks.{name} is a task that exists already; give it another name")
@@ -212,17 +212,18 @@ def _of_file(path, name, label, group):
     if lacking := [c for c in ("file", "split", label, group) if c not in df]:
         raise TableError(f"{where} has no column {lacking[0]}; it has {', '.join(map(_printed, df))}")
     taken = [c for c in (label, group) if c in _MEANT] + ["label"]*(group == "label" != label)
-    if taken:
-        raise TableError(f"{where}: its column {taken[0]} has a meaning of its own here; give the label or the group another name")
+    if taken: raise TableError(f"{where}: its column {taken[0]} has a meaning of its own here; give it another name")
     for c in ("file", "split", group):
         _check_rows(df[c].str.strip() == "", df, where, lambda r: f" says nothing in the column {c}; fill it in")
-    df = df.assign(split=df.split.str.lower().replace(SPLITS), **{label: df[label].mask(df[label].str.strip() == "", "")})
+    labels = df[label].mask(df[label].str.strip() == "", "")
+    df = df.assign(split=df.split.str.lower().replace(SPLITS), **{label: labels})
     _check_rows(~df.split.isin(["train", "valid", "test"]), df, where,
                 lambda r: f" has the split {r.split!r}; write train, valid or test")
     heard = _check_files(df, path.parent, where)
     df = df.assign(**_check_times(df, heard, where))
     if df[label][df.split == "train"].nunique() == 1:
-        raise TableError(f"{where} has the same {label} in all rows of train, so there is nothing to tell apart; add rows of others")
+        raise TableError(f"{where} has the same {label} in all rows of train, so there is nothing to tell apart; "
+                         "add rows of others")
     ids = df["id"] if "id" in df else df.file + ":" + df.start.astype(str)
     columns = dict.fromkeys(["id", "file", "split", "start", "end", label, group])
     return whole_frames(df.assign(id=ids)[list(columns)].reset_index(drop=True))
@@ -231,7 +232,7 @@ def _read_csv(path, where):
     "The cells of a CSV file as text, by column and by row of the file, whose first one names the columns."
     try:
         with open(path, newline="", encoding="utf-8-sig") as f: rows = list(enumerate(csv.reader(f, strict=True), 1))
-    except UnicodeDecodeError as e: raise TableError(f"{where} is not UTF-8 text ({e.reason}); save it as UTF-8") from None
+    except UnicodeDecodeError: raise TableError(f"{where} is not UTF-8 text; save it as UTF-8") from None
     except csv.Error as e: raise TableError(f"{where} is not a table ({e}); write it again") from None
     except OSError as e: raise TableError(f"{where} cannot be read ({e.strerror}); check its permissions") from None
     rows = [(i, r) for i, r in rows if r]
@@ -241,7 +242,8 @@ def _read_csv(path, where):
     if twice := [c for c in head if head.count(c) > 1]:
         raise TableError(f"{where} has two columns {_printed(twice[0])}; rename or delete one")
     for i, r in rows[1:]:
-        if len(r) != len(head): raise TableError(f"row {i} of {where} has {len(r)} cells, but there are {len(head)} columns; correct it")
+        if len(r) != len(head):
+            raise TableError(f"row {i} of {where} has {len(r)} cells, but there are {len(head)} columns; correct it")
     return pd.DataFrame([r for _, r in rows[1:]], [i for i, _ in rows[1:]], head, dtype=object)
 
 def _printed(text):
@@ -268,18 +270,20 @@ def _check_files(df, folder, where):
     return df.file.map(heard)
 
 def _check_times(df, heard, where):
-    "The columns `start` and `end` in samples, by default the whole recording; a `TableError` about a time that cannot be."
+    "The columns `start` and `end` in samples, by default the whole recording; a `TableError` about an impossible time."
     times = {}
     for c, otherwise in dict(start=0*heard, end=heard).items():
         said = df[c].str.strip() if c in df else pd.Series("", df.index)
         seconds = said.map(_seconds)
-        _check_rows(said.ne("") & ~(seconds.abs() < 1e9), df, where, lambda r: f" has {c} = {getattr(r, c)!r}, no number of seconds")
+        _check_rows(said.ne("") & ~(seconds.abs() < 1e9), df, where,
+                    lambda r: f" has {c} = {getattr(r, c)!r}, no number of seconds")
         times[c] = (seconds*SAMPLE_RATE).round().where(said.ne(""), otherwise).astype(np.int64)
     start, end = times.values()
+    def lasts(r): return f"which lasts {heard[r.Index]/SAMPLE_RATE:g} s"
     _check_rows((start < 0) | (end > heard) | (start >= end), df, where,
-                lambda r: f", {_printed(r.file)}, is empty or ends after its recording, which lasts {heard[r.Index]/SAMPLE_RATE:g} s")
-    _check_rows(end - start < WINDOW, df, where,
-                lambda r: f", {_printed(r.file)}, is shorter than {1000*WINDOW/SAMPLE_RATE:g} ms, the least that an encoder hears")
+                lambda r: f", {_printed(r.file)}, is empty or ends after its recording, {lasts(r)}")
+    least = f"{1000*WINDOW/SAMPLE_RATE:g} ms, the least that an encoder hears"
+    _check_rows(end - start < WINDOW, df, where, lambda r: f", {_printed(r.file)}, is shorter than {least}")
     return times
 
 def _seconds(text):
