@@ -207,6 +207,8 @@ _MEANT = "split start end lo hi fold usable shard snr with_file with_start also_
 def _of_file(path, name, label, group):
     "The segment table of a CSV file; a `TableError` names the row and the column that is wrong."
     where = _printed(path)
+    if os.fsencode(path).decode("utf-8", "replace") != str(path):
+        raise TableError(f"{where} lies in a folder whose name is not UTF-8; rename it")
     if not path.is_file(): raise TableError(f"there is no table {where}; correct tasks.{name}.table in the profile")
     df = _read_csv(path, where)
     if lacking := [c for c in ("file", "split", label, group) if c not in df]:

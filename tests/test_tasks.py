@@ -1,6 +1,7 @@
 "Published data sets on tiny trees with their real layout and file formats; letters; adapters for others' tools."
 import csv, dataclasses, json, os, shutil, zlib
 from dataclasses import replace
+from pathlib import Path
 import datasets, numpy as np, pandas as pd, pytest, soundfile as sf, torch
 from hypothesis import given, settings, strategies as st
 from distilltv import adapters as A, features as E, fit as F, letters as L, probe as P, published as B, tasks as T
@@ -481,6 +482,14 @@ def test_a_table_as_others_write_it(question):
     T.profile_tasks(profile(question/"mine.toml"))
     scores = P.probe("logmel", "high", seeds=1)
     assert (scores.score == 1).all() and scores.status.str.startswith("1 of 32 rows have no label").all()
+
+def test_a_question_in_a_folder_whose_name_is_not_utf8(question, tmp_path):
+    "As an old disk has them: `soundfile` cannot open what is in it, and the table of what was not run must be written all the same."
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/t\xf6nes"))
+    shutil.copytree(question/"tones", folder/"tones"), shutil.copy(question/"mine.toml", folder)
+    T.profile_tasks(profile(folder/"mine.toml"))
+    P.probe("logmel", "high", seeds=1, out=tmp_path/"out")
+    assert "table.csv lies in a folder whose name is not UTF-8; rename it" in pd.read_csv(tmp_path/"out/not_run.csv").status[0]
 
 @pytest.mark.parametrize("column", ["snr", "end"])
 def test_a_label_of_a_name_that_means_something_else_is_refused(question, column):
