@@ -48,7 +48,8 @@ class Evidence:
     def points(self, domain, a, b) -> str:
         "Such as `+3.1 points [+1.0, +5.2]`, and with several seeds each one's difference."
         d, (low, high), single = self.measured(domain, a, b)
-        by = f"; by seed {', '.join(f'{100*x:+.1f}' for x in single)}" if single else ""
+        differ = len({round(x, 6) for x in single}) > 1    # two encoders that were not distilled have no seeds
+        by = f"; by seed {', '.join(f'{100*x:+.1f}' for x in single)}" if differ else ""
         return f"{100*d:+.1f} points [{100*low:+.1f}, {100*high:+.1f}{by}]"
     def of_role(self, role, domain=None):
         "The first encoder of a role that has all means; `None`: there is none."
