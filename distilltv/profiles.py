@@ -63,7 +63,7 @@ class Profile:
         for f in fields(self):
             value = getattr(self, f.name)
             if f.type is float and type(value) is int: object.__setattr__(self, f.name, float(value))
-        if wrong := _wrong(self): raise ValueError(f"profile {self.name!r}: {'; '.join(wrong)}")
+        if wrong := _wrong(self): raise ValueError(f"profile {self.name!r}: {' '.join('; '.join(wrong).split())}")
 
     @property
     def folder(self) -> Path:

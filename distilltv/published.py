@@ -19,6 +19,7 @@ from .fit import Numbers, Slots, Tags
 from .letters import Words
 from .runs import home
 from .tasks import Task, add_task, samples_of
+from . import mini    # whose tasks come first, whatever is imported first
 
 # %% ../nbs/04f_published.ipynb #ac06f75a
 def datasets_dir() -> Path:
