@@ -189,7 +189,8 @@ def _finite(x, path):
 def audible(x, path,        # float samples; the file that an error names
             where:str=""    # where in the file, in words
            ):
-    "`x`, or an `AudioError` if it is not finite or is silent."
+    "`x`, or an `AudioError` if it is empty, not finite or silent."
+    if not len(x): raise AudioError(path, f"decodes to no samples{where}: leave it out or fetch it again")
     if np.abs(_finite(x, path)).max() < 1e-4:
         raise AudioError(path, f"is silent{where} (peak under -80 dBFS): leave it out")
     return x
