@@ -82,9 +82,9 @@ class Module:
         return f"**Returns** `{type_of(f.returns)}`" + (f": {escape(meaning)}" if meaning else "") + "\n"
 
 def escape(text):
-    return re.sub(r"(?<!\\)([|<$@])", r"\\\1",
-                  text) if "`" not in text else "`".join(p if i % 2 else escape(p)
-                                                         for i, p in enumerate(text.split("`")))
+    "Text with the characters that Pandoc reads escaped, but for code between backquotes."
+    if "`" in text: return "`".join(p if i % 2 else escape(p) for i, p in enumerate(text.split("`")))
+    return re.sub(r"(?<!\\)([|<$@])", r"\\\1", text)
 
 # shares of the page: of a table with long rows, Pandoc takes them from the dashes
 WIDTH = dict(parameter=18, field=18, type=16, default=14, meaning=52)

@@ -68,7 +68,7 @@ def encoder_card(note:dict,       # what `distilltv.json` holds
     scaled = ", each with zero mean and unit variance" if normal else ""
     rows = "\n".join(f"| {k} | {v} |" for k, v in note.items() if isinstance(v, (str, int, float)))
     made = f"An encoder made with distilltv {note['versions']['distilltv']}. It hears mono waveforms at {rate:,} Hz{scaled}."
-    licence = f"\nlicense: {note['licence'].lower()}" if note.get("licence") else ""
+    licence = licence_line([note.get("licence") or "not recorded"])
     return _page(str(note.get("role", "encoder")).capitalize(), "", licence, f"{made}\n\n| | |\n|---|---|\n{rows}")
 
 def _card_row(i):

@@ -19,8 +19,8 @@ from .encoders import FAMILIES, Heads, load_encoder, student_config
 from .tasks import table_task
 
 # %% ../nbs/01a_check.ipynb #02304f8e
-PEAK, SHARE = 312e12, (.6,
-                       .2)    # operations a second of an A100 in bfloat16, from its data sheet; shares of it that may be reached
+# operations a second of an A100 in bfloat16, from its data sheet; shares of it that may be reached
+PEAK, SHARE = 312e12, (.6, .2)
 
 def operations(config:PreTrainedConfig, # of an encoder of `FAMILIES`
                seconds:float=10.,       # length of the crops; attention costs more in long ones

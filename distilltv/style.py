@@ -11,8 +11,7 @@ import seaborn as sns
 # %% ../nbs/00_style.ipynb #376d0a28
 DOMAIN = dict(speech="#0072B2", music="#B35A00")
 COLOUR = dict(merged="#5A3EA6", endpoint="#5A3EA6", ensemble="#007A58", teacher="#333333", base="#6E6E6E",
-              random="#A8A8A8",
-              logmel="#000000", other="#CC79A7")
+              random="#A8A8A8", logmel="#000000", other="#CC79A7")
 MARK = dict(merged="o", endpoint="D", ensemble="s", teacher="^", base="P", random="X", logmel="v", other="h")
 _FURTHER = ("#CC3377", "#C9A800", "#3FB8C9", "#661100", "#8A8A00")
 
