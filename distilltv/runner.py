@@ -48,7 +48,9 @@ def _papermill(run):
     # papermill swaps this global around each run: keep it one value in all threads
     papermill.iorw.papermill_io.get_handler("local").cwd(os.getcwd())
     parameters = {n: expand(v) for n, v in run.parameters.items()}
-    try: papermill.execute_notebook(str(root()/"nbs"/run.notebook), str(run.executed), parameters, progress_bar=False,
+    # papermill formats its paths with the parameters
+    here, to = (str(f).replace("{", "{{").replace("}", "}}") for f in (root()/"nbs"/run.notebook, run.executed))
+    try: papermill.execute_notebook(here, to, parameters, progress_bar=False,
                                     start_timeout=_START,
                                     extra_arguments=["--log-level=50"])   # else each kernel warns about its own transport
     except Exception as e: raise RunError(f"{_last_line(e)}\n  open {shown(run.executed)}") from e

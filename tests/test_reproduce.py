@@ -29,7 +29,8 @@ def notebook(path, code, **parameters):
 @pytest.fixture
 def repo(tmp_path, monkeypatch):
     "A repository of three small notebooks: `make` writes x, `square` squares it, `total` sums the squares."
-    (tmp_path/"nbs").mkdir()
+    tmp_path = tmp_path/"a folder with {braces}"    # papermill would take them for parameters
+    (tmp_path/"nbs").mkdir(parents=True)
     (tmp_path/"distilltv").mkdir()
     (tmp_path/"distilltv/helper.py").write_text("def square(x): return x*x\n")
     notebook(tmp_path/"nbs/make.ipynb", "value = x", name="", x=0)
