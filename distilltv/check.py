@@ -7,16 +7,19 @@ __all__ = ['PEAK', 'SHARE', 'operations', 'gpu_time', 'Check', 'check_profile']
 
 # %% ../nbs/01a_check.ipynb #e5d9301f
 import warnings
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import HubertModel, PreTrainedConfig
-from .profiles import profile as get_profile
+from .profiles import listens_to, profile as get_profile, taught_by
 from .audio import SAMPLE_RATE
 from .corpora import load_corpus
 from .scale import Stream
 from .encoders import FAMILIES, Heads, load_encoder, student_config
+from .objective import check_teachers
 from .tasks import table_task
+from .training import check_training
 
 # %% ../nbs/01a_check.ipynb #02304f8e
 # operations a second of an A100 in bfloat16, from its data sheet; shares of it that may be reached
@@ -48,6 +51,11 @@ class Check:
     "What a profile would do: lines to print, and what is wrong with it, a sentence each."
     lines:list = field(default_factory=list)
     wrong:list = field(default_factory=list)
+    @contextmanager
+    def noting(self, what:str=""):
+        "A `ValueError` within is what is wrong."
+        try: yield
+        except ValueError as e: self.wrong.append(f"{what}{e}")
     def __str__(self):
         verdict = [f"  - {w}" for w in self.wrong] if self.wrong else ["  nothing"]
         return "\n".join([*self.lines, "wrong", *verdict])
@@ -57,39 +65,32 @@ def _teachers(p, check):
     opened = {}
     check.lines.append("teachers")
     for d, path in p.teachers.items():
-        try: whole = load_encoder(path)
-        except ValueError as e:
-            check.wrong.append(f"the teacher of {d} cannot be opened: {e}")
-            continue
-        c = opened[d] = whole.config
+        with check.noting(f"the teacher of {d} cannot be opened: "): opened[d] = load_encoder(path)
+        if d not in opened: continue
+        whole, c = opened[d], opened[d].config
         size = sum(t.numel() for t in whole.parameters())
-        check.lines.append(f"  {d}: {path}, {c.model_type}, {c.num_hidden_layers} layers of {c.hidden_size}, {whole.sample_rate:,} Hz, {size/1e6:.1f} M parameters")
-        if not whole.do_normalize:
-            check.wrong.append(f"the teacher of {d} wants waveforms as they are (do_normalize is false in its preprocessor_config.json), but all crops are normalised")
-        if missing := [l for l in p.predict if l > c.num_hidden_layers]:
-            check.wrong.append(f"predict names layer {missing[0]}, but the teacher of {d} has {c.num_hidden_layers}: choose layers that it has")
+        check.lines.append(f"  {d}: {path}, {c.model_type}, {c.num_hidden_layers} layers of {c.hidden_size}, "
+                           f"{whole.sample_rate:,} Hz, {size/1e6:.1f} M parameters")
+        with check.noting(): check_teachers({d: whole}, p.predict)
     return opened
 
 def _audio(p, check):
     "Hours of audio by domain and split."
     check.lines.append("audio")
-    heard = p.domains if p.corpus in ("both", "own") else (p.corpus,)
     for d, name in p.audio.items():
-        if not name:
-            check.lines.append(f"  {d}: none")
-            if d in heard:
-                check.wrong.append(f"{d} has no audio, but corpus = {p.corpus} wants it: name a folder or stream under [audio]")
+        if name:
+            with check.noting(f"the audio of {d} cannot be used: "):
+                check.lines.append(f"  {d}: {name}, {_held(d, name, p, check)}")
             continue
-        try:
-            check.lines.append(f"  {d}: {name}, {_stream(name) if name.startswith('stream:') else _folder(d, name, p, check)}")
-        except ValueError as e: check.wrong.append(f"the audio of {d} cannot be used: {e}")
+        check.lines.append(f"  {d}: none")
+        if p.corpus in ("both", "own", d):
+            check.wrong.append(f"{d} has no audio, but corpus = {p.corpus} wants it: name a folder or stream under [audio]")
 
-def _stream(name):
-    Stream(name)
-    return "a stream: heard in the order it comes, with no validation audio of its own"
-
-def _folder(domain, name, p, check):
-    "What a folder or shipped corpus holds."
+def _held(domain, name, p, check):
+    "What a stream, a folder or a shipped corpus holds."
+    if name.startswith("stream:"):
+        Stream(name)
+        return "a stream: heard in the order it comes, with no validation audio of its own"
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         rows = load_corpus(name)
@@ -97,56 +98,59 @@ def _folder(domain, name, p, check):
     if not split["train"]:
         check.wrong.append(f"{name} has no training audio: all of it lies below folders that are for validation or test")
     if not split["valid"]:
-        check.wrong.append(f"{name} has no validation audio, so no loss on held-out {domain} is measured: put some files below a folder named dev or valid")
+        check.wrong.append(f"{name} has no validation audio, so no loss on held-out {domain} is measured: "
+                           "put some files below a folder named dev or valid")
+    hours = ", ".join(f"{sum(n)/SAMPLE_RATE/3600:.2f} h {s}" for s, n in split.items())
     short = sum(n < p.seconds*SAMPLE_RATE for n in split["train"])
-    text = ", ".join(f"{sum(n)/SAMPLE_RATE/3600:.2f} h {s}"
-                     for s, n in split.items()) + f"; {short} of {len(split['train'])} recordings are shorter than a crop"
+    text = f"{hours}; {short} of {len(split['train'])} recordings are shorter than a crop"
     return "; ".join([text, *(str(w.message) for w in told if issubclass(w.category, UserWarning))])
 
 def _student(p, opened, check):
     "The student's configuration, if its teacher can be opened and it can be built."
-    if not (source := opened.get(p.init)): return None
-    try: config = student_config(source, p.student_layers, p.student_width, p.student_heads)
+    if p.init not in opened: return None
+    try: config = student_config(opened[p.init].config, p.student_layers, p.student_width, p.student_heads)
     except ValueError as e:
         check.wrong.append(f"no student can start from the teacher of {p.init}: {e}")
         return None
-    if config.hidden_size % config.num_attention_heads:
-        check.wrong.append(f"a student of width {config.hidden_size} cannot have {config.num_attention_heads} attention heads: set heads to a divisor")
+    wide, heads = config.hidden_size, config.num_attention_heads
+    if wide % heads:
+        check.wrong.append(f"a student of width {wide} cannot have {heads} attention heads: set heads to a divisor")
         return None
     with torch.device("meta"):
-        size = sum(t.numel() for t in HubertModel(config).parameters())
-        heads = sum(t.numel() for c in opened.values()
-                    for t in Heads(config.hidden_size, c.hidden_size, len(p.predict)).parameters())
-    check.lines.append(f"student\n  θ₀ from {p.init}: {config.num_hidden_layers} layers of {config.hidden_size}, {config.num_attention_heads} heads, "
-                       f"{size/1e6:.1f} M parameters; {heads/1e6:.1f} M more in the heads of all domains, while it is trained")
+        student = HubertModel(config)
+        more = [Heads(wide, t.config.hidden_size, len(p.predict)) for t in opened.values()]
+    size, extra = (sum(t.numel() for m in models for t in m.parameters())/1e6 for models in ([student], more))
+    check.lines.append(f"student\n  θ₀ from {p.init}: {config.num_hidden_layers} layers of {wide}, {heads} heads, {size:.1f} M parameters; "
+                       f"{extra:.1f} M more in the heads of all domains, while it is trained")
     return config
 
 # %% ../nbs/01a_check.ipynb #fc751877
 def _budget(p, opened, student, check):
     "Steps, audio and cost of the distillations, and the runs that follow."
-    seconds = p.steps*p.batch*p.seconds
-    runs = [*p.domains] + (["ensemble"] if len(p.domains) > 1 else [])
-    check.lines.append(f"distil\n  {', '.join(runs)}: {p.steps:,} steps of {p.batch} crops of {p.seconds:g} s, {seconds/3600:,.1f} h of audio each; corpus = {p.corpus}")
+    seconds, several = p.steps*p.batch*p.seconds, len(p.domains) > 1
+    students = [*p.domains, "ensemble"] if several else p.domains
+    check.lines.append(f"distil\n  {', '.join(students)}: {p.steps:,} steps of {p.batch} crops of {p.seconds:g} s, "
+                       f"{seconds/3600:,.1f} h of audio each; corpus = {p.corpus}")
     if student is not None and len(opened) == len(p.teachers):
-        cut = {d: type(c)(**c.to_dict() | dict(num_hidden_layers=min(max(p.predict), c.num_hidden_layers)))
-               for d, c in opened.items()}
-        teach = {d: operations(c, p.seconds) for d, c in cut.items()}
+        teach = {d: operations(_cut(t.config, max(p.predict)), p.seconds) for d, t in opened.items()}
         step = operations(student, p.seconds, backward=True)
-        total = {d: seconds*(teach[d] + step) for d in p.domains} | ({"ensemble": seconds*(sum(teach.values()) + step)}
-                                                                     if len(p.domains) > 1 else {})
-        for d, flop in total.items():
+        for who in students:
+            flop = seconds*(sum(teach[d] for d in taught_by(p, who)) + step)
             cost = "less than a minute" if flop < PEAK*min(SHARE)*60 else gpu_time(flop)
-            check.lines.append(f"  {d}: {flop:.2g} operations, {cost} of an A100")
-    check.lines.append(f"then\n  merges of {', '.join(p.domains)}" if len(p.domains) > 1
-                       else "then\n  nothing to merge: there is one domain")
-    check.lines.append(f"  probes of the features, θ₀ and random weights, {len(p.domains)} teachers, {len(runs)} students and every merge")
+            check.lines.append(f"  {who}: {flop:.2g} operations, {cost} of an A100")
+    check.lines.append(f"then\n  merges of {', '.join(p.domains)}" if several else "then\n  nothing to merge: there is one domain")
+    check.lines.append(f"  probes of the features, θ₀ and random weights, {len(p.domains)} teachers, {len(students)} students "
+                       "and every merge")
+
+def _cut(config, layers):
+    "The configuration with at most that many layers."
+    return type(config)(**config.to_dict() | dict(num_hidden_layers=min(layers, config.num_hidden_layers)))
 
 def _tasks(p, check):
     "The profile's own questions, each with its items by split."
     for name, said in p.tasks.items():
-        try: t = table_task(name, **said).split()
-        except ValueError as e: check.wrong.append(str(e))
-        else:
+        with check.noting():
+            t = table_task(name, **said).split()
             items = ", ".join(f"{(t.usable & (t.split == s)).sum():,} {s}" for s in ("train", "valid", "test"))
             check.lines.append(f"  beside the default tasks {name} ({said['domain']}): {t.label.nunique()} classes, {items} items")
 
@@ -154,15 +158,12 @@ def check_profile(profile # a profile, its name or its file
                  ) -> Check:
     "What the profile would do and what is wrong with it; a file that cannot be read is the one thing wrong."
     check = Check()
-    try: p = get_profile(profile)
-    except ValueError as e:
-        check.wrong.append(str(e))
-        return check
+    with check.noting(): p = get_profile(profile)
+    if check.wrong: return check
     check.lines.append(f"profile {p.name}, runs in {p.folder}")
     with torch.random.fork_rng(devices=[]): opened = _teachers(p, check)
     _audio(p, check)
     _budget(p, opened, _student(p, opened, check), check)
     _tasks(p, check)
-    if p.cache and not p.epoch:
-        check.wrong.append(f"cache = {p.cache} keeps what is heard again, and with epoch = 0 nothing is: set epoch to a number of steps")
+    with check.noting(): check_training(p, corpora=len(listens_to(p, "ensemble")) if p.short == "alone" else 1)
     return check

@@ -15,12 +15,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from .encoders import Heads, load_encoder, make_base, save_encoder, weights_hash
 from .objective import Distiller, check_teachers
-from .profiles import (Profile, as_asked, listens_to, profile as get_profile, record, student_folder,
-                                taught_by,
-                                with_settings)
+from .profiles import (Profile, as_asked, listens_to, profile as get_profile, record, student_folder, taught_by,
+                       with_settings)
 from .runs import Run, data_dir, use_threads, write_atomic
 from .scale import Crops, merge_quarantines, processes, write_quarantine
-from .training import TargetCache, fit
+from .training import TargetCache, check_training, fit
 
 # %% ../nbs/02_distill.ipynb #4f99e060
 def base_of(p:Profile # an experiment
@@ -54,13 +53,13 @@ def crops_of(p:Profile,          # an experiment; its seed, batch, crop length a
             ) -> Crops:
     "The crops that a student hears; a `ValueError` for a domain without audio."
     for d in domains:
-        if not p.audio[d]:
-            raise ValueError(f"profile {p.name} has no audio of {d}: write a folder, or stream:NAME:CONFIG:SPLIT of a "
-                             f"`datasets` audio set, under [audio] in its file{_variable(p, d)}")
+        if p.audio[d]: continue
+        variable = f", or into DISTILLTV_{d.upper()}" if p.name in ("hub", "paper") else ""
+        raise ValueError(f"profile {p.name} has no audio of {d}: write a folder, or stream:NAME:CONFIG:SPLIT of a "
+                         f"`datasets` audio set, under [audio] in its file{variable}")
     again = dict(short=p.short, epoch=p.epoch) if split == "train" else {}
     return Crops([p.audio[d] for d in domains], p.batch, p.seconds, p.seed, split, **again)
 
-def _variable(p, domain): return f", or into DISTILLTV_{domain.upper()}" if p.name in ("hub", "paper") else ""
 
 def validation_crops(p:Profile # an experiment
                     ) -> dict: # domain -> `Crops`, the same for every seed
@@ -95,10 +94,8 @@ def distil(p:Profile,     # teachers, audio, objective, budget and seed
     says what is wrong with teachers, audio or profile, before anything is written."""
     folder = Path(out or student_folder(p, who, corpus, seed, steps))
     p, state = as_asked(p, corpus, steps, seed), processes()
-    if p.cache and not p.epoch:
-        raise ValueError(f"cache={p.cache} keeps what is heard again, and with epoch=0 nothing is: "
-                         "set epoch to a number of steps")
     crops, held_out = crops_of(p, listens_to(p, who)), validation_crops(p)
+    check_training(p, state.num_processes, crops.several)
     teachers = {d: load_encoder(p.teachers[d], max(p.predict)) for d in taught_by(p, who)}
     check_teachers(teachers, p.predict)
     with state.main_process_first(): student = base_of(p)

@@ -119,7 +119,6 @@ class Distiller(nn.Module):
         student.feature_extractor.register_forward_hook(lambda m, i, o: o*feature_grad + o.detach()*(1-feature_grad))
         self.settings = dict(layers=list(layers), objective=loss, feature_grad=feature_grad, heads=list(teachers),
                              targets=cache.dtype if cache else "")  # what a checkpoint is bound to, beside the profile
-        self.whole_batch = loss == "cl"  # whether the items of a batch must be together
     def _apply(self, fn, *args):
         for t in self._teachers.values(): t._apply(fn)  # they follow to the GPU
         return super()._apply(fn, *args)
@@ -161,5 +160,5 @@ def check_teachers(teachers:dict, # name -> frozen encoder
             raise ValueError(f"the {n} teacher wants waveforms as they are (do_normalize is false in its preprocessor_config.json), "
                              "but all crops are normalised: choose another teacher")
         if max(layers) > t.config.num_hidden_layers:
-            raise ValueError(f"the {n} teacher has {t.config.num_hidden_layers} layers, so layer {max(layers)} "
-                             "cannot be predicted: name others in `predict`")
+            raise ValueError(f"predict names layer {max(layers)}, but the teacher of {n} has {t.config.num_hidden_layers}: "
+                             "choose layers that it has")

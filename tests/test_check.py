@@ -52,7 +52,9 @@ def test_every_mistake_is_said_at_once(mine, tmp_path):
                          (dict(audio=p.audio | dict(c=f"stream:{empty}")),
                           "the audio of c cannot be used: .*cannot be opened as stream"),
                          (dict(audio=p.audio | dict(c=str(mine.parent/"a/train"))), "no validation audio"),
-                         (dict(cache="float16"), "epoch = 0")):
+                         (dict(cache="float16"), "with epoch=0 nothing is"),
+                         (dict(loss="cl", accumulate=2), "use accumulate=1"),
+                         (dict(short="alone"), "choose a multiple of 3")):
         found = check_profile(replace(p, **change)).wrong
         assert len(found) == (3 if "predict" in change else 1) and re.search(says, found[0]), (change, found)
     both = check_profile(replace(p, predict=(9,), audio=p.audio | dict(c="")))

@@ -300,7 +300,7 @@ def test_accumulated_pieces_make_the_same_gradient():
 def test_pieces_of_a_batch_have_another_correlation_loss_and_are_refused(tmp_path):
     with pytest.raises(ValueError, match="loss=cl compares the crops of a batch.*use accumulate=1"):
         fit(distiller(loss="cl"), lambda k: torch.cat([batch_at(k), batch_at(k+1)]), tmp_path,
-            replace(P, batch=4, accumulate=2), steps=1)
+            replace(P, loss="cl", batch=4, accumulate=2), steps=1)
     assert not list(tmp_path.iterdir())
 
 def test_best_and_last_checkpoints_can_both_be_continued(tmp_path):
@@ -823,6 +823,11 @@ def test_a_teacher_that_is_refused_leaves_nothing_behind(tmp_path, monkeypatch, 
         with pytest.raises(ValueError, match="the sound teacher wants waveforms as they are"): distil(p, who)
     with pytest.raises(ValueError, match="speech has 12 layers|layers = 13"):
         distil(replace(p, predict=(4, 13)), "speech")
+    monkeypatch.setattr(training.importlib.util, "find_spec", lambda name: None)
+    for change, says in ((dict(short="alone", batch=4), "4 crops cannot be divided .* 3 corpora .* a multiple of 3"),
+                         (dict(loss="cl", accumulate=2), "use accumulate=1"), (dict(log_with="trackio"), "pip install trackio"),
+                         (dict(cache="float16"), "set epoch to a number of steps")):
+        with pytest.raises(ValueError, match=says): distil(replace(tiny_three, **change), "ensemble")
     assert not list((tmp_path/"home").glob("three/**/*"))
 
 def test_a_seed_is_one_thing_and_is_recorded_as_used(tmp_path, monkeypatch, tiny_three):
