@@ -173,6 +173,19 @@ def test_search_finds_pages_to_read():
                                       {"nbs/a.html": page}) == [dict(href="nbs/a.html#x", title="A",
                                                                      text="the start θ0 < 1 of a student")]
 
+def test_a_page_has_its_own_title_and_description_and_asks_nobody():
+    module = script("offline")
+    page = ('<title>contributing – Distilltv</title><meta name="description" content="of the site">'
+            '<h1 class="title">Contributing</h1><blockquote class="blockquote">\n<p>From <em>one</em> "line"</p></blockquote>')
+    assert module.described(page).startswith('<title>Contributing – Distilltv</title><meta name="description" '
+                                             'content="From one &quot;line&quot;">')
+    bare = '<title>Home</title><meta name="description" content="of the site"><h1>Home</h1><p>' + 700*"x" + "</p>"
+    assert module.described(bare) == bare
+    for source in ("https://cdnjs.cloudflare.com/ajax/libs/require.js/2.3.6/require.min.js",
+                   "https://cdnjs.cloudflare.com/ajax/libs/jquery/3.5.1/jquery.min.js",
+                   "https://cdn.jsdelivr.net/npm/requirejs@2.3.6/require.min.js"):
+        assert module.offline(f'<p>a</p><script src="{source}" integrity="x"></script>') == "<p>a</p>"
+
 def test_the_promises_name_tests_that_are_there():
     held = re.findall(r'"(tests/\w+\.py)::(\w+)"', "\n".join(source(c) for c in cells(ROOT/"nbs/promises.ipynb")))
     assert len(held) >= 12
