@@ -9,16 +9,16 @@ __all__ = ['SHIPPED', 'RESERVED', 'TASK', 'STAGES', 'NEEDS', 'Profile', 'profile
 # %% ../nbs/00b_profiles.ipynb #8299fb5e
 import difflib, json, os, re, sys
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import lru_cache
-from importlib import metadata, resources
+from importlib import resources
 from pathlib import Path
-from .runs import Choice, Integer, Number, Text, data_dir, home, write_atomic
+from .runs import Choice, Integer, Number, Text, data_dir, home, version_of, write_atomic
 if sys.version_info >= (3, 11): import tomllib
 else: import tomli as tomllib
 
 # %% ../nbs/00b_profiles.ipynb #dc51b04e
 SHIPPED = ("mini", "hub", "paper")
-RESERVED = ("ensemble", "average", "both", "own", "base", "random", "logmel")  # have a meaning of their own as folders or settings
+# these have a meaning of their own, as folders or settings
+RESERVED = ("ensemble", "average", "both", "own", "base", "random", "logmel")
 
 @dataclass(frozen=True)
 class Profile:
@@ -89,35 +89,51 @@ def _wrong(p):
     wrong = []
     if not (isinstance(p.name, str) and re.fullmatch(r"\w[\w.-]{0,99}", p.name)):
         wrong.append(f"name = {p.name!r} cannot be a folder's name: use letters, digits, dots, dashes and underscores")
-    wrong += _wrong_domains(p)
+    wrong += _wrong_domains(p) + _wrong_tasks(p) + _wrong_slurm(p.slurm)
     wrong += [f"{n} = {getattr(p, n)!r} is not {s}" for n, s in _SPECS.items() if not s.ok(getattr(p, n))]
-    layer = Integer(1, 1000)
-    if not (isinstance(p.predict, tuple) and p.predict and all(map(layer.ok, p.predict)) and sorted(set(p.predict)) == list(p.predict)):
-        wrong.append(f"predict = {p.predict!r} is not a list of teacher layers, counted from 1, in rising order, such as [4, 8, 12]")
+    layers = p.predict if isinstance(p.predict, tuple) else ()
+    if not layers or not all(map(Integer(1, 1000).ok, layers)) or sorted(set(layers)) != list(layers):
+        wrong.append(f"predict = {p.predict!r} is not a list of teacher layers, counted from 1, in rising order, "
+                     "such as [4, 8, 12]")
     if not wrong and p.student_heads and p.student_width % p.student_heads:
         wrong.append(f"width = {p.student_width} cannot be shared by heads = {p.student_heads}: use a multiple of it")
-    return wrong + _wrong_tasks(p) + _wrong_slurm(p.slurm)
+    return wrong
+
+def _is_word(name): return isinstance(name, str) and re.fullmatch(r"[^\W\d_][\w-]{0,59}", name)
 
 def _wrong_domains(p):
     "What is wrong with teachers, audio, `init` and `corpus`."
-    if not (isinstance(p.teachers, dict) and p.teachers): return ["teachers is not a table with a folder or hub name for each domain"]
+    if not (isinstance(p.teachers, dict) and p.teachers):
+        return ["teachers is not a table with a folder or hub name for each domain"]
     if not isinstance(p.audio, dict): return ["audio is not a table with a folder or stream for each domain"]
-    wrong, lower = [], [str(d).lower() for d in p.teachers]
+    wrong, names = [], ", ".join(map(str, p.teachers))
+    lower = names.lower().split(", ")
     for d, teacher in p.teachers.items():
-        if not (isinstance(d, str) and re.fullmatch(r"[^\W\d_][\w-]{0,59}", d)):
-            wrong.append(f"domain {d!r} cannot be a folder's name: begin with a letter, go on with letters, digits, dashes and underscores")
+        if not _is_word(d):
+            wrong.append(f"domain {d!r} cannot be a folder's name: begin with a letter, go on with letters, digits, "
+                         "dashes and underscores")
         elif d.lower() in RESERVED: wrong.append(f"domain {d!r} has a meaning of its own here: choose another name")
-        elif lower.count(d.lower()) > 1: wrong.append(f"domain {d!r} differs from another in capitals only: choose another name")
-        if not (isinstance(teacher, str) and teacher.strip()): wrong.append(f"the teacher of {d} is {teacher!r}, not a folder or hub name")
+        elif lower.count(d.lower()) > 1:
+            wrong.append(f"domain {d!r} differs from another in capitals only: choose another name")
+        if not (isinstance(teacher, str) and teacher.strip()):
+            wrong.append(f"the teacher of {d} is {teacher!r}, not a folder or hub name")
     for d, audio in p.audio.items():
         if d not in p.teachers: wrong.append(f"audio names {d!r}, which has no teacher{_nearest(d, p.teachers)}")
-        elif not isinstance(audio, str): wrong.append(f"the audio of {d} is {audio!r}, not a folder or stream:NAME:CONFIG:SPLIT")
-    if p.init not in list(p.teachers): wrong.append(f"init = {p.init!r} is not among the teachers: use one of {', '.join(map(str, p.teachers))}")
+        elif not isinstance(audio, str):
+            wrong.append(f"the audio of {d} is {audio!r}, not a folder or stream:NAME:CONFIG:SPLIT")
+    if p.init not in list(p.teachers): wrong.append(f"init = {p.init!r} is not among the teachers: use one of {names}")
     if p.corpus not in ("both", "own", *p.teachers):
-        wrong.append(f"corpus = {p.corpus!r} is unknown: use both, own or one of {', '.join(map(str, p.teachers))}")
+        wrong.append(f"corpus = {p.corpus!r} is unknown: use both, own or one of {names}")
     return wrong
 
-TASK = ("table", "label", "group", "domain")    # what a profile says of a task; nbs/04d_tasks.ipynb reads its table
+def _wrong_entries(name, said, specs):
+    "Entries of a table that are unknown or not as they must be."
+    for k, v in said.items():
+        if k not in specs: yield f"{name}.{k} is unknown{_nearest(k, specs)}"
+        elif not specs[k].ok(v): yield f"{name}.{k} = {v!r} is not {specs[k]}"
+
+# what a profile says of a task; nbs/04d_tasks.ipynb reads its table
+TASK = dict.fromkeys(("table", "label", "group", "domain"), Text(empty=False))
 
 def _wrong_tasks(p):
     "What is wrong with the questions of a profile."
@@ -126,14 +142,12 @@ def _wrong_tasks(p):
     for name, said in p.tasks.items():
         if name in ("all", "more", "paper") or isinstance(p.teachers, dict) and name in p.teachers:
             wrong.append(f"tasks.{name} has a name that asks for several tasks, as a domain's does: choose another")
-        if not re.fullmatch(r"[^\W\d_][\w-]{0,59}", str(name)):
+        if not _is_word(name):
             wrong.append(f"tasks.{name} is no name for a task: use letters, digits, dashes and underscores")
-        if not isinstance(said, dict):
-            wrong.append(f"tasks.{name} is not a table with {', '.join(TASK)}")
-            continue
-        wrong += [f"tasks.{name}.{k} is missing" for k in TASK if k not in said]
-        wrong += [f"tasks.{name}.{k} is unknown{_nearest(k, TASK)}" for k in said if k not in TASK]
-        wrong += [f"tasks.{name}.{k} = {said[k]!r} is not text" for k in TASK if k in said and not (isinstance(said[k], str) and said[k])]
+        if isinstance(said, dict):
+            wrong += [f"tasks.{name}.{k} is missing" for k in TASK if k not in said]
+            wrong += _wrong_entries(f"tasks.{name}", said, TASK)
+        else: wrong.append(f"tasks.{name} is not a table with {', '.join(TASK)}")
     return wrong
 
 def _nearest(name, valid):
@@ -143,9 +157,10 @@ def _nearest(name, valid):
 
 # %% ../nbs/00b_profiles.ipynb #05c59785
 STAGES = ("distil", "merge", "probe", "results")
-NEEDS = dict(gpus=Integer(0, 1024), nodes=Integer(1, 10_000), cpus=Integer(1, 10_000), memory_gb=Number(.1, 1e6), hours=Number(.01, 1e4),
-             partition=Text(), account=Text(), qos=Text(), constraint=Text(), setup=Text(),
-             processes=Integer(0, 1024), share=Integer(1, 1000))  # of a job; nbs/06d_slurm.ipynb says what each means
+# what a job asks for; nbs/06d_slurm.ipynb says what each means
+NEEDS = dict(gpus=Integer(0, 1024), nodes=Integer(1, 10_000), cpus=Integer(1, 10_000), memory_gb=Number(.1, 1e6),
+             hours=Number(.01, 1e4), partition=Text(), account=Text(), qos=Text(), constraint=Text(), setup=Text(),
+             processes=Integer(0, 1024), share=Integer(1, 1000))
 
 def _wrong_slurm(slurm):
     "What is wrong with what jobs ask for."
@@ -154,17 +169,16 @@ def _wrong_slurm(slurm):
     for stage, needs in slurm.items():
         if stage not in STAGES: wrong.append(f"slurm.{stage} is no stage{_nearest(stage, STAGES)}")
         elif not isinstance(needs, dict): wrong.append(f"slurm.{stage} is not a table, such as {{gpus = 1, hours = 24}}")
-        else:
-            for k, v in needs.items():
-                if k not in NEEDS: wrong.append(f"slurm.{stage}.{k} is unknown{_nearest(k, NEEDS)}")
-                elif not NEEDS[k].ok(v): wrong.append(f"slurm.{stage}.{k} = {v!r} is not {NEEDS[k]}")
+        else: wrong += _wrong_entries(f"slurm.{stage}", needs, NEEDS)
     return wrong
 
 # %% ../nbs/00b_profiles.ipynb #29c841d9
+_TRAINING = """predict corpus steps batch seconds lr warmup clip weight_decay precision seed loss accumulate validate_every
+               attention compile log_with short epoch cache cache_gb""".split()
 _TABLES = dict(student=dict(init="init", layers="student_layers", width="student_width", heads="student_heads"),
-               training={k: k for k in "predict corpus steps batch seconds lr warmup clip weight_decay precision seed loss accumulate "
-                                       "validate_every attention compile log_with short epoch cache cache_gb".split()})
+               training={k: k for k in _TRAINING})
 _TOP = ("name", "licence", "teachers", "audio", "student", "training", "tasks", "slurm")
+_SHIPPED = resources.files("distilltv")/"shipped"
 
 def profile(name_or_path="mini", # `mini`, `hub`, `paper`, the path of a .toml file, or a `Profile`, which is returned as it is
            ) -> Profile:
@@ -172,13 +186,15 @@ def profile(name_or_path="mini", # `mini`, `hub`, `paper`, the path of a .toml f
     if isinstance(name_or_path, Profile): return name_or_path
     name = str(name_or_path)
     if name in SHIPPED:
-        with resources.as_file(resources.files("distilltv")/"shipped"/f"{name}.toml") as path: return _read(path, Path.cwd())
+        with resources.as_file(_SHIPPED/f"{name}.toml") as path: return _read(path, Path.cwd())
     path = Path(name).expanduser()
     if path.suffix.lower() != ".toml":
         raise ValueError(f"profile {name!r} is unknown; use one of {', '.join(SHIPPED)}, or the path of a .toml file")
-    if not path.is_file(): raise ValueError(f"profile {name} is not a file: check the path, or write one with distilltv.profiles.new_profile")
+    if not path.is_file():
+        raise ValueError(f"profile {name} is not a file: check the path, or write one with `distilltv new {name}`")
     p = _read(path, path.absolute().parent)
-    if p.name in SHIPPED: raise ValueError(f"{path}: name = {p.name!r} is a shipped profile's: choose another, so that the runs stay apart")
+    if p.name in SHIPPED:
+        raise ValueError(f"{path}: name = {p.name!r} is a shipped profile's: choose another, so that the runs stay apart")
     return p
 
 def _read(path, folder):
@@ -196,34 +212,37 @@ def _fields(said, folder):
     for k in ("name", "teachers"):
         if k not in said: raise ValueError(f"{k} is missing")
     found = {k: said[k] for k in ("name", "licence", "slurm") if k in said}
-    for k, place in dict(teachers=_teacher, audio=_audio).items():
-        table = _table(k, said)
-        found[k] = {d: place(_expand(v), folder) if isinstance(v, str) else v for d, v in table.items()}
-    found["tasks"] = {name: _question(task, folder) for name, task in _table("tasks", said).items()}
+    teachers, audio, tasks = (_table(k, said) for k in ("teachers", "audio", "tasks"))
+    found["teachers"] = {d: _placed(_teacher, t, folder) for d, t in teachers.items()}
+    found["audio"] = {d: _placed(_audio, a, folder) for d, a in audio.items()}
+    found["tasks"] = {name: dict(t, table=_placed(_here, t["table"], folder)) if isinstance(t, dict) and "table" in t else t
+                      for name, t in tasks.items()}
     for k, names in _TABLES.items():
         table = _table(k, said)
         _known(f"{k}.", table, names)
         found |= {names[n]: v for n, v in table.items()}
     return found
 
-def _question(task, folder):
-    named = isinstance(task, dict) and isinstance(task.get("table"), str)
-    return task | dict(table=_here(_expand(task["table"]), folder)) if named else task
-
 def _table(key, said):
-    if not isinstance(said.get(key, {}), dict): raise ValueError(f"{key} is not a table: write [{key}] and its entries below")
-    return said.get(key, {})
+    "The table of that name, empty if there is none."
+    table = said.get(key, {})
+    if not isinstance(table, dict): raise ValueError(f"{key} is not a table: write [{key}] and its entries below")
+    return table
 
 def _known(where, table, names):
+    "A `ValueError` for a key that a table does not have."
     for k in table:
         if k in names: continue
         tables = [t for t, keys in _TABLES.items() if k in keys]
         raise ValueError(f"{where}{k} is unknown" + (f": it belongs under [{tables[0]}]" if tables else _nearest(k, names)))
 
 # %% ../nbs/00b_profiles.ipynb #bef716b5
-def _expand(text): return re.sub(r"\$\{(\w+)\}", lambda m: os.environ.get(m[1], ""), text)
+def _placed(place, text, folder):
+    "A text of the file with its `${VARIABLES}`, made a path by `place`; what is no text as it stands."
+    if not isinstance(text, str): return text
+    return place(re.sub(r"\$\{(\w+)\}", lambda m: os.environ.get(m[1], ""), text), folder)
 
-def _here(text, folder): return str(Path(os.path.normpath(folder/Path(text).expanduser())))
+def _here(text, folder): return os.path.normpath(folder/Path(text).expanduser())
 
 def _teacher(text, folder):
     "A shipped teacher, a folder, or else a hub name as it stands."
@@ -248,13 +267,9 @@ def record(p:Profile # an experiment
     "All that decides the profile's students: its values, and the versions of the libraries that compute."
     values = {k: v for k, v in asdict(p).items() if k not in _NO_RESULT}
     shipped = f"{data_dir()/'teachers'}{os.sep}"    # the same wherever the repository lies
-    values["teachers"] = {d: f"mini:{t.removeprefix(shipped)}" if t.startswith(shipped) else t for d, t in p.teachers.items()}
-    return json.loads(json.dumps(values | dict(versions={n: _version(n) for n in _COMPUTE})))
-
-@lru_cache(maxsize=None)
-def _version(package):
-    try: return metadata.version(package)
-    except metadata.PackageNotFoundError: return None
+    values["teachers"] = {d: f"mini:{t.removeprefix(shipped)}" if t.startswith(shipped) else t
+                          for d, t in p.teachers.items()}
+    return json.loads(json.dumps(values | dict(versions={n: version_of(n) for n in _COMPUTE})))
 
 # %% ../nbs/00b_profiles.ipynb #5c88c332
 def with_settings(p:Profile,     # an experiment
@@ -264,16 +279,16 @@ def with_settings(p:Profile,     # an experiment
     for setting in settings:
         name, _, value = setting.partition("=")
         table, _, domain = name.partition(".")
+        simple = {f.name: f.type for f in fields(p) if f.type is not dict}
         if domain and table in ("teachers", "audio"):
             if domain not in p.teachers: raise ValueError(f"{name} is no setting{_nearest(domain, p.teachers)}")
-            place = dict(teachers=_teacher, audio=_audio)[table]
-            p = replace(p, **{table: getattr(p, table) | {domain: place(value, Path.cwd())}})
-            continue
-        kinds = {f.name: type(getattr(p, f.name)) for f in fields(p)}
-        simple = [n for n, k in kinds.items() if k in (int, float, str, tuple)]
-        if name not in simple: raise ValueError(f"{name} is no setting; use one of {', '.join(simple)}, teachers.DOMAIN, audio.DOMAIN")
-        try: new = tuple(map(int, value.split(","))) if kinds[name] is tuple else kinds[name](value)
-        except ValueError: raise ValueError(f"{name} = {value!r} cannot be read as {kinds[name].__name__}") from None
+            place = _teacher if table == "teachers" else _audio
+            name, new = table, getattr(p, table) | {domain: place(value, Path.cwd())}
+        elif name in simple:
+            kind = simple[name]
+            try: new = tuple(map(int, value.split(","))) if kind is tuple else kind(value)
+            except ValueError: raise ValueError(f"{name} = {value!r} cannot be read as {kind.__name__}") from None
+        else: raise ValueError(f"{name} is no setting; use one of {', '.join(simple)}, teachers.DOMAIN, audio.DOMAIN")
         p = replace(p, **{name: new})
     return p
 
@@ -327,19 +342,19 @@ def find_students(name_or_path="mini", # of a profile, or a `Profile`
     p = profile(name_or_path)
     corpus = corpus or p.corpus
     mine = dict(base=p.folder/"base") | {d: student_folder(p, d, corpus, seed) for d in p.domains}
-    shipped = dict(base=data_dir()/"base") | {d: data_dir()/"students"/f.name for d, f in mine.items() if d != "base"}
+    shipped = dict(base=data_dir()/"base") | {d: data_dir()/"students"/mine[d].name for d in p.domains}
     if p.name == "mini" and not mine["base"].exists(): mine["base"] = shipped["base"]
-    def whole(found): return all((f/"model.safetensors").is_file() for f in found.values())
-    if whole(mine): return mine
-    if p.name == "mini" and whole(shipped):
-        on = {json.loads((shipped[d]/"distilltv.json").read_text(encoding="utf-8")).get("corpus") for d in p.domains}
-        if on == {corpus}: return shipped
-    lacking = next(d for d, f in mine.items() if not (f/"model.safetensors").is_file())
-    said = name_or_path if isinstance(name_or_path, (str, Path)) else p.name
+    if not (lacking := _without_model(mine)): return mine
+    if p.name == "mini" and not _without_model(shipped):
+        notes = [json.loads((shipped[d]/"distilltv.json").read_text(encoding="utf-8")) for d in p.domains]
+        if all(note.get("corpus") == corpus for note in notes): return shipped
+    said = p.name if isinstance(name_or_path, Profile) else name_or_path
     again = f" (and again with {', '.join(p.domains[1:])})" if p.domains[1:] else ""
-    raise FileNotFoundError(f"there are not all students of profile {p.name} distilled on {corpus!r} ({mine[lacking]} holds "
+    raise FileNotFoundError(f"there are not all students of profile {p.name} distilled on {corpus!r} ({lacking[0]} holds "
                             f"no model); make them with papermill nbs/02_distill.ipynb out.ipynb -p profile {said} "
                             f"-p corpus {corpus} -p teacher {p.domains[0]}{again}")
+
+def _without_model(folders): return [f for f in folders.values() if not (f/"model.safetensors").is_file()]
 
 # %% ../nbs/00b_profiles.ipynb #0818a349
 def new_profile(path # of the .toml file to write; it must not exist yet
@@ -347,12 +362,13 @@ def new_profile(path # of the .toml file to write; it must not exist yet
     "Write a commented profile to start from; a `ValueError` says why it cannot be written."
     path = Path(path).expanduser()
     if path.suffix.lower() != ".toml": raise ValueError(f"{path} does not end in .toml: a profile is such a file")
-    if path.exists() or path.is_symlink(): raise ValueError(f"{path} exists already: choose another name, or delete it first")
-    if not path.parent.is_dir(): raise ValueError(f"{path.parent} is not a folder: make it first, or write the profile elsewhere")
+    if os.path.lexists(path): raise ValueError(f"{path} exists already: choose another name, or delete it first")
+    if not path.parent.is_dir():
+        raise ValueError(f"{path.parent} is not a folder: make it first, or write the profile elsewhere")
     name = re.sub(r"[^\w.-]+", "-", path.stem).strip(".-") or "mine"
     if name in SHIPPED: name = f"my-{name}"
-    text = (resources.files("distilltv")/"shipped"/"new.toml").read_text(encoding="utf-8")
-    with write_atomic(path) as tmp: tmp.write_text(text.replace("{name}", name).replace("{file}", path.name), encoding="utf-8")
+    text = (_SHIPPED/"new.toml").read_text(encoding="utf-8").replace("{name}", name).replace("{file}", path.name)
+    with write_atomic(path) as tmp: tmp.write_text(text, encoding="utf-8")
     return path
 
 class ProfileName(Text):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['root', 'home', 'data_dir', 'Number', 'Integer', 'Choice', 'Text', 'check_parameters', 'write_atomic',
-           'check_replaceable', 'atomic_folder', 'write_json', 'file_hash', 'Fingerprint', 'cached', 'versions',
-           'commit', 'peak_memory', 'Run', 'use_threads', 'keep_memory']
+           'check_replaceable', 'atomic_folder', 'write_json', 'file_hash', 'Fingerprint', 'cached', 'version_of',
+           'versions', 'commit', 'peak_memory', 'Run', 'use_threads', 'keep_memory']
 
 # %% ../nbs/00_runs.ipynb #42d82b39
 import ast, ctypes, errno, hashlib, json, os, platform, re, resource, shutil, subprocess, sys, time, zlib
@@ -22,7 +22,7 @@ def _is_clone(folder):
     "Whether a folder is a repository of this project."
     file = folder/"settings.ini"
     if not (file.is_file() and (folder/"nbs/00_runs.ipynb").is_file()): return False
-    return bool(re.search(r"^lib_name\s*=\s*distilltv\s*$", file.read_text(encoding="utf-8", errors="replace"), re.M))
+    return re.search(r"^lib_name\s*=\s*distilltv\s*$", file.read_text(encoding="utf-8", errors="replace"), re.M)
 
 def _source():
     "The clone that the running package belongs to, or None if it was installed elsewhere."
@@ -59,16 +59,18 @@ class Number:
     "A parameter that must be a finite real number in [min, max]."
     min:float = float("-inf")
     max:float = float("inf")
+    kind = "a number"
     def ok(self, v):
-        return isinstance(v, (int, float)) and not isinstance(v,
-                                                              bool) and self.min <= v <= self.max and abs(v) != float("inf")
-    def __str__(self): return "a number" + _range(self)
+        real = isinstance(v, (int, float)) and not isinstance(v, bool)
+        return real and self.min <= v <= self.max and abs(v) != float("inf")
+    def __str__(self):
+        if self.max < float("inf"): return f"{self.kind} in [{self.min}, {self.max}]"
+        return self.kind if self.min == float("-inf") else f"{self.kind} of at least {self.min}"
 
-@dataclass(frozen=True)
 class Integer(Number):
     "A parameter that must be a whole number in [min, max]."
+    kind = "a whole number"
     def ok(self, v): return super().ok(v) and isinstance(v, int)
-    def __str__(self): return "a whole number" + _range(self)
 
 class Choice:
     "A parameter that must be one of the given values."
@@ -76,15 +78,12 @@ class Choice:
     def ok(self, v): return v in self.values
     def __str__(self): return "one of " + ", ".join(map(repr, self.values))
 
+@dataclass(frozen=True)
 class Text:
-    "A parameter that must be a string."
-    def ok(self, v): return isinstance(v, str)
-    def __str__(self): return "a string"
-
-def _range(n):
-    if n.min == float("-inf") and n.max == float("inf"): return ""
-    if n.max == float("inf"): return f" of at least {n.min}"
-    return f" in [{n.min}, {n.max}]"
+    "A parameter that must be a string, or one that is not empty."
+    empty:bool = True
+    def ok(self, v): return isinstance(v, str) and (self.empty or v)
+    def __str__(self): return "a string" if self.empty else "text"
 
 # %% ../nbs/00_runs.ipynb #406fb062
 def _injected(cells):
@@ -118,9 +117,9 @@ def write_atomic(path): # the file to write
 
 def _full(error, path):
     "The error, or if the disk is full, one that says so of `path` (libraries that write have their own words for it)."
-    full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error) or "os error 28" in str(error)
-    full = full or "inline_container" in str(error) or shutil.disk_usage(path.parent).free < 2**20
-    if not full: return error
+    said = re.search("No space left|os error 28|inline_container", str(error))
+    if not said and getattr(error, "errno", None) != errno.ENOSPC and shutil.disk_usage(path.parent).free >= 2**20:
+        return error
     return OSError(errno.ENOSPC,
                    f"no space left to write {path}: free some and start again; what was there before is untouched")
 
@@ -141,9 +140,11 @@ def check_replaceable(path) -> None:
     if names and not foreign and not set(names) & set(_NOTES): foreign = names
     if foreign:
         more = f" and {len(foreign)-3} more" if len(foreign) > 3 else ""
-        raise ValueError(f"{path} holds {', '.join(foreign[:3])}{more}, which distilltv did not write: choose another folder, or move that away")
+        raise ValueError(f"{path} holds {', '.join(foreign[:3])}{more}, which distilltv did not write: "
+                         "choose another folder, or move that away")
 
-def _exchange(a, b): # two paths swap what they name in one step; whether the system could
+def _exchange(a, b):
+    "Two paths swap what they name in one step; whether the system could."
     try: swap = ctypes.CDLL(None).renameat2
     except AttributeError: return False
     here, exchange = -100, 2 # AT_FDCWD and RENAME_EXCHANGE of <fcntl.h> and <linux/fs.h>
@@ -153,14 +154,6 @@ def _remove(path):
     "Remove a file, a link or a folder, whichever it is."
     if path.is_dir() and not path.is_symlink(): shutil.rmtree(path, ignore_errors=True)
     elif os.path.lexists(path): path.unlink()
-
-def _step_aside(path, old):
-    "Rename a folder; whether it could be."
-    try: os.replace(path, old)
-    except OSError as e:
-        if e.errno not in (errno.EXDEV, errno.EBUSY, *_CLOSED): raise
-        return False
-    return True
 
 _CLOSED = (errno.EROFS, errno.EACCES, errno.EPERM)
 
@@ -183,6 +176,16 @@ def _fill(path, new):
     for f in list(path.iterdir()):
         if f.name not in kept: _remove(f)
 
+def _put(tmp, path, old):
+    "Put a new folder in the place of `path`: in one step, in two, or file by file where `path` cannot be renamed."
+    if path.exists() and _exchange(tmp, path): return
+    try:
+        if path.exists(): os.replace(path, old)
+    except OSError as e:
+        if e.errno not in (errno.EXDEV, errno.EBUSY, *_CLOSED): raise
+        _fill(path, tmp)
+    else: os.replace(tmp, path)
+
 @contextmanager
 def atomic_folder(path): # the folder to write
     "Yield a temporary folder beside `path`; on success put it in the place of `path`, if that `check_replaceable`."
@@ -199,10 +202,7 @@ def atomic_folder(path): # the folder to write
         for f in filter(Path.is_file, tmp.rglob("*")):
             with open(f, "rb") as h: os.fsync(h.fileno())
         check_replaceable(path) # something may have come meanwhile
-        if not path.exists(): os.replace(tmp, path)
-        elif not _exchange(tmp, path):
-            if _step_aside(path, old): os.replace(tmp, path)
-            else: _fill(path, tmp)
+        _put(tmp, path, old)
     except Exception as e: raise _full(e, path)
     finally:
         if path.exists(): _remove(old)
@@ -240,23 +240,18 @@ def cached(file:Path,      # `.npy` file whose name is a hash of all that decide
     "The array from its file, or made and put there."
     try:
         x = np.load(file, mmap_mode="r", allow_pickle=False)
-        if ok(x) and (not check or _checksum(x) == _last(file, 4)):
+        if ok(x) and (not check or _checksum(x) == np.fromfile(file, "<u4", offset=file.stat().st_size-4)):
             os.utime(file)
             return x
     except (OSError, ValueError, EOFError): pass
     x = make()
     with write_atomic(file) as tmp, open(tmp, "wb") as f:
         np.save(f, x, allow_pickle=False)
-        f.write(_checksum(x))
+        f.write(np.array(_checksum(x), "<u4").tobytes())
     _trim(file.parent, most)
     return x
 
-def _checksum(x): return zlib.crc32(np.ascontiguousarray(x)).to_bytes(4, "little")
-
-def _last(file, n):
-    with open(file, "rb") as f:
-        f.seek(-n, 2)
-        return f.read()
+def _checksum(x): return zlib.crc32(np.ascontiguousarray(x))
 
 def _trim(folder, most):
     "Remove the arrays of a folder that were used longest ago, until the rest takes at most that many bytes; the newest stays."
@@ -271,33 +266,31 @@ def _trim(folder, most):
 # %% ../nbs/00_runs.ipynb #1ce5239a
 _PACKAGES = "torch torchaudio transformers datasets accelerate numpy scikit-learn papermill".split()
 
+@lru_cache(maxsize=None)
+def version_of(package:str # its name where packages are installed from
+              ) -> str:    # None if it is not installed
+    "The version of an installed package."
+    try: return metadata.version(package)
+    except metadata.PackageNotFoundError: return None
+
 def versions() -> dict:
     "Versions of Python, of this package and of what computes the numbers."
-    def of(p):
-        try: return metadata.version(p)
-        except metadata.PackageNotFoundError: return None
-    from distilltv import __version__
-    return dict(python=platform.python_version(), distilltv=__version__, **{p: of(p) for p in _PACKAGES})
+    return dict(python=platform.python_version(), distilltv=distilltv.__version__) | {p: version_of(p) for p in _PACKAGES}
 
 def commit() -> str:
     "The commit of the clone that this package runs from, `+` behind it where tracked files differ; else `unknown`."
-    if not (clone := _source()): return "unknown"
-    def git(*arguments):
-        done = subprocess.run(["git", "-C", str(clone), *arguments], capture_output=True)
-        return done.returncode, os.fsdecode(done.stdout).rstrip("\n")
-    try:
-        (failed, top), (_, sha), (dirty, _) = git("rev-parse",
-                                                  "--show-toplevel"), git("rev-parse", "--short=12",
-                                                                          "HEAD"), git("diff", "--quiet", "HEAD")
-    except FileNotFoundError: return "unknown"
-    if failed or not sha or Path(top).resolve() != clone: return "unknown"
-    return sha + ("+" if dirty else "")
+    clone = _source()
+    if not clone or not shutil.which("git"): return "unknown"
+    def git(*arguments): return subprocess.run(["git", "-C", str(clone), *arguments], capture_output=True)
+    top = os.fsdecode(git("rev-parse", "--show-toplevel").stdout).rstrip("\n")
+    sha = git("rev-parse", "--short=12", "HEAD").stdout.decode().strip()
+    if not top or not sha or Path(top).resolve() != clone: return "unknown"
+    return sha + ("+" if git("diff", "--quiet", "HEAD").returncode else "")
 
 def peak_memory() -> float:
     "Peak resident memory of this process in MB (GPU peak where CUDA is in use)."
     torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        return torch.cuda.max_memory_allocated()/1e6
+    if torch and torch.cuda.is_available() and (most := torch.cuda.max_memory_allocated()): return most/1e6
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
 
 # %% ../nbs/00_runs.ipynb #793cb8de
@@ -316,7 +309,8 @@ class Run:
         self.began = time.perf_counter()
         return self
     def __exit__(self, kind, *_):
-        if kind is None and os.environ.get("RANK", "0") == "0": write_json(self.folder/"result.json", dict(
+        if kind or os.environ.get("RANK", "0") != "0": return
+        write_json(self.folder/"result.json", dict(
             **self.record, versions=versions(), commit=commit(),
             machine=f"{platform.machine()}, {os.cpu_count()} cores",
             seconds=round(time.perf_counter()-self.began, 2), peak_memory_mb=round(peak_memory(), 1)))
