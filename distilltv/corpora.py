@@ -8,11 +8,13 @@ __all__ = ['AUDIO_SUFFIXES', 'PASSED_OVER', 'DRAWS', 'load_corpus', 'split_of', 
 
 # %% ../nbs/00_corpora.ipynb #4b8b0a46
 import csv, hashlib, json, os, re, warnings
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 import numpy as np, soundfile as sf, torch
 from datasets import Dataset
+from torch import nn
 from .audio import SAMPLE_RATE, AudioError, audible, audio_length, load_part, normalise
 from .runs import data_dir, file_hash, home, write_atomic, write_json
 
@@ -28,23 +30,25 @@ def load_corpus(name:str="speech",  # `speech` or `music` of the mini corpus, or
     "The segments of a corpus as a table, without their audio (see `segment_audio`)."
     if split not in (None, "train", "valid", "test"):
         raise ValueError(f"split {split!r} is unknown; use train, valid or test")
-    rows, refused = _rows(name, root)
-    if refused: warnings.warn(_left_out(refused, len(rows)))
-    return Dataset.from_list([r for r in rows if split in (None, r["split"])])
+    return Dataset.from_list([r for r in _rows(name, root)[0] if split in (None, r["split"])])
 
 def _rows(name, root):
-    "Rows of a corpus, and what was left out of it: path -> reason."
+    "Rows of a corpus, and what was left out of it: path -> reason; a warning tells of that too."
     name = str(name)
-    shipped = name.removeprefix("mini:") if name.startswith("mini:") or name in ("speech", "music") else ""
-    folder = Path(root or data_dir())/shipped if shipped else Path(name).expanduser()
+    shipped = name.startswith("mini:") or name in ("speech", "music")
+    folder = Path(root or data_dir())/name.removeprefix("mini:") if shipped else Path(name).expanduser()
     if _is_table(folder/"metadata.csv"): return _table(folder), {}
-    if folder.is_dir(): return _scan(folder)
-    raise ValueError(f"corpus {name!r} is neither speech nor music nor a folder: {folder} {'is a file' if folder.is_file() else 'does not exist'}")
+    if not folder.is_dir():
+        raise ValueError(f"corpus {name!r} is neither speech nor music nor a folder: {folder} "
+                         f"{'is a file' if folder.is_file() else 'does not exist'}")
+    rows, refused = _scan(folder)
+    if refused: warnings.warn(_left_out(refused, len(rows)))
+    return rows, refused
 
 def _left_out(refused, kept):
     "One sentence on the files that were left out; a long list is cut."
-    first = [f"{p} {reason}" for p, reason in list(refused.items())[:5]]
-    return f"{len(refused)} of {len(refused)+kept} files left out: " + "; ".join(first) + ("; …" if len(refused) > 5 else "")
+    first = [f"{p} {reason}" for p, reason in list(refused.items())[:5]] + ["…"]*(len(refused) > 5)
+    return f"{len(refused)} of {len(refused)+kept} files left out: {'; '.join(first)}"
 
 # %% ../nbs/00_corpora.ipynb #ef1e0061
 _COLUMNS = ("id", "file", "start", "end", "split")    # that a table must have; the others are labels
@@ -58,30 +62,29 @@ def _is_table(file):
 
 def _table(folder):
     "Rows of `folder/metadata.csv`, with sample positions as integers, the file's path, and whether it is a shard."
-    file, seen = folder/"metadata.csv", set()
+    file = folder/"metadata.csv"
     try:
         with open(file, newline="", encoding="utf-8-sig") as f:
             rows = [_table_row(r, folder, f"{file}, row {i}") for i, r in enumerate(csv.DictReader(f), 2)]
     except UnicodeDecodeError: raise ValueError(f"{file} is not UTF-8 text: save it as UTF-8") from None
     except csv.Error as e: raise ValueError(f"{file} is not a table ({e}): write it again") from None
-    for r in rows:
-        if r["id"] in seen: raise ValueError(f"{file}: the id {r['id']!r} occurs twice; give each segment its own")
-        seen.add(r["id"])
+    twice = [name for name, n in Counter(r["id"] for r in rows).items() if n > 1]
+    if twice: raise ValueError(f"{file}: the id {twice[0]!r} occurs twice; give each segment its own")
     return rows
 
 def _table_row(row, folder, where):
     "A row of a table; a `ValueError` says which row it is and what is wrong with it."
     if None in row or None in row.values():
         raise ValueError(f"{where} has more or fewer cells than the head of the table: correct it")
-    ends = [row["start"], row["end"]]
-    if not all(re.fullmatch(r"[0-9]{1,15}", v) for v in ends) or not int(row["start"]) < int(row["end"]):
-        raise ValueError(f"{where}: start = {row['start']!r} and end = {row['end']!r} are not two sample positions, the first before the second")
+    start, end = row["start"], row["end"]
+    if not re.fullmatch(r"[0-9]{1,15} [0-9]{1,15}", f"{start} {end}") or int(start) >= int(end):
+        raise ValueError(f"{where}: start = {start!r} and end = {end!r} are not two sample positions, "
+                         "the first before the second")
     if row["split"] not in ("train", "valid", "test"):
         raise ValueError(f"{where}: split = {row['split']!r} is not train, valid or test")
     if not row["file"]: raise ValueError(f"{where} names no file")
     # tables of this project say whose each segment is; those of others list files as they came
-    shard = "license" in row
-    return row | dict(start=int(row["start"]), end=int(row["end"]), path=str(folder/row["file"]), shard=shard)
+    return row | dict(start=int(start), end=int(end), path=str(folder/row["file"]), shard="license" in row)
 
 # %% ../nbs/00_corpora.ipynb #867ce6ac
 _NAMES = dict(test="test tests testing", valid="dev devel development valid validation val eval evaluation",
@@ -109,9 +112,6 @@ def _names_in(folder):
     try: return [d.name for d in os.scandir(folder) if d.is_dir()]
     except OSError: return []
 
-def _split(said):
-    "The strictest of the splits that folders say."
-    return next((s for s in ("test", "valid") if s in said), "train")
 
 def _files(folder):
     "Files below a folder, links followed, and what could not be looked into: path -> reason."
@@ -135,13 +135,13 @@ def _scan(folder):
         elif f.suffix.lower() in AUDIO_SUFFIXES and _name(f) != str(f):
             refused[_name(f)] = "has a name that is not UTF-8: rename it"
     files = [f for f in found if f.suffix.lower() in AUDIO_SUFFIXES and _name(f) not in refused]
-    headers, above = _headers(files), _split_above(folder)
-    rows = []
-    for f, h in zip(files, headers):
+    rows, above = [], _split_above(folder)
+    for f, header in zip(files, _headers(files)):
         inside = f.relative_to(folder)
-        if isinstance(h, str): refused[str(f)] = h
-        else: rows.append(dict(id=str(inside.with_suffix("")), file=str(inside), path=str(f), start=0,
-                               split=_split(above + [split_of(p) for p in inside.parts[:-1]]), end=h,
+        said = above + [split_of(p) for p in inside.parts[:-1]]
+        split = next((s for s in ("test", "valid") if s in said), "train")    # the strictest that any folder says
+        if isinstance(header, str): refused[str(f)] = header
+        else: rows.append(dict(id=str(inside.with_suffix("")), file=str(inside), path=str(f), start=0, split=split, end=header,
                                source=folder.name, shard=False))
     if not rows:
         why = f": {_left_out(refused, 0)}" if refused else f" ({', '.join(AUDIO_SUFFIXES)})"
@@ -203,8 +203,9 @@ DRAWS = 100  # of one crop, before a corpus is given up as unusable
 
 class Segments:
     "Segments to crop from: rows, cumulative lengths, and which rows share a file (for loose files: a folder)."
-    def __init__(self, rows, refused={}, alone=False):
-        # refused: path -> reason; alone: a crop stays in one segment if it can
+    def __init__(self, rows:list,    # of `load_corpus`, as dicts
+                 refused:dict={},    # files that were left out: path -> reason
+                 alone:bool=False):  # a crop stays in one segment if it can
         self.rows, self.refused, self.alone = rows, refused, alone
         self.ends = np.cumsum([r["end"] - r["start"] for r in rows])
         self.peer = [r["path"] if r["shard"] else str(Path(r["path"]).parent) for r in rows]
@@ -246,7 +247,6 @@ def open_segments(name:str,  # of a corpus, as for `load_corpus`
     "The segments of one split of a corpus, to crop from; a `ValueError` if there are none."
     if split == "test": raise ValueError("test segments are for probes only: crop from train or valid")
     rows, refused = _rows(name, root)
-    if refused: warnings.warn(_left_out(refused, len(rows)))
     rows = [r for r in rows if r["split"] == split]
     if not rows:
         raise ValueError(f"corpus {name!r} has no {split} audio: a file's split comes from the folders above it "
@@ -268,15 +268,10 @@ def as_batch(crops): # arrays [samples]
     rows are filled up with `nan`."""
     lengths = [len(x) for x in crops]
     if len(set(lengths)) == 1: return normalise(torch.from_numpy(np.stack(crops)))
-    wav = torch.full((len(crops), max(lengths)), torch.nan)
-    for row, x in zip(wav, crops): row[:len(x)] = normalise(torch.from_numpy(x))
-    return wav, torch.tensor(lengths)
+    rows = [normalise(torch.from_numpy(x)) for x in crops]
+    return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=torch.nan), torch.tensor(lengths)
 
 # %% ../nbs/00_corpora.ipynb #0c000004
-def _sources(corpus):
-    if isinstance(corpus, (list, tuple)): return [str(c) for c in corpus]
-    return ["speech", "music"] if str(corpus) == "both" else [str(corpus)]
-
 def crop_batch(corpus,              # `speech`, `music`, a folder, a list of these (items alternate), or `both` of the mini corpus
                step:int,            # index of the batch
                batch_size:int=8,
@@ -286,6 +281,7 @@ def crop_batch(corpus,              # `speech`, `music`, a folder, a list of the
                root=None,           # as for `load_corpus`
               ) -> torch.Tensor: # float32 [batch_size, seconds*16000], each crop normalised
     "The training batch of one step: depends on the arguments and nothing else."
-    pools = [open_segments(n, split, root) for n in _sources(corpus)]
+    if str(corpus) == "both": corpus = ["speech", "music"]
+    pools = [open_segments(str(n), split, root) for n in (corpus if isinstance(corpus, (list, tuple)) else [corpus])]
     return as_batch([draw_crop(pools[i % len(pools)], int(seconds*SAMPLE_RATE), seed, step, i)
                      for i in range(batch_size)])

@@ -8,7 +8,7 @@ __all__ = ['Stream', 'processes', 'Crops', 'merge_quarantines', 'write_quarantin
 # %% ../nbs/00a_scale.ipynb #e10699a5
 import csv, hashlib, json, os
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 import numpy as np, torch
 from accelerate import PartialState
@@ -27,8 +27,8 @@ class Stream:
                  rank:int=0,         # which process this is
                  world:int=1,        # how many there are
                  block:int=256):     # examples that are shuffled together
-        # bad: path -> place of an unusable example
-        self.name, self.seed, self.block, self.bad = name, seed, block, {}
+        self.name, self.seed, self.block = name, seed, block
+        self.bad = {}    # unusable examples: path -> place
         self.data, self.column = _open_stream(name)
         if world > 1: self.data = split_dataset_by_node(self.data, rank, world)
         self.seek(dict(epoch=0, block=0, used=0, data=self.data.state_dict()))
@@ -65,21 +65,18 @@ class Stream:
         self.epoch, self.number, self.used, self.rows = self.epoch+1, 0, 0, iter(self.data)
         self.began = self.data.state_dict()
         self._fill()
-    def _called(self, i, row):
-        "The file name of an example, or where it is in the stream if it has none."
-        return (row or {}).get("path") or f"example {i} of block {self.number} of {self.name}"
     def _unique(self, path, i, quarantine):
         "The name of an unusable example, with its place in the stream if another one has that name."
-        place = (self.number, i)
-        if path in quarantine and path not in self.bad: return f"{path} (example {i} of block {self.number})"
-        return path if self.bad.setdefault(path, place) == place else f"{path} (example {i} of block {self.number})"
+        place, of_another = (self.number, i), path in quarantine and path not in self.bad
+        if not of_another and self.bad.setdefault(path, place) == place: return path
+        return f"{path} (example {i} of block {self.number})"
     def crop(self, n, rng, quarantine=None, used=None):
         "float32 [n], from as many examples as it takes; an unusable one is noted in `quarantine` (path -> reason), or raised without one."
         parts, failed = [], 0
         while (left := n - sum(map(len, parts))) > 0:
             i, example = self._next()
             row = example[self.column]
-            path = self._called(i, row)
+            path = (row or {}).get("path") or f"example {i} of block {self.number} of {self.name}"
             try:
                 if not row: raise AudioError(path, "has no audio: the data set has an empty cell there")
                 x = load_audio(row["path"] if row["bytes"] is None and row["path"] else path, data=row["bytes"])
@@ -99,7 +96,8 @@ def _open_stream(name):
     _, path, config, split, *_ = (name + ":::").split(":")
     try: data = load_dataset(path, config or None, split=split or "train", streaming=True)
     except Exception as e:
-        raise ValueError(f"{name} cannot be opened as stream:NAME:CONFIG:SPLIT of a `datasets` audio set ({str(e).splitlines()[0]}): check the three names and the network") from None
+        raise ValueError(f"{name} cannot be opened as stream:NAME:CONFIG:SPLIT of a `datasets` audio set "
+                         f"({str(e).splitlines()[0]}): check the three names and the network") from None
     columns = [k for k, v in (data.features or {}).items() if isinstance(v, Audio)]
     if not columns:
         raise ValueError(f"{name} has no audio column, only {', '.join(data.features or ())}: name a data set of audio")
@@ -125,14 +123,14 @@ class Crops:
                  epoch:int=0):          # steps after which the same crops come again, in another order; 0: never
         here = processes()
         rank, world = here.process_index if rank is None else rank, world or here.num_processes
-        self.batch_size, self.samples, self.seed, self.world, self.epoch = batch_size, int(seconds*SAMPLE_RATE), seed, world, epoch
+        self.batch_size, self.samples, self.epoch = batch_size, int(seconds*SAMPLE_RATE), epoch
+        self.seed, self.world, self.joined = seed, world, short == "join"
         self.sources = [Stream(c, seed, rank, world) if str(c).startswith("stream:")
                         else open_segments(str(c), split, root) for c in corpora]
         self.streams = [s for s in self.sources if isinstance(s, Stream)]
         _check_choices(short, epoch, self.streams)
         self.bins = [_by_length(s, self.samples) if short == "alone" else {1: s} for s in self.sources]
-        # lengths that a batch may have
-        self.joined, self.several = short == "join", len(corpora) if short == "alone" else 1
+        self.several = 1 if self.joined else len(corpora)    # corpora whose crops have lengths of their own
         self.parts = [np.random.default_rng([seed, j]).permutation(self.epoch*self._slots(j))
                       for j in range(len(corpora))]
         self.quarantine = {path: why for s in self.sources if s not in self.streams for path, why in s.refused.items()}
@@ -141,20 +139,23 @@ class Crops:
         # files are decoded side by side; a stream has an order
         self._map = ThreadPoolExecutor(min(8, os.cpu_count())).map if loose else map
     def __call__(self, step): return self.items(step, slice(None))
-    # [share, samples], each crop normalised; of several lengths: padded, and the lengths [share]
-    def items(self, step, part:slice):
+    def items(self, step:int,   # of the run
+              part:slice        # of the batch
+             ):                 # [share, samples], each crop normalised; of several lengths: padded, and the lengths [share]
         "Those items of the batch of that step."
         if self.streams and step != self._next:
             raise ValueError(f"a stream has no way to step {step} but through step {self._next}: restore its state first")
-        same, n, used = self._same(step), len(self.sources), self._used.setdefault(step, [])
+        same, n = self._same(step), len(self.sources)
         bins = [self._bin(same, j) for j in range(n)]
-        def cut(item):
-            (i, c), (m, source), names = item, bins[item[0] % n], []
-            how = self.quarantine, names, *self._part(same, i)
-            return draw_crop(source, self.samples//m, self.seed, same, i, c, *how), names
-        crops, names = zip(*self._map(cut,
-                                      [(i, c) for i in range(self.batch_size)[part] for c in range(bins[i % n][0])]))
-        used += sum(names, [])
+        def cut(job):
+            (item, piece), names = job, []
+            pieces, source = bins[item % n]
+            crop = draw_crop(source, self.samples//pieces, self.seed, same, item, piece, self.quarantine, names,
+                             *self._part(same, item))
+            return crop, names
+        jobs = [(i, piece) for i in range(self.batch_size)[part] for piece in range(bins[i % n][0])]
+        crops, names = zip(*self._map(cut, jobs))
+        self._used.setdefault(step, []).extend(chain(*names))
         self._next, self._marks[step+1] = step+1, self._mark()
         for kept in (self._marks, self._used):
             if len(kept) > 16: del kept[min(kept)]
@@ -168,9 +169,8 @@ class Crops:
         bins = list(self.bins[j].items())
         if len(bins) == 1: return bins[0]
         ends = np.cumsum([pool.ends[-1] for _, pool in bins])
-        return bins[np.searchsorted(ends,
-                                    np.random.default_rng([self.seed, step, self.batch_size+j]).integers(ends[-1]),
-                                    side="right")]
+        at = np.random.default_rng([self.seed, step, self.batch_size+j]).integers(ends[-1])
+        return bins[np.searchsorted(ends, at, side="right")]
     def _slots(self, j): return len(range(j, self.batch_size, len(self.sources)))
     def _part(self, step, i):
         "In an epoch, which of as many equal parts of its source as the source has crops a crop begins in."
@@ -195,11 +195,9 @@ class Crops:
             self.quarantine |= merge_quarantines(states)
             return
         if len(states) != self.world:
-            raise ValueError(f"the streams were shared by {len(states)} processes, not {self.world}: continue with {len(states)}")
+            raise ValueError(f"the streams were shared by {len(states)} processes, not {self.world}: "
+                             f"continue with {len(states)}")
         mine = states[rank]    # without those of others: an example's name depends on what this process has met
-        if "places" not in mine:
-            raise ValueError("the checkpoint does not say where its streams met bad examples, as an older version wrote it: "
-                             "delete checkpoint.pt and start again")
         self.quarantine |= mine["quarantine"]
         for s, mark, bad in zip(self.streams, mine["streams"], mine["places"]):
             s.seek(mark)
@@ -211,10 +209,12 @@ def _check_choices(short, epoch, streams):
     "A `ValueError` for what is unknown, or what a stream cannot do."
     if short not in ("join", "alone"): raise ValueError(f"short = {short!r} is unknown; use join or alone")
     if streams and (short != "join" or epoch):
-        raise ValueError(f"{streams[0].name} is heard in the order it comes: a stream takes short=join and epoch=0; for others, save it as a folder of files")
+        raise ValueError(f"{streams[0].name} is heard in the order it comes: a stream takes short=join and epoch=0; "
+                         "for others, save it as a folder of files")
 
 def _by_length(pool, samples):
-    "Segments by the number of their crops that fill so many samples, with crops of a second at least: {1: those that are long enough, 2: those of a half, …}."
+    """Segments by the number of their crops that fill so many samples, with crops of a second at least:
+    {1: those that are long enough, 2: those of a half, …}."""
     need = [min(max(1, samples//SAMPLE_RATE), -(-samples//(r["end"]-r["start"]))) for r in pool.rows]
     return {m: Segments([r for r, k in zip(pool.rows, need) if k == m], alone=True) for m in sorted(set(need))}
 
