@@ -3,7 +3,7 @@
 `python .ci/api.py` writes them, `--check` fails if they are out of date. Reads source only: nothing is imported.
 A parameter without a comment has the meaning that its name and type have elsewhere in its module, if that is one.
 """
-import ast, io, re, sys, tokenize
+import ast, io, json, re, sys, tokenize
 from pathlib import Path
 
 root = Path(__file__).resolve().parent.parent
@@ -123,9 +123,14 @@ def klass(m, c):
             text += function(m, f, 3, c.name + ".")
     return text
 
+def title_of(chapter):
+    "The title of a notebook."
+    cells = json.loads((root/"nbs"/chapter).read_text(encoding="utf-8"))["cells"]
+    return next(l[2:].strip() for c in cells for l in c["source"] if c["cell_type"] == "markdown" and l.startswith("# "))
+
 def page(m):
     intro = ast.get_docstring(m.tree) or ""
-    head = f'---\ntitle: "{m.name.capitalize()} (distilltv.{m.name})"\ndescription: "{intro}"\n---\n\nThe chapter [{Path(m.chapter).stem}](../{m.chapter}) explains and tests what is listed here.\n\n'
+    head = f'---\ntitle: "{m.name.capitalize()} (distilltv.{m.name})"\ndescription: "{intro}"\n---\n\nThe chapter [{title_of(m.chapter)}](../{m.chapter}) explains and tests what is listed here.\n\n'
     parts = [function(m, n, 2) if isinstance(n, ast.FunctionDef) else klass(m, n) for n in m.tree.body
              if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and n.name in m.public]
     return re.sub(r"\n{3,}", "\n\n", head + "".join(parts)).rstrip() + "\n"
