@@ -28,13 +28,13 @@ def load_audio(path,                        # any file that libsndfile reads: WA
                max_hours:float=None,        # refuse longer files (default `MAX_HOURS`)
                data:bytes=None,             # the file's content, where it does not lie on disk; `path` is its name then
               ) -> np.ndarray: # float32 [samples] at 16 kHz, in about [-1, 1]
-    "A file as 16 kHz mono; raises `AudioError` if it is missing, empty, corrupt, truncated, silent, not finite or too long."
+    """A file as 16 kHz mono; an `AudioError` if it is missing, empty, corrupt, truncated, silent, not finite or
+    too long."""
     info, limit = _open(path, data), max_hours or MAX_HOURS
-    most = int(limit*3600*info.samplerate)
-    if info.frames >= _UNKNOWN: frames = _count(path, most, data)
-    else: frames = info.frames
+    most, known = int(limit*3600*info.samplerate), info.frames < _UNKNOWN
+    frames = info.frames if known else _count(path, most, data)
     if frames > most:
-        says = "longer" if info.frames >= _UNKNOWN else f"{info.duration/3600:.1f} h, more"
+        says = f"{info.duration/3600:.1f} h, more" if known else "longer"
         raise AudioError(path, f"lasts {says} than the limit of {limit:g} h: cut it into shorter files")
     return audible(_read(path, 0, frames, info.samplerate, data), path)
 
@@ -62,63 +62,59 @@ def _open(path, data=None):
         raise AudioError(path, f"cannot be opened ({e.strerror}): check its permissions and its disk") from None
     if not info.frames: raise AudioError(path, "holds no samples: leave it out or fetch it again")
     if info.format not in _CHECKED:
-        raise AudioError(path,
-                         f"is of the format {info.format}, of which a cut file looks like a whole one: convert it to FLAC")
+        raise AudioError(path, f"is of the format {info.format}, of which a cut file looks like a whole one: "
+                               "convert it to FLAC")
     if cut: raise AudioError(path, _TRUNCATED)
     if not RATES[0] <= info.samplerate <= RATES[1]:
-        raise AudioError(path,
-                         f"says that it has {info.samplerate} samples a second, outside {RATES}: correct its header")
+        raise AudioError(path, f"says that it has {info.samplerate} samples a second, outside {RATES}: "
+                               "correct its header")
     return info
 
 def _source(path, data): return str(path) if data is None else io.BytesIO(data)
 
 # %% ../nbs/00c_audio.ipynb #8ca1a05b
 def _cut(path, data=None):
-    "Whether an Ogg file lacks its end-of-stream page, or a file's header promises more bytes of samples than there are."
+    "Whether an Ogg file lacks its end-of-stream page, or a header promises more bytes of samples than there are."
     with open(path, "rb") if data is None else io.BytesIO(data) as f:
         size = f.seek(0, 2)
         f.seek(0)
         head = f.read(1024)
         if head[:4] == b"OggS":
             f.seek(max(0, size - 65_536))
-            tail = f.read()
-            last = tail.rfind(b"OggS")
-            return not (last >= 0 and len(tail) > last+5 and tail[last+5] & 4)
+            last_page = f.read().rpartition(b"OggS")[2]    # its second byte holds flags; 4: the stream ends here
+            return not (len(last_page) > 1 and last_page[1] & 4)
         end = _promised(f, head)
     return end is not None and size < end
 
-def _big(b): return int.from_bytes(b, "big")
-
-def _little(b): return int.from_bytes(b, "little")
+# files of chunks: where the first chunk is, bytes of a chunk's name and of its length, the order of these bytes,
+# and the name of the chunk that holds the samples
+_CHUNKS = {b"RIFF": (12, 4, 4, "little", b"data"), b"RF64": (12, 4, 4, "little", b"data"),
+           b"BW64": (12, 4, 4, "little", b"data"), b"RIFX": (12, 4, 4, "big", b"data"),
+           b"FORM": (12, 4, 4, "big", b"SSND"), b"caff": (8, 4, 8, "big", b"data"),
+           b"riff": (40, 16, 8, "little", b"data")}
 
 def _promised(f, head):
     "Where a header says that the samples end, in bytes from the file's start; None if it does not say."
     kind = head[:4]
-    if kind == b".snd": return _end(_big(head[4:8]), _big(head[8:12]))
+    if kind == b".snd": return _end(int.from_bytes(head[4:8], "big"), int.from_bytes(head[8:12], "big"))
     if head[:7] == b"NIST_1A":
         said = dict(re.findall(rb"(\w+) -i (\d+)", head))
         sizes = [int(said.get(k, b"0")[:12]) for k in (b"sample_count", b"channel_count", b"sample_n_bytes")]
         return 1024 + sizes[0]*sizes[1]*sizes[2]
-    if kind in (b"RIFF", b"RIFX", b"RF64", b"BW64"):
-        at, n = _find(f, 12, 4, 4, b"data", _big if kind == b"RIFX" else _little)
-        if n == 2**32-1 and kind in (b"RF64", b"BW64") and head[12:16] == b"ds64": n = _little(head[28:36])
-        return _end(at, n)
-    if kind == b"FORM": return _end(*_find(f, 12, 4, 4, b"SSND", _big))
-    if kind == b"caff": return _end(*_find(f, 8, 4, 8, b"data", _big))
-    if kind == b"riff":
-        at, n = _find(f, 40, 16, 8, b"data", _little, 8)
-        return _end(at, n-24 if n and n < 2**62 else n)
-    return None
+    if kind not in _CHUNKS: return None
+    at, n = _find(f, *_CHUNKS[kind])
+    if n == 2**32-1 and head[12:16] == b"ds64": n = int.from_bytes(head[28:36], "little")    # in RF64 and BW64
+    return _end(at, n)
 
-def _find(f, at, name, width, wanted, number, align=2):
-    "Where the content of a chunk begins and how long it says it is; names and lengths have so many bytes."
+def _find(f, at, name, width, order, wanted):
+    "Where the content of a chunk begins and how long it says it is."
+    align, own = (8, 24) if name == 16 else (2, 0)    # a W64 length counts its own head
     for _ in range(10_000):
         f.seek(at)
         head = f.read(name + width)
         if len(head) < name + width: break
-        n, at = number(head[name:]), at + name + width
+        n, at = int.from_bytes(head[name:], order) - own, at + name + width
         if head.startswith(wanted): return at, n
-        if align == 8: n -= 24    # a W64 length counts its own head
         if not 0 <= n < 2**62: break
         at += -(-n//align)*align
     return None, None
@@ -173,7 +169,8 @@ def _mono(x, path):
     return mixed
 
 def _resample(x, rate):
-    "At 16 kHz. For rates with hardly a common divisor, torchaudio would lay out a filter of gigabytes; SciPy's takes megabytes."
+    """At 16 kHz. For rates with hardly a common divisor, torchaudio would lay out a filter of gigabytes; SciPy's takes
+    megabytes."""
     if rate == SAMPLE_RATE: return x
     ratio = Fraction(SAMPLE_RATE, rate)
     if ratio.numerator*ratio.denominator < 2**22: return torchaudio.functional.resample(x, rate, SAMPLE_RATE)

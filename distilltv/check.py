@@ -84,7 +84,8 @@ def _audio(p, check):
             continue
         check.lines.append(f"  {d}: none")
         if p.corpus in ("both", "own", d):
-            check.wrong.append(f"{d} has no audio, but corpus = {p.corpus} wants it: name a folder or stream under [audio]")
+            check.wrong.append(f"{d} has no audio, but corpus = {p.corpus} wants it: "
+                               "name a folder or stream under [audio]")
 
 def _held(domain, name, p, check):
     "What a stream, a folder or a shipped corpus holds."
@@ -96,7 +97,8 @@ def _held(domain, name, p, check):
         rows = load_corpus(name)
     split = {s: [r["end"]-r["start"] for r in rows if r["split"] == s] for s in ("train", "valid", "test")}    # samples
     if not split["train"]:
-        check.wrong.append(f"{name} has no training audio: all of it lies below folders that are for validation or test")
+        check.wrong.append(f"{name} has no training audio: "
+                           "all of it lies below folders that are for validation or test")
     if not split["valid"]:
         check.wrong.append(f"{name} has no validation audio, so no loss on held-out {domain} is measured: "
                            "put some files below a folder named dev or valid")
@@ -120,8 +122,8 @@ def _student(p, opened, check):
         student = HubertModel(config)
         more = [Heads(wide, t.config.hidden_size, len(p.predict)) for t in opened.values()]
     size, extra = (sum(t.numel() for m in models for t in m.parameters())/1e6 for models in ([student], more))
-    check.lines.append(f"student\n  θ₀ from {p.init}: {config.num_hidden_layers} layers of {wide}, {heads} heads, {size:.1f} M parameters; "
-                       f"{extra:.1f} M more in the heads of all domains, while it is trained")
+    check.lines.append(f"student\n  θ₀ from {p.init}: {config.num_hidden_layers} layers of {wide}, {heads} heads, "
+                       f"{size:.1f} M parameters; {extra:.1f} M more in the heads of all domains, while it is trained")
     return config
 
 # %% ../nbs/01a_check.ipynb #fc751877
@@ -138,9 +140,9 @@ def _budget(p, opened, student, check):
             flop = seconds*(sum(teach[d] for d in taught_by(p, who)) + step)
             cost = "less than a minute" if flop < PEAK*min(SHARE)*60 else gpu_time(flop)
             check.lines.append(f"  {who}: {flop:.2g} operations, {cost} of an A100")
-    check.lines.append(f"then\n  merges of {', '.join(p.domains)}" if several else "then\n  nothing to merge: there is one domain")
-    check.lines.append(f"  probes of the features, θ₀ and random weights, {len(p.domains)} teachers, {len(students)} students "
-                       "and every merge")
+    merges = f"merges of {', '.join(p.domains)}" if several else "nothing to merge: there is one domain"
+    check.lines.append(f"then\n  {merges}\n  probes of the features, θ₀ and random weights, {len(p.domains)} teachers, "
+                       f"{len(students)} students and every merge")
 
 def _cut(config, layers):
     "The configuration with at most that many layers."
@@ -152,7 +154,8 @@ def _tasks(p, check):
         with check.noting():
             t = table_task(name, **said).split()
             items = ", ".join(f"{(t.usable & (t.split == s)).sum():,} {s}" for s in ("train", "valid", "test"))
-            check.lines.append(f"  beside the default tasks {name} ({said['domain']}): {t.label.nunique()} classes, {items} items")
+            check.lines.append(f"  beside the default tasks {name} ({said['domain']}): {t.label.nunique()} classes, "
+                               f"{items} items")
 
 def check_profile(profile # a profile, its name or its file
                  ) -> Check:

@@ -26,7 +26,7 @@ PASSED_OVER = ".m4a .aac .mp4 .m4b .wma .webm .mka .amr .ape .wv .ac3 .mpc .ra .
 def load_corpus(name:str="speech",  # `speech` or `music` of the mini corpus, or the path of a folder of audio files
                 split:str=None,     # `train`, `valid` or `test`; `None`: all three
                 root=None,          # where `speech/` and `music/` are; default `data_dir()`
-               ) -> Dataset: # a row per segment: id, path, start, end (samples), split, ... ; labels are strings, "" = none
+               ) -> Dataset: # a row per segment: id, path, start, end (samples), split, …; labels are text, "": none
     "The segments of a corpus as a table, without their audio (see `segment_audio`)."
     if split not in (None, "train", "valid", "test"):
         raise ValueError(f"split {split!r} is unknown; use train, valid or test")
@@ -99,7 +99,8 @@ def split_of(folder:str # name of one folder
     return _SPLIT[first] if first in _SPLIT and _TAIL.fullmatch(folder.lower()[len(first):]) else ""
 
 def _split_above(folder):
-    "The splits that a corpus folder and those above it say: of these only names such as `test-clean`, or of folders beside another split."
+    """The splits that a corpus folder and those above it say: of these only names such as `test-clean`, or of folders
+    beside another split."""
     folder = Path(os.path.abspath(folder))
     found = [split_of(folder.name)]
     for d in folder.parents:
@@ -127,7 +128,7 @@ def _files(folder):
 def _name(path): return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 def _scan(folder):
-    "A row per readable audio file under `folder`, and the others with the reason; headers are read once per state of the folder."
+    "A row per readable audio file under `folder`, and the others with the reason."
     found, refused = _files(folder)
     for f in found:
         if f.suffix.lower() in PASSED_OVER:
@@ -141,15 +142,15 @@ def _scan(folder):
         said = above + [split_of(p) for p in inside.parts[:-1]]
         split = next((s for s in ("test", "valid") if s in said), "train")    # the strictest that any folder says
         if isinstance(header, str): refused[str(f)] = header
-        else: rows.append(dict(id=str(inside.with_suffix("")), file=str(inside), path=str(f), start=0, split=split, end=header,
-                               source=folder.name, shard=False))
+        else: rows.append(dict(id=str(inside.with_suffix("")), file=str(inside), path=str(f), start=0, split=split,
+                               end=header, source=folder.name, shard=False))
     if not rows:
         why = f": {_left_out(refused, 0)}" if refused else f" ({', '.join(AUDIO_SUFFIXES)})"
         raise ValueError(f"{folder} holds no readable audio file{why}")
     return rows, refused
 
 def _headers(files):
-    "Of each file its samples at 16 kHz, or why it cannot be used."
+    "Of each file its samples at 16 kHz, or why it cannot be used; read once per state of the folder."
     stamps = ["headers 2", *map(_stamp, files)]    # counted up when what a header must be changes
     kept = home()/"cache/scan"/f"{hashlib.sha256(json.dumps(stamps).encode()).hexdigest()[:32]}.json"
     try: headers = json.loads(kept.read_text(encoding="utf-8"))
@@ -212,8 +213,9 @@ class Segments:
         self.peers = {}
         for i, p in enumerate(self.peer): self.peers.setdefault(p, []).append(i)
     def crop(self, n, rng, quarantine=None, used=None, share=None):
-        """float32 [n], from the k-th of K equal parts of all seconds if `share` is (k, K). A draw that meets an unusable
-        file is noted in `quarantine` (path -> reason) and repeated, or raised without one; `used` takes the ids."""
+        """float32 [n], from the k-th of K equal parts of all seconds if `share` is (k, K). A draw that meets an
+        unusable file is noted in `quarantine` (path -> reason) and repeated, or raised without one; `used` takes the
+        ids."""
         for _ in range(DRAWS):
             try: return self._draw(n, rng, [] if used is None else used, share)
             except AudioError as e:
@@ -264,15 +266,15 @@ def draw_crop(source,           # `Segments`, or a `Stream`
     return source.crop(samples, np.random.default_rng([seed, step, item, part]), *how)
 
 def as_batch(crops): # arrays [samples]
-    """Crops, each normalised, as rows: a tensor [crops, samples]. Where lengths differ, also their lengths [crops]; the shorter
-    rows are filled up with `nan`."""
+    """Crops, each normalised, as rows: a tensor [crops, samples]. Where lengths differ, also their lengths [crops];
+    the shorter rows are filled up with `nan`."""
     lengths = [len(x) for x in crops]
     if len(set(lengths)) == 1: return normalise(torch.from_numpy(np.stack(crops)))
     rows = [normalise(torch.from_numpy(x)) for x in crops]
     return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=torch.nan), torch.tensor(lengths)
 
 # %% ../nbs/00_corpora.ipynb #0c000004
-def crop_batch(corpus,              # `speech`, `music`, a folder, a list of these (items alternate), or `both` of the mini corpus
+def crop_batch(corpus,              # `speech`, `music`, a folder, a list of these (items alternate), or `both`
                step:int,            # index of the batch
                batch_size:int=8,
                seconds:float=4.,    # length of each crop

@@ -8,7 +8,6 @@ __all__ = ['HOP', 'WINDOW', 'FAMILIES', 'frames', 'receptive', 'load_encoder', '
 
 # %% ../nbs/01_encoders.ipynb #5ea3960b
 import json, pickle, re
-from contextlib import contextmanager
 from pathlib import Path
 import torch
 from safetensors import SafetensorError
@@ -45,16 +44,16 @@ FAMILIES = {"hubert": HubertModel, "mert_model": HubertModel, "music_hubert": Hu
              "wav2vec2": Wav2Vec2Model, "data2vec-audio": Data2VecAudioModel}
 _CHANGES = ("feature_extractor_cqt", "deepnorm")  # switches of MERT
 # what published MERT configurations hold beside HuBERT's keys; none of it has a part in a forward pass
-_HARMLESS = re.compile(r"mask_.*|.*dropout.*|attention_relax|feature_extractor_cqt_bins|sample_rate|gradient_checkpointing"
-                       r"|tokenizer_class|auto_map|_name_or_path|(torch_)?dtype|transformers_version")
+_HARMLESS = re.compile(r"mask_.*|.*dropout.*|attention_relax|feature_extractor_cqt_bins|sample_rate|tokenizer_class"
+                       r"|gradient_checkpointing|auto_map|_name_or_path|(torch_)?dtype|transformers_version")
 
 def _refuse_strangers(path, raw, known):
     "A `ValueError` that names what would not be computed as its authors meant it."
-    kind, on = raw.get("model_type"), [k for k in _CHANGES if raw.get(k)]
-    if on:
-        raise ValueError(f"{path}: config.json switches on {' and '.join(on)}, which no class here computes; use a checkpoint without")
+    if on := [k for k in _CHANGES if raw.get(k)]:
+        raise ValueError(f"{path}: config.json switches on {' and '.join(on)}, which no class here computes; "
+                         "use a checkpoint without")
     unknown = sorted(k for k in raw if k not in {*known, *_CHANGES} and not _HARMLESS.fullmatch(k))
-    if unknown and kind in ("mert_model", "music_hubert"):
+    if unknown and raw.get("model_type") in ("mert_model", "music_hubert"):
         raise ValueError(f"{path}: config.json holds {', '.join(unknown)}, which no MERT we know has; "
                          "if it matters in training only, delete it from a local copy")
 
@@ -64,10 +63,12 @@ def _config(path, layers):
     except OSError as e:
         if Path(path).is_absolute() and not Path(path).is_dir():
             raise ValueError(f"{path} is not a model folder: check the path, or run the notebook that makes it") from e
-        raise ValueError(f"{path} is not a model folder or hub name that can be opened ({_first_line(e)}); check it, or run the notebook that makes it") from e
-    cls, depth = FAMILIES.get(raw.get("model_type")), raw.get("num_hidden_layers", 12)
-    if not cls:
-        raise ValueError(f"{path} holds a model of type {raw.get('model_type')!r}; an encoder is one of {', '.join(FAMILIES)}")
+        raise ValueError(f"{path} is not a model folder or hub name that can be opened ({_first_line(e)}); "
+                         "check it, or run the notebook that makes it") from e
+    kind, depth = raw.get("model_type"), raw.get("num_hidden_layers", 12)
+    if kind not in FAMILIES:
+        raise ValueError(f"{path} holds a model of type {kind!r}; an encoder is one of {', '.join(FAMILIES)}")
+    cls = FAMILIES[kind]
     known = cls.config_class().to_dict()
     _refuse_strangers(path, raw, known)
     if not 0 <= layers <= depth:
@@ -78,71 +79,69 @@ def _config(path, layers):
 def _first_line(e): return str(e).strip().split("\n")[0]
 
 # %% ../nbs/01_encoders.ipynb #4c5efc79
-@contextmanager
-def _quiet():
-    "Without `transformers`' report of what did not fit: we make an error of it."
-    level = hf_logging.get_verbosity()
-    hf_logging.set_verbosity_error()
-    try: yield
-    finally: hf_logging.set_verbosity(level)
-
 def _open(cls, path, config):
     "The model and `transformers`' account of the tensors; a file that cannot be read is a `ValueError`."
-    try:
-        with _quiet(): return cls.from_pretrained(path, config=config, dtype=torch.float32, weights_only=True,
-                                                  output_loading_info=True, ignore_mismatched_sizes=True)
+    level = hf_logging.get_verbosity()
+    hf_logging.set_verbosity_error()    # no report of what did not fit: we make an error of it
+    try: return cls.from_pretrained(path, config=config, dtype=torch.float32, weights_only=True,
+                                    output_loading_info=True, ignore_mismatched_sizes=True)
     except pickle.UnpicklingError as e:
         wants = re.search(r"GLOBAL (\S+)", str(e))
-        raise ValueError(f"{path}: pytorch_model.bin holds more than tensors: it wants {wants[1]}. It was not run; ask its author for model.safetensors" if wants
-                         else f"{path}: pytorch_model.bin is not a file of tensors; download it again") from e
+        says = f"holds more than tensors: it wants {wants[1]}. It was not run; ask its author for model.safetensors"
+        if not wants: says = "is not a file of tensors; download it again"
+        raise ValueError(f"{path}: pytorch_model.bin {says}") from e
     except (SafetensorError, RuntimeError, EOFError, OSError) as e:
         raise ValueError(f"{path}: the weights cannot be read ({_first_line(e)}); download or make them again") from e
+    finally: hf_logging.set_verbosity(level)
 
 # %% ../nbs/01_encoders.ipynb #86119e0d
-_HEADS = re.compile(r"(quantizer|project_q|project_hid|final_proj|label_embs_concat|lm_head|projector|classifier|layer_weights)\b.*")
+_HEADS = re.compile(r"(quantizer|project_q|project_hid|final_proj|label_embs_concat|lm_head|projector|classifier"
+                    r"|layer_weights)\b.*")
 
 def _account(info, prefix, kept, depth):
     "Tensors that make the model wrong, by kind, and the names of heads that are left out knowingly."
-    above = {f"encoder.layers.{i}." for i in range(kept, depth)}
+    above = tuple(f"encoder.layers.{i}." for i in range(kept, depth))
     extra = sorted(n.removeprefix(f"{prefix}.") for n in info["unexpected_keys"])
-    extra = [n for n in extra if not n.startswith(tuple(above))]
+    extra = [n for n in extra if not n.startswith(above)]
+    shapes = sorted(info["mismatched_keys"], key=str)
     wrong = dict(missing=sorted(info["missing_keys"]), unexpected=[n for n in extra if not _HEADS.fullmatch(n)],
-                 mismatched=[f"{n} {list(has)}, not {list(wants)}"
-                             for n, has, wants in sorted(info["mismatched_keys"], key=str)])
+                 mismatched=[f"{n} {list(has)}, not {list(wants)}" for n, has, wants in shapes])
     return {k: v for k, v in wrong.items() if v}, [n for n in extra if _HEADS.fullmatch(n)]
 
 def _preprocessor(path):
-    "preprocessor_config.json of a model as a dict, empty if there is none; a file that cannot be read is a `ValueError`."
+    "preprocessor_config.json as a dict, empty if there is none; a `ValueError` if it cannot be read."
     try: return Wav2Vec2FeatureExtractor.get_feature_extractor_dict(path)[0]
     except (OSError, ValueError) as e:
         if (Path(path)/"preprocessor_config.json").is_file():
-            raise ValueError(f"{path}: preprocessor_config.json cannot be read ({_first_line(e)}); download it again") from e
+            raise ValueError(f"{path}: preprocessor_config.json cannot be read ({_first_line(e)}); "
+                             "download it again") from e
         return {}
 
-def _sample_rate(path, raw):
+def _sample_rate(path, raw, prep):
     "What config.json and preprocessor_config.json say the encoder hears, in Hz; 16 kHz if they are silent."
-    prep = _preprocessor(path)
-    said = {r for r in (raw.get("sample_rate"), prep.get("sampling_rate")) if r}
-    if len(said) > 1:
-        raise ValueError(f"{path}: config.json says {raw['sample_rate']} Hz and preprocessor_config.json {prep['sampling_rate']} Hz; correct one of them")
-    return said.pop() if said else 16_000
+    model, heard = raw.get("sample_rate"), prep.get("sampling_rate")
+    if model and heard and model != heard:
+        raise ValueError(f"{path}: config.json says {model} Hz and preprocessor_config.json {heard} Hz; "
+                         "correct one of them")
+    return model or heard or 16_000
 
 # %% ../nbs/01_encoders.ipynb #2ff79f92
 def load_encoder(path,        # model folder or hub name, of one of the types above
                  layers:int=0 # how many transformer layers to keep, from the bottom; 0 = all
-                ) -> PreTrainedModel: # frozen, in eval mode, float32, with `sample_rate` (Hz), `hop` and `window` (samples) and `do_normalize`
-    "Open an encoder without running code of its authors; a `ValueError` names the tensors that do not fit."
+                ) -> PreTrainedModel: # frozen, in eval mode, float32
+    """Open an encoder without running code of its authors; a `ValueError` names the tensors that do not fit. The model
+    knows its `sample_rate` (Hz), `hop` and `window` (samples) and `do_normalize`."""
     path = str(path)
     cls, config, raw = _config(path, layers)
     model, info = _open(cls, path, config)
+    prep, note = _preprocessor(path), Path(path)/"distilltv.json"
     wrong, heads = _account(info, cls.base_model_prefix, config.num_hidden_layers, raw.get("num_hidden_layers", 12))
     if wrong: raise ValueError(f"{path} is not a {cls.__name__} that matches its config.json: {wrong}")
-    note = Path(path)/"distilltv.json"
     # what our own file says of it
     model.distilltv = json.loads(note.read_text(encoding="utf-8")) if note.exists() else {}
-    model.sample_rate, model.left_out, (model.hop, model.window) = _sample_rate(path, raw), heads, receptive(config)
-    # whether it was trained on zero mean and unit variance
-    model.do_normalize = _preprocessor(path).get("do_normalize", True)
+    model.sample_rate, model.left_out = _sample_rate(path, raw, prep), heads
+    model.hop, model.window = receptive(config)
+    model.do_normalize = prep.get("do_normalize", True)    # whether it was trained on zero mean and unit variance
     return model.eval().requires_grad_(False)
 
 # %% ../nbs/01_encoders.ipynb #a2e15920
@@ -180,9 +179,10 @@ def hidden_states(model:PreTrainedModel,
                  ) -> torch.Tensor: # [layers+1, batch, frames, dim]
     "All hidden states of an encoder: number i is the output of layer i, before any final norm."
     out = model(wav, output_hidden_states=True)
-    if getattr(model.config, "do_stable_layer_norm", False) and torch.equal(out.hidden_states[-1],
-                                                                            out.last_hidden_state):
-        raise RuntimeError("this version of transformers lists the last state after the final norm; install transformers>=5.16")
+    normed_last = getattr(model.config, "do_stable_layer_norm", False)
+    if normed_last and torch.equal(out.hidden_states[-1], out.last_hidden_state):
+        raise RuntimeError("this version of transformers lists the last state after the final norm; "
+                           "install transformers>=5.16")
     return torch.stack(out.hidden_states)
 
 # %% ../nbs/01_encoders.ipynb #fcc784c1
@@ -195,13 +195,13 @@ def student_config(teacher:HubertConfig,
                   ) -> HubertConfig:
     "The student's configuration: the teacher's with fewer layers, no norm before the projection, no masking."
     if teacher.model_type != "hubert" or layers > teacher.num_hidden_layers:
-        raise ValueError(f"a student of {layers} layers needs a HuBERT or MERT teacher of at least as many to start from, not "
-                         f"{teacher.model_type} with {teacher.num_hidden_layers}; choose another with `init`")
+        raise ValueError(f"a student of {layers} layers needs a HuBERT or MERT teacher of at least as many to start "
+                         f"from, not {teacher.model_type} with {teacher.num_hidden_layers}; choose another with `init`")
     shape = dict(num_hidden_layers=layers, hidden_size=width or teacher.hidden_size,
                  num_attention_heads=heads or teacher.num_attention_heads)
-    return HubertConfig(**teacher.to_dict() | shape
-                        | dict(feat_proj_layer_norm=False, layerdrop=0., apply_spec_augment=False,
-                        mask_time_prob=0., mask_feature_prob=0., architectures=["HubertModel"]))
+    unmasked = dict(layerdrop=0., apply_spec_augment=False, mask_time_prob=0., mask_feature_prob=0.)
+    return HubertConfig(**teacher.to_dict() | shape | unmasked
+                        | dict(feat_proj_layer_norm=False, architectures=["HubertModel"]))
 
 def _random(config, seed):
     with torch.random.fork_rng(devices=[]):
@@ -220,7 +220,7 @@ def make_base(teacher:HubertModel, # whose convolutions, projection and first la
     copied = lambda k: k.startswith("feature_extractor.") if wide else not k.startswith(_NOT_COPIED)
     source = teacher.state_dict()
     student.load_state_dict({k: source[k] if copied(k) else v for k, v in student.state_dict().items()})
-    nn.init.ones_(student.encoder.layer_norm.weight), nn.init.zeros_(student.encoder.layer_norm.bias)
+    student.encoder.layer_norm.reset_parameters()    # ones and zeros
     return student.eval()
 
 # %% ../nbs/01_encoders.ipynb #289cdc02

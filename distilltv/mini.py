@@ -28,14 +28,13 @@ def some_groups(df:pd.DataFrame, # rows with columns `split` and `by`
     return df[[g in keep[s] for g, s in zip(df[by], df.split)]].reset_index(drop=True)
 
 # %% ../nbs/04e_mini.ipynb #d1639d32
-def _read(path, **numbers):
-    return pd.read_csv(path, dtype=str, keep_default_na=False).astype(numbers)   # names are text, as they stand
-
-def _table(corpus, root): return _read(Path(root)/corpus/"metadata.csv", start=int, end=int)
+def _table(corpus, root, name="metadata.csv"):
+    "A table of a corpus; names are text, as they stand."
+    return pd.read_csv(Path(root)/corpus/name, dtype=str, keep_default_na=False).astype(dict(start=int, end=int))
 
 def _parts(name, root):
-    # of `phones.csv` or `words.csv`: what is averaged in each utterance
-    return _read(Path(root)/"speech"/name, start=int, end=int).rename(columns=dict(start="lo", end="hi"))
+    "`phones.csv` or `words.csv`: what is averaged in each utterance."
+    return _table("speech", root, name).rename(columns=dict(start="lo", end="hi"))
 
 def _windows(df, corpus, seconds=None):
     return whole_frames(df.assign(file=corpus + "/" + df.file, shard=True), seconds)
@@ -50,8 +49,10 @@ def phones(root):
     return m.assign(utterance=m.id, id=m.id + ":" + m.lo.astype(str)).reset_index(drop=True)
 
 # %% ../nbs/04e_mini.ipynb #fc18dbf9
-def words(root, letters:int=2,
-          often:int=3): # the corpora's folder; letters of the shortest word; how often it is trained on
+def words(root,          # the corpora's folder
+          letters:int=2, # of the shortest word
+          often:int=3    # times that a word must be there in training
+         ):
     "Words cut out of read Russian sentences, those that training has `often` times, grouped by utterance."
     w = _parts("words.csv", root)
     m = _table("speech", root)[["id", "file", "start", "split", "license", "source", "voice"]]
@@ -93,10 +94,12 @@ def pieces(root):
 
 # %% ../nbs/04e_mini.ipynb #2680d8a0
 def _drawn(rows, *what):
-    # one of the rows, by the hash of what it is for
+    "One of the rows, by the hash of what it is for."
     return rows.iloc[int(hashlib.sha1(" ".join(map(str, what)).encode()).hexdigest()[:8], 16) % len(rows)]
 
-def duets(root, snr:float=6.): # the corpora's folder; level of the first note over the second in dB
+def duets(root,        # the corpora's folder
+          snr:float=6. # level of the first note over the second in dB
+         ):
     "Each of `notes` with a fainter one of another family added, of the same split."
     parts = []
     for split, d in notes(root).groupby("split", sort=False):
@@ -109,7 +112,7 @@ TRIADS = dict(major=((0, 4, 7), (0, 3, 8), (0, 5, 9)),
               minor=((0, 3, 7), (0, 4, 9), (0, 5, 8)))  # root position, two inversions
 
 def _voicings(quality, root, pitches):
-    # the triads of that root (0 to 11) whose three notes there are, by how they are inverted and by the lowest note
+    "The triads of that root (0 to 11) whose three notes there are, by how they are inverted and by the lowest note."
     found = []
     for inversion, shape in enumerate(TRIADS[quality]):
         to_root = shape[-inversion] if inversion else 0     # semitones from the lowest note
@@ -118,7 +121,11 @@ def _voicings(quality, root, pitches):
             if (low + to_root) % 12 == root and all(p in pitches for p in notes): found.append(notes)
     return found
 
-def chords(root, train:int=24, valid:int=6, test:int=14): # the corpora's folder; chords of each name
+def chords(root,         # the corpora's folder
+           train:int=24, # chords of each name to train on
+           valid:int=6,  # to validate with
+           test:int=14   # to test on
+          ):
     "Major and minor triads of three of `notes`, of the same split, equally loud; grouped by their notes."
     rows = []
     for split, d in notes(root).groupby("split", sort=False):
@@ -166,7 +173,10 @@ def sentences(root):
     return some_groups(_windows(m, "speech").assign(letters=m.text.map(plain_letters)), "letters", valid=40, test=120)
 
 # %% ../nbs/04e_mini.ipynb #04a9f761
-def mixed(table, others, snr) -> pd.DataFrame: # windows; windows to add; level of the first over the second in dB
+def mixed(table:pd.DataFrame,  # windows
+          others:pd.DataFrame, # windows to add
+          snr:float            # level of the first over the second in dB
+         ) -> pd.DataFrame:
     "`table` with a window of `others`, of the same split, added to each of its windows."
     at = table.groupby("split").cumcount()
     for c in ("file", "start"):
@@ -182,22 +192,22 @@ def notes_under_speech(root):
 SNRS = (-10., 0., 10.)  # level of speech over music in dB, in the mixtures of `detection`
 
 def detection(root):
-    "A second of speech, of music, or of both at `SNRS`: each window once alone and once in a mixture with the same partner."
-    speech = _table("speech", root).query("lang != 'zh' and end - start >= 16000")
-    speech = some_groups(_windows(speech, "speech", 1.), "id", train=120, valid=42,
-                         test=102).assign(heard="speech", with_kind=lambda d: d.voice)
-    music = some_groups(_windows(_table("music", root).query("kind == 'piece'"), "music", 1.), "id", train=120,
-                        valid=42, test=102).assign(heard="music", with_kind=lambda d: d.program)
-    pair = lambda d: d.split + d.groupby("split").cumcount().astype(str)
-    s, m = (d.assign(pair=pair(d), with_file="", with_start=0, snr=0., speech_db=np.nan) for d in (speech, music))
-    both = pd.concat([_every_other(a, b, k, sign) for k, (a, b, sign) in enumerate(((s, m, 1), (m, s, -1)))])
-    all_ = pd.concat([s.assign(content="speech"), m.assign(content="music"),
-                      both.assign(content="both", id=both.id + "+" + both.speech_db.astype(int).astype(str) + "dB")],
-                      ignore_index=True)
-    return all_.rename(columns=dict(with_kind="performer"))
+    "A second of speech, of music, or of both at `SNRS`: each window once alone, and once with the same partner."
+    speech = _seconds(_table("speech", root).query("lang != 'zh' and end - start >= 16000"), "speech", "voice")
+    music = _seconds(_table("music", root).query("kind == 'piece'"), "music", "program")
+    both = pd.concat([_every_other(speech, music, 0, 1), _every_other(music, speech, 1, -1)])
+    both = both.assign(content="both", id=both.id + "+" + both.speech_db.astype(int).astype(str) + "dB")
+    return pd.concat([speech, music, both], ignore_index=True)
+
+def _seconds(rows, heard, performer):
+    "A second of each of some rows, numbered within its split."
+    d = some_groups(_windows(rows, heard, 1.), "id", train=120, valid=42, test=102)
+    number = d.groupby("split").cumcount().astype(str)
+    return d.assign(heard=heard, performer=d[performer], pair=d.split + number, with_file="", with_start=0, snr=0.,
+                    speech_db=np.nan, content=heard)
 
 def _every_other(first, second, k, sign):
-    # mixtures of the pairs whose number is even (k = 0) or odd, with the levels in turn
+    "Mixtures of the pairs whose number is even (k = 0) or odd, with the levels in turn."
     i = first.groupby("split").cumcount()
     db = np.array(SNRS)[i//2 % len(SNRS)]
     return mixed(first.assign(speech_db=db), second, sign*db)[(i % 2 == k).to_numpy()]

@@ -157,8 +157,8 @@ def check_teachers(teachers:dict, # name -> frozen encoder
     "A `ValueError` for a teacher that lacks a layer, or that wants waveforms that are not normalised."
     for n, t in teachers.items():
         if not getattr(t, "do_normalize", True):
-            raise ValueError(f"the {n} teacher wants waveforms as they are (do_normalize is false in its preprocessor_config.json), "
-                             "but all crops are normalised: choose another teacher")
+            raise ValueError(f"the {n} teacher wants waveforms as they are (do_normalize is false in its "
+                             "preprocessor_config.json), but all crops are normalised: choose another teacher")
         if max(layers) > t.config.num_hidden_layers:
-            raise ValueError(f"predict names layer {max(layers)}, but the teacher of {n} has {t.config.num_hidden_layers}: "
-                             "choose layers that it has")
+            raise ValueError(f"predict names layer {max(layers)}, but the teacher of {n} has "
+                             f"{t.config.num_hidden_layers}: choose layers that it has")

@@ -25,7 +25,7 @@ class Profile:
     "An experiment: teachers, audio, student shape and training budget. A wrong value is a `ValueError` that names it."
     name:str                     # the folder of its runs, under `home()`
     teachers:dict                # domain -> model folder or hub name; the order is kept
-    audio:dict = field(default_factory=dict) # domain -> `mini:NAME` (shipped), a folder, or `stream:NAME:CONFIG:SPLIT`; "": none
+    audio:dict = field(default_factory=dict) # domain -> `mini:NAME`, a folder, or `stream:NAME:CONFIG:SPLIT`; "": none
     init:str = ""                # the domain whose teacher θ₀ copies; "": the first
     student_layers:int = 2       # transformer layers of the student
     student_width:int = 0        # features of the student; 0: the teacher's (the paper's wide one: 1536, with 6 heads)
@@ -44,7 +44,7 @@ class Profile:
     loss:str = "kd"              # objective: `kd` (L1 and cosine) or `cl` (correlation and cosine)
     accumulate:int = 1           # pieces that a process cuts its share of a batch into
     validate_every:int = 0       # steps between validations, which choose `best.pt`; 0: only at the end
-    attention:str = "sdpa"       # attention kernel: `eager`, `sdpa` or `flash_attention_2` (needs that package and a GPU)
+    attention:str = "sdpa"       # kernel: `eager`, `sdpa` or `flash_attention_2` (needs that package and a GPU)
     compile:str = ""             # `torch.compile` backend, such as `inductor`; "": not compiled
     log_with:str = ""            # `tensorboard` or `trackio` beside the local log; "": neither
     short:str = "join"           # recordings shorter than a crop: `join` with others of their folder, or leave `alone`
@@ -52,7 +52,7 @@ class Profile:
     cache:str = ""               # keep the teachers' targets of an epoch on disk, as `float32` or `float16`; "": not
     cache_gb:float = 20.         # disk space that they may take
     licence:str = ""             # of what the profile makes; "": not known, and then none is recorded
-    tasks:dict = field(default_factory=dict) # questions of your own: name -> its table of recordings, label, group and domain
+    tasks:dict = field(default_factory=dict) # questions of your own: name -> its table, label, group and domain
     slurm:dict = field(default_factory=dict) # stage -> what its job asks for; decides no result
 
     def __post_init__(self):
@@ -77,11 +77,12 @@ class Profile:
 
 # %% ../nbs/00b_profiles.ipynb #5ab77203
 _SPECS = dict(
-    student_layers=Integer(1, 1000), student_width=Integer(0, 2**20), student_heads=Integer(0, 2**10), steps=Integer(1, 10**9),
-    batch=Integer(1, 10**6), seconds=Number(.01, 3600), lr=Number(1e-12, 1e3), warmup=Number(0, 1), clip=Number(1e-9, 1e9),
-    weight_decay=Number(0, 1e3), precision=Choice("no", "bf16", "fp16"), seed=Integer(0, 2**32-1), loss=Choice("kd", "cl"),
-    accumulate=Integer(1, 10**6), validate_every=Integer(0, 10**9), attention=Choice("eager", "sdpa", "flash_attention_2"),
-    compile=Text(), log_with=Choice("", "tensorboard", "trackio"), short=Choice("join", "alone"), epoch=Integer(0, 10**9),
+    student_layers=Integer(1, 1000), student_width=Integer(0, 2**20), student_heads=Integer(0, 2**10),
+    steps=Integer(1, 10**9), batch=Integer(1, 10**6), seconds=Number(.01, 3600), lr=Number(1e-12, 1e3),
+    warmup=Number(0, 1), clip=Number(1e-9, 1e9), weight_decay=Number(0, 1e3), precision=Choice("no", "bf16", "fp16"),
+    seed=Integer(0, 2**32-1), loss=Choice("kd", "cl"), accumulate=Integer(1, 10**6), validate_every=Integer(0, 10**9),
+    attention=Choice("eager", "sdpa", "flash_attention_2"), compile=Text(),
+    log_with=Choice("", "tensorboard", "trackio"), short=Choice("join", "alone"), epoch=Integer(0, 10**9),
     cache=Choice("", "float32", "float16"), cache_gb=Number(0, 1e9), licence=Text())
 
 def _wrong(p):
@@ -168,19 +169,20 @@ def _wrong_slurm(slurm):
     wrong = []
     for stage, needs in slurm.items():
         if stage not in STAGES: wrong.append(f"slurm.{stage} is no stage{_nearest(stage, STAGES)}")
-        elif not isinstance(needs, dict): wrong.append(f"slurm.{stage} is not a table, such as {{gpus = 1, hours = 24}}")
+        elif not isinstance(needs, dict):
+            wrong.append(f"slurm.{stage} is not a table, such as {{gpus = 1, hours = 24}}")
         else: wrong += _wrong_entries(f"slurm.{stage}", needs, NEEDS)
     return wrong
 
 # %% ../nbs/00b_profiles.ipynb #29c841d9
-_TRAINING = """predict corpus steps batch seconds lr warmup clip weight_decay precision seed loss accumulate validate_every
-               attention compile log_with short epoch cache cache_gb""".split()
+_TRAINING = """predict corpus steps batch seconds lr warmup clip weight_decay precision seed loss accumulate
+               validate_every attention compile log_with short epoch cache cache_gb""".split()
 _TABLES = dict(student=dict(init="init", layers="student_layers", width="student_width", heads="student_heads"),
                training={k: k for k in _TRAINING})
 _TOP = ("name", "licence", "teachers", "audio", "student", "training", "tasks", "slurm")
 _SHIPPED = resources.files("distilltv")/"shipped"
 
-def profile(name_or_path="mini", # `mini`, `hub`, `paper`, the path of a .toml file, or a `Profile`, which is returned as it is
+def profile(name_or_path="mini", # `mini`, `hub`, `paper` or the path of a .toml file; a `Profile` is returned as it is
            ) -> Profile:
     "The profile of that name or file; a `ValueError` says what is wrong in one sentence."
     if isinstance(name_or_path, Profile): return name_or_path
@@ -194,14 +196,16 @@ def profile(name_or_path="mini", # `mini`, `hub`, `paper`, the path of a .toml f
         raise ValueError(f"profile {name} is not a file: check the path, or write one with `distilltv new {name}`")
     p = _read(path, path.absolute().parent)
     if p.name in SHIPPED:
-        raise ValueError(f"{path}: name = {p.name!r} is a shipped profile's: choose another, so that the runs stay apart")
+        raise ValueError(f"{path}: name = {p.name!r} is a shipped profile's: choose another, "
+                         "so that the runs stay apart")
     return p
 
 def _read(path, folder):
     "The profile that a file describes, with relative paths from `folder`."
     if path.stat().st_size > 2**20: raise ValueError(f"{path} is larger than a profile can be (1 MB): check the path")
     try: said = tomllib.loads(path.read_bytes().decode("utf-8-sig"))
-    except UnicodeDecodeError as e: raise ValueError(f"{path} is not UTF-8 text (byte {e.start}): save it as UTF-8") from None
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{path} is not UTF-8 text (byte {e.start}): save it as UTF-8") from None
     except (ValueError, RecursionError) as e: raise ValueError(f"{path} is not TOML: {e}") from None
     try: return Profile(**_fields(said, folder))
     except ValueError as e: raise ValueError(f"{path}: {e}") from None
@@ -215,8 +219,9 @@ def _fields(said, folder):
     teachers, audio, tasks = (_table(k, said) for k in ("teachers", "audio", "tasks"))
     found["teachers"] = {d: _placed(_teacher, t, folder) for d, t in teachers.items()}
     found["audio"] = {d: _placed(_audio, a, folder) for d, a in audio.items()}
-    found["tasks"] = {name: dict(t, table=_placed(_here, t["table"], folder)) if isinstance(t, dict) and "table" in t else t
-                      for name, t in tasks.items()}
+    for task in tasks.values():
+        if isinstance(task, dict) and "table" in task: task["table"] = _placed(_here, task["table"], folder)
+    found["tasks"] = tasks
     for k, names in _TABLES.items():
         table = _table(k, said)
         _known(f"{k}.", table, names)
@@ -233,8 +238,8 @@ def _known(where, table, names):
     "A `ValueError` for a key that a table does not have."
     for k in table:
         if k in names: continue
-        tables = [t for t, keys in _TABLES.items() if k in keys]
-        raise ValueError(f"{where}{k} is unknown" + (f": it belongs under [{tables[0]}]" if tables else _nearest(k, names)))
+        tables = [f": it belongs under [{t}]" for t, keys in _TABLES.items() if k in keys]
+        raise ValueError(f"{where}{k} is unknown{tables[0] if tables else _nearest(k, names)}")
 
 # %% ../nbs/00b_profiles.ipynb #bef716b5
 def _placed(place, text, folder):
@@ -350,9 +355,9 @@ def find_students(name_or_path="mini", # of a profile, or a `Profile`
         if all(note.get("corpus") == corpus for note in notes): return shipped
     said = p.name if isinstance(name_or_path, Profile) else name_or_path
     again = f" (and again with {', '.join(p.domains[1:])})" if p.domains[1:] else ""
-    raise FileNotFoundError(f"there are not all students of profile {p.name} distilled on {corpus!r} ({lacking[0]} holds "
-                            f"no model); make them with papermill nbs/02_distill.ipynb out.ipynb -p profile {said} "
-                            f"-p corpus {corpus} -p teacher {p.domains[0]}{again}")
+    raise FileNotFoundError(f"there are not all students of profile {p.name} distilled on {corpus!r} ({lacking[0]} "
+                            f"holds no model); make them with papermill nbs/02_distill.ipynb out.ipynb "
+                            f"-p profile {said} -p corpus {corpus} -p teacher {p.domains[0]}{again}")
 
 def _without_model(folders): return [f for f in folders.values() if not (f/"model.safetensors").is_file()]
 

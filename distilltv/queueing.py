@@ -28,9 +28,10 @@ def simulate(works:list,      # of a grid, in any order
     known = {w.id: w for w in works}
     for w in works:
         if w.gpus > gpus: raise ValueError(f"{w.id} needs {w.gpus} GPUs and there are {gpus}: give it more")
-        for n in w.needs:
-            if n not in known: raise ValueError(f"{w.id} needs {n}, which is not in the grid")
-    rng, free, done, table, events, turn = np.random.default_rng(seed), gpus, set(), {}, [], []
+        lacking = set(w.needs) - set(known)
+        if lacking: raise ValueError(f"{w.id} needs {min(lacking)}, which is not in the grid")
+    rng, free, done, table = np.random.default_rng(seed), gpus, set(), {}
+    events, waiting = [], []    # what will happen, by time; works whose turn has come, while GPUs are held by others
 
     def submit(now):
         for w in works:
@@ -41,19 +42,18 @@ def simulate(works:list,      # of a grid, in any order
     submit(0.)
     while events:
         now, order, kind, name = heapq.heappop(events)
-        if kind == "turn": heapq.heappush(turn, (now, order, name))
+        if kind == "turn": waiting.append((now, order, name))
         else:
             done.add(name)
             free += known[name].gpus
             submit(now)
-        for entry in sorted(turn):
-            w = known[entry[2]]
+        for turn in sorted(waiting):
+            w = known[turn[2]]
             if w.gpus > free: continue
-            turn.remove(entry)
+            waiting.remove(turn)
             free -= w.gpus
             table[w.id][1:] = now, now + w.seconds
-            heapq.heappush(events, (now + w.seconds, len(works) + entry[1], "end", w.id))
-        heapq.heapify(turn)
+            heapq.heappush(events, (now + w.seconds, len(works) + turn[1], "end", w.id))
     if len(table) < len(works): raise ValueError(f"these need each other: {', '.join(sorted(set(known) - set(table)))}")
     return {name: tuple(times) for name, times in table.items()}
 

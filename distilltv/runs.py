@@ -30,7 +30,7 @@ def _source():
     return above if _is_clone(above) else None
 
 def root() -> Path:
-    "The repository: that of the running package, else the nearest one upwards from the working directory, else that directory."
+    "The repository: that of the running package, else the nearest above the working directory, else that directory."
     here = Path.cwd()
     return _source() or next((d for d in (here, *here.parents) if _is_clone(d)), here)
 
@@ -125,9 +125,9 @@ def _full(error, path):
 
 # %% ../nbs/00_runs.ipynb #1b9fd6a0
 _NOTES = ("distilltv.json", "result.json", "stamp.json", "checkpoint.pt")    # that this package wrote a folder
-_OURS = re.compile(r"(config|preprocessor_config|distilltv|result|stamp|model\.safetensors\.index)\.json|README\.md|recipe\.yaml"
-                   r"|(model|heads|model-\d+-of-\d+)\.safetensors|(checkpoint|best)\.pt|(log|quarantine|scores|not_run)\.csv"
-                   r"|predictions\.npz|[^/]+\.ipynb|\.ipynb_checkpoints")
+_OURS = re.compile(r"(config|preprocessor_config|distilltv|result|stamp|model\.safetensors\.index)\.json"
+                   r"|README\.md|recipe\.yaml|(model|heads|model-\d+-of-\d+)\.safetensors|(checkpoint|best)\.pt"
+                   r"|(log|quarantine|scores|not_run)\.csv|predictions\.npz|[^/]+\.ipynb|\.ipynb_checkpoints")
 _PART = re.compile(r"\.[^/]+\.tmp")     # of a write that is going on, or was killed
 
 def check_replaceable(path) -> None:
@@ -167,7 +167,7 @@ def _new_folder(path):
         else: return tmp
 
 def _fill(path, new):
-    "Give a folder that cannot be renamed the files of another: copied beside the old ones, then renamed, the notes last."
+    "Give a folder the files of another: copied beside the old ones, then renamed, the notes last."
     kept = {f.name for f in new.iterdir()}
     order = sorted(kept, key=lambda n: n in _NOTES)
     for n in order: shutil.copy2(new/n, path/f".{n}.tmp")
@@ -254,7 +254,7 @@ def cached(file:Path,      # `.npy` file whose name is a hash of all that decide
 def _checksum(x): return zlib.crc32(np.ascontiguousarray(x))
 
 def _trim(folder, most):
-    "Remove the arrays of a folder that were used longest ago, until the rest takes at most that many bytes; the newest stays."
+    "Remove the arrays of a folder that were used longest ago, until the rest takes that many bytes; the newest stays."
     def seen(f):
         try: return f.stat().st_mtime, f.stat().st_size, f
         except FileNotFoundError: return 0, 0, f     # another process has just removed it
@@ -275,7 +275,8 @@ def version_of(package:str # its name where packages are installed from
 
 def versions() -> dict:
     "Versions of Python, of this package and of what computes the numbers."
-    return dict(python=platform.python_version(), distilltv=distilltv.__version__) | {p: version_of(p) for p in _PACKAGES}
+    ours = dict(python=platform.python_version(), distilltv=distilltv.__version__)
+    return ours | {p: version_of(p) for p in _PACKAGES}
 
 def commit() -> str:
     "The commit of the clone that this package runs from, `+` behind it where tracked files differ; else `unknown`."
@@ -326,7 +327,8 @@ def use_threads(n:int=None # threads for torch; default `$DISTILLTV_THREADS`, el
 
 # %% ../nbs/00_runs.ipynb #c4f542d4
 def keep_memory() -> None:
-    "Let freed memory stay with this process, for the next tensor (M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of glibc's `<malloc.h>`)."
+    "Let freed memory stay with this process, for the next tensor."
     try: mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError): return
-    for switch, value in ((-1, 2**31-1), (-3, 2**25)): mallopt(switch, value)
+    mallopt(-1, 2**31-1)    # M_TRIM_THRESHOLD of glibc's <malloc.h>
+    mallopt(-3, 2**25)      # M_MMAP_THRESHOLD

@@ -21,8 +21,9 @@ from .runs import write_atomic
 
 # %% ../nbs/00a_scale.ipynb #91957291
 class Stream:
-    "Crops of a `datasets` audio set, one from each example, shuffled in blocks; `mark` is its position, `seek` goes there."
-    def __init__(self, name:str,     # `stream:NAME[:CONFIG[:SPLIT]]`, of the hub or a local folder of Parquet files; by default its `train` split
+    """Crops of a `datasets` audio set, one from each example, shuffled in blocks; `mark` is where it is, `seek` goes
+    there."""
+    def __init__(self, name:str,     # `stream:NAME[:CONFIG[:SPLIT]]`, of the hub or a folder; by default `train`
                  seed:int=0,
                  rank:int=0,         # which process this is
                  world:int=1,        # how many there are
@@ -71,7 +72,8 @@ class Stream:
         if not of_another and self.bad.setdefault(path, place) == place: return path
         return f"{path} (example {i} of block {self.number})"
     def crop(self, n, rng, quarantine=None, used=None):
-        "float32 [n], from as many examples as it takes; an unusable one is noted in `quarantine` (path -> reason), or raised without one."
+        """float32 [n], from as many examples as it takes; an unusable one is noted in `quarantine` (path -> reason),
+        or raised without one."""
         parts, failed = [], 0
         while (left := n - sum(map(len, parts))) > 0:
             i, example = self._next()
@@ -104,7 +106,7 @@ def _open_stream(name):
     return data.cast_column(columns[0], Audio(decode=False)), columns[0]
 
 # %% ../nbs/00a_scale.ipynb #5606d7bf
-def processes() -> PartialState: # of accelerate: this process's rank, how many there are, and how they wait for each other
+def processes() -> PartialState: # of accelerate: this process's rank, how many there are, and how they wait
     "The processes of this run. Without a GPU, accelerate sees one only, unless it is told that they share processors."
     launched = int(os.environ.get("WORLD_SIZE", 1)) > 1
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or launched and not torch.cuda.is_available())
@@ -119,7 +121,7 @@ class Crops:
                  root=None,             # as for `load_corpus`
                  rank:int=None,         # this process, as accelerate has it
                  world:int=None,        # how many processes
-                 short:str="join",      # recordings shorter than a crop: `join` them, or leave each `alone`, in shorter crops
+                 short:str="join",      # recordings shorter than a crop: `join` them, or leave each `alone`
                  epoch:int=0):          # steps after which the same crops come again, in another order; 0: never
         here = processes()
         rank, world = here.process_index if rank is None else rank, world or here.num_processes
@@ -141,10 +143,11 @@ class Crops:
     def __call__(self, step): return self.items(step, slice(None))
     def items(self, step:int,   # of the run
               part:slice        # of the batch
-             ):                 # [share, samples], each crop normalised; of several lengths: padded, and the lengths [share]
+             ):                 # [share, samples], each crop normalised; where lengths differ padded, and the lengths
         "Those items of the batch of that step."
         if self.streams and step != self._next:
-            raise ValueError(f"a stream has no way to step {step} but through step {self._next}: restore its state first")
+            raise ValueError(f"a stream has no way to step {step} but through step {self._next}: "
+                             "restore its state first")
         same, n = self._same(step), len(self.sources)
         bins = [self._bin(same, j) for j in range(n)]
         def cut(job):

@@ -47,8 +47,8 @@ def check_training(p:Profile,     # an experiment
                          "use accumulate=1, and more processes where memory is short")
     if p.batch % (unit := processes*p.accumulate*corpora):
         lengths = f" of {corpora} corpora with lengths of their own" if corpora > 1 else ""
-        raise ValueError(f"a batch of {p.batch} crops cannot be divided equally among {processes} processes that accumulate "
-                         f"over {p.accumulate} pieces{lengths}: choose a multiple of {unit}")
+        raise ValueError(f"a batch of {p.batch} crops cannot be divided equally among {processes} processes that "
+                         f"accumulate over {p.accumulate} pieces{lengths}: choose a multiple of {unit}")
 
 def _optimiser(module, p, device):
     "AdamW; matrices decay, vectors do not."
@@ -100,7 +100,7 @@ def fit(module,            # `module(wav)`, with lengths where they differ: a di
         if not finite: skipped.append(step)
         if skipped[-patience:] == list(range(step-patience+1, step+1)):
             raise FloatingPointError(_diverged(skipped[-patience:], batch_at, folder))
-        save, check = _due(step, steps, save_every), validate is not None and _due(step, steps, p.validate_every)
+        save, check = _due(step, steps, save_every), validate and _due(step, steps, p.validate_every)
         if step % log_every and not save and not check: continue
         means = {k: accelerator.reduce(v, "mean").item() for k, v in losses.items()}
         row = dict(step=step) | means | dict(gradient=norm)
@@ -184,7 +184,8 @@ def _share(batch_at, p, accelerator):
     "step -> this process's part of the batch; `Crops` decode nothing else."
     n, rank = accelerator.num_processes, accelerator.process_index
     part = slice(rank*p.batch//n, (rank+1)*p.batch//n) if n > 1 else slice(None)
-    return (lambda k: batch_at.items(k, part)) if hasattr(batch_at, "items") else lambda k: batch_at(k)[part]
+    def share(step): return batch_at.items(step, part) if hasattr(batch_at, "items") else batch_at(step)[part]
+    return share
 
 def _ahead(get, steps, n):
     "`get(step)` for each step, up to `n` of them prepared in a thread while others are used."
@@ -215,7 +216,8 @@ def _save(folder, last, best, accelerator, batch_at, module, optimiser, state):
     if not accelerator.is_main_process: return
     scaler = accelerator.scaler.state_dict() if accelerator.scaler else {}
     state |= dict(module=module.state_dict(), optimiser=optimiser.state_dict(), scaler=scaler, data=data)
-    for name in ["best.pt"]*best + ["checkpoint.pt"]*last:
+    for name, due in (("best.pt", best), ("checkpoint.pt", last)):
+        if not due: continue
         with write_atomic(folder/name) as tmp: torch.save(state, tmp)
     with write_atomic(folder/"log.csv") as tmp: pd.DataFrame(state["log"]).to_csv(tmp, index=False, encoding="utf-8")
     if bad := merge_quarantines(data): write_quarantine(bad, folder)
@@ -251,7 +253,9 @@ def _differences(old, new):
 def _flat(values, prefix=""):
     "{`a.b`: value} of a dict of dicts."
     flat = {}
-    for k, v in values.items(): flat |= _flat(v, f"{prefix}{k}.") if isinstance(v, dict) else {f"{prefix}{k}": v}
+    for k, v in values.items():
+        if isinstance(v, dict): flat |= _flat(v, f"{prefix}{k}.")
+        else: flat[f"{prefix}{k}"] = v
     return flat
 
 # %% ../nbs/02b_training.ipynb #c4c0e0d4
