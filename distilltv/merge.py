@@ -7,7 +7,7 @@ __all__ = ['Combination', 'TaskVector', 'Student', 'as_student', 'load_student',
            'add_scores']
 
 # %% ../nbs/03e_algebra.ipynb #bbd55bf9
-import json, os
+import json, math, os
 from contextlib import ExitStack
 from fractions import Fraction
 from functools import cached_property
@@ -15,14 +15,14 @@ from pathlib import Path
 import numpy as np
 import yaml
 from .cards import model_card, provenance
-from .rules import RULES, apply_rule, blocks, check_options
+from .rules import RULES, apply_rule, check_options
 from .runs import Fingerprint, atomic_folder, commit, write_atomic
-from .weights import (ByName, Checkpoint, Loaded, check_dtype, check_same, finite, parts, read_json, spread,
-                               write_weights)
+from .weights import (ByName, Checkpoint, Loaded, blocks, check_dtype, check_same, finite, gathered, parts,
+                               pieces, read_json, spread, write_weights)
 
 # %% ../nbs/03e_algebra.ipynb #2f81a052
 class Combination:
-    "A weighted sum of checkpoints, `{checkpoint: {tensor name: weight}}`, computed one tensor at a time."
+    "A weighted sum of checkpoints, `{checkpoint: {tensor name: weight}}`, computed when a tensor is asked for."
     def __init__(self, terms, origin): # the sum; hash of the θ₀ that all terms descend from
         self.terms, self.origin = terms, origin
         self.names = list(next(iter(terms)).layout)
@@ -33,24 +33,17 @@ class Combination:
 
     def __getitem__(self, name): # tensor name → float array: a checkpoint's own where nothing is added, else float64
         w = self.weights(name)
-        return next(iter(w))[name] if list(w.values()) == [1] else self._sum(name, w, np.float64)
+        if list(w.values()) == [1]: return next(iter(w))[name]
+        return gathered(self.pieces(name), next(iter(self.terms)).layout[name][1], np.float64)
 
-    def rounded(self, name, dtype): # tensor name, numpy type → array; the sum is taken in float64 and rounded once
+    def pieces(self, name): # tensor name → flat float arrays, likewise; see `weights.pieces`
         w = self.weights(name)
-        if list(w.values()) == [1]: return np.ascontiguousarray(next(iter(w))[name], dtype)
-        return self._sum(name, w, dtype)
-
-    def _sum(self, name, w, dtype):
-        try: terms = [(np.ravel(c[name]), float(k)) for c, k in w.items()]
+        if list(w.values()) == [1]: return pieces(next(iter(w)), name)
+        try: factors = [float(k) for k in w.values()]
         except OverflowError:
             raise ValueError(f"a weight of {self} is larger than a float64 can be; use smaller ones") from None
-        out = np.empty(next(iter(self.terms)).layout[name][1], dtype)
-        flat = out.reshape(-1)
-        for b in blocks(flat.size): # block by block, the float64 sum stays in the cache
-            total = np.zeros(flat[b].shape)
-            for t, k in terms: total += np.multiply(t[b], k, dtype=np.float64)
-            flat[b] = total
-        return out
+        size = math.prod(next(iter(self.terms)).layout[name][1])
+        return _sums(size, [pieces(c, name) for c in w], factors)
 
     def _plus(self, other, sign, kind):
         if self.origin != other.origin: raise ValueError(_other_start(self, other))
@@ -63,6 +56,16 @@ class Combination:
     def __str__(self):
         return " + ".join(c.folder.name if isinstance(c, (Checkpoint, Loaded)) else str(c) for c in self.terms)
     def __repr__(self): return f"{type(self).__name__}({self}, θ₀ {self.origin[:8]})"
+
+def _sums(size, terms, factors):
+    "The pieces of a weighted sum, in float64."
+    for b in blocks(size):
+        total = np.zeros(min(b.stop, size) - b.start)
+        for term, k in zip(terms, factors):
+            product = next(term).astype(np.float64) # in two steps, which is quicker than one of mixed types
+            product *= k
+            total += product
+        yield total
 
 def _other_start(a, b):
     "Why two sums cannot be added."

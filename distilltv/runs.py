@@ -224,9 +224,13 @@ def file_hash(path) -> str:
 class Fingerprint:
     "SHA-256 over the names, shapes and float32 bytes of tensors, fed one by one in order of name."
     def __init__(self): self.sha = hashlib.sha256()
-    def feed(self, name, t): # a name; an array of any float type
-        self.sha.update(f"{name}|float32|{t.shape}|".encode())
-        self.sha.update(np.ascontiguousarray(t, np.float32))
+    def begin(self, name, shape): # of the next tensor; its entries follow
+        self.sha.update(f"{name}|float32|{shape}|".encode())
+    def add(self, entries): # an array of any float type
+        self.sha.update(np.ascontiguousarray(entries, np.float32))
+    def feed(self, name, t): # a whole tensor
+        self.begin(name, t.shape)
+        self.add(t)
     @property
     def hash(self) -> str: return self.sha.hexdigest()
 
