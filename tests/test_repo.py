@@ -144,6 +144,7 @@ def site(tmp_path_factory):
     "The site as Quarto would see it, built by smalldocs: hidden cells taken out, the rest as stored."
     to = tmp_path_factory.mktemp("site")
     keep = [*pages(), *(ROOT/"nbs").glob("*.*css"), *(ROOT/"nbs").glob("*.bib"), *(ROOT/"nbs").glob("*.svg"),
+            ROOT/"nbs/tables.html",
             *(ROOT/"nbs/fonts").glob("*"), *(ROOT/"data/mini/results").glob("*.*g"), ROOT/"_quarto.yml",
             ROOT/SITE["project"]["post-render"]]
     for f in keep:

@@ -251,3 +251,12 @@ def test_a_page_on_a_phone(browser, address, path, mode):
     failed = [e for e in browser.errors() if "Failed to load resource" not in json.dumps(e)
               and "ERR_BLOCKED" not in json.dumps(e)]
     assert not failed, failed
+
+def test_in_a_table_of_results_words_stand_left_and_numbers_right(browser, address):
+    browser.call("Emulation.setDeviceMetricsOverride", width=1280, height=1000, deviceScaleFactor=1, mobile=False)
+    browser.open(f"{address}/nbs/05_results.html", "document.querySelector('table.dataframe .words')")
+    cells = json.loads(browser.js("JSON.stringify([...document.querySelectorAll('table.dataframe tbody td')].map("
+                                  "c => [c.textContent.trim(), getComputedStyle(c).textAlign]))"))
+    sides = {side: {text for text, s in cells if s == side and text} for side in ("left", "right")}
+    assert "chord" in sides["left"] and not any(re.search(r"[a-z]{2}", t.replace("NaN", "")) for t in sides["right"])
+    assert len(sides["right"]) > 50 and not any(re.fullmatch(r"[-+]?\d+\.\d+", t) for t in sides["left"])
