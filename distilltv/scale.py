@@ -33,52 +33,42 @@ class Stream:
         self.data, self.column = _open_stream(name)
         if world > 1: self.data = split_dataset_by_node(self.data, rank, world)
         self.seek(dict(epoch=0, block=0, used=0, data=self.data.state_dict()))
-    def seek(self, mark):
+    def seek(self, mark:dict):
         "Go to a position that `mark` gave."
-        self.epoch, self.number, self.used, self.order = mark["epoch"], mark["block"], 0, []
-        self.data.set_epoch(self.epoch)
-        self.data.load_state_dict(mark["data"])
-        self.rows, self.began = iter(self.data), mark["data"]
-        if mark["used"]:
-            self._fill()
-            self.order, self.used = self.order[mark["used"]:], mark["used"]
+        self.place, self.examples = mark, self._from(mark)
     def mark(self) -> dict:
         "Where it is: epoch, block, how many of the block's examples are used, and where in the data the block begins."
-        return dict(epoch=self.epoch, block=self.number, used=self.used, data=self.began)
-    def _fill(self):
-        "Read the block that begins here, and shuffle it."
-        rows = list(islice(self.rows, self.block))
-        order = np.random.default_rng([self.seed, self.epoch, self.number]).permutation(len(rows))
-        self.order = [(int(i), rows[i]) for i in order]
-    def _next(self):
-        "The next example, from the next block or the next epoch if need be."
-        if not self.order and self.used:  # the block is used up: the next one begins where the data is now
-            self.number, self.used, self.began = self.number+1, 0, self.data.state_dict()
-        if not self.order: self._fill()
-        if not self.order: self._again()
-        self.used += 1
-        return self.order.pop(0)
-    def _again(self):
-        "Begin the next epoch."
-        if not self.number:
-            raise ValueError(f"{self.name} has no examples for this process: check the split, or use fewer processes")
-        self.data.set_epoch(self.epoch+1)
-        self.epoch, self.number, self.used, self.rows = self.epoch+1, 0, 0, iter(self.data)
-        self.began = self.data.state_dict()
-        self._fill()
+        return self.place
+    def _from(self, mark):
+        "Examples from a position on, block by block and epoch by epoch, each with its number in its block."
+        epoch, block, used, began = (mark[k] for k in ("epoch", "block", "used", "data"))
+        self.data.set_epoch(epoch)
+        self.data.load_state_dict(began)
+        while True:
+            rows = iter(self.data)
+            while some := list(islice(rows, self.block)):
+                order = np.random.default_rng([self.seed, epoch, block]).permutation(len(some)).tolist()
+                for n, i in enumerate(order[used:], used+1):
+                    self.place = dict(epoch=epoch, block=block, used=n, data=began)
+                    yield i, some[i]
+                block, used, began = block+1, 0, self.data.state_dict()
+            if not block:
+                raise ValueError(f"{self.name} has no examples for this process: check the split, or use fewer processes")
+            self.data.set_epoch(epoch+1)
+            epoch, block, began = epoch+1, 0, self.data.state_dict()
     def _unique(self, path, i, quarantine):
         "The name of an unusable example, with its place in the stream if another one has that name."
-        place, of_another = (self.number, i), path in quarantine and path not in self.bad
-        if not of_another and self.bad.setdefault(path, place) == place: return path
-        return f"{path} (example {i} of block {self.number})"
+        block, of_another = self.place["block"], path in quarantine and path not in self.bad
+        if not of_another and self.bad.setdefault(path, (block, i)) == (block, i): return path
+        return f"{path} (example {i} of block {block})"
     def crop(self, n, rng, quarantine=None, used=None):
         """float32 [n], from as many examples as it takes; an unusable one is noted in `quarantine` (path -> reason),
         or raised without one."""
         parts, failed = [], 0
         while (left := n - sum(map(len, parts))) > 0:
-            i, example = self._next()
+            i, example = next(self.examples)
             row = example[self.column]
-            path = (row or {}).get("path") or f"example {i} of block {self.number} of {self.name}"
+            path = (row or {}).get("path") or f"example {i} of block {self.place['block']} of {self.name}"
             try:
                 if not row: raise AudioError(path, "has no audio: the data set has an empty cell there")
                 x = load_audio(row["path"] if row["bytes"] is None and row["path"] else path, data=row["bytes"])

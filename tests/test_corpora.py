@@ -577,7 +577,7 @@ def test_processes_share_a_stream_without_duplicates(parquet, world):
     shares = []
     for rank in range(world):
         stream, mine = Stream(parquet, rank=rank, world=world, block=4), []
-        while not stream.epoch: stream.crop(8000, np.random.default_rng(0), {}, mine)
+        while not stream.mark()["epoch"]: stream.crop(8000, np.random.default_rng(0), {}, mine)
         shares.append(mine[:-1])                            # the last one is of the second epoch
     assert sorted(sum(shares, [])) == sorted(f"{i}.wav" for i in range(15) if i != 7)
 
