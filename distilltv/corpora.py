@@ -24,19 +24,18 @@ AUDIO_SUFFIXES = ".wav .wave .flac .ogg .oga .opus .mp3 .aiff .aif .aifc .au .sn
 PASSED_OVER = ".m4a .aac .mp4 .m4b .wma .webm .mka .amr .ape .wv .ac3 .mpc .ra .mid .midi .alac".split()
 
 def load_corpus(name:str="speech",  # `speech` or `music` of the mini corpus, or the path of a folder of audio files
-                split:str=None,     # `train`, `valid` or `test`; `None`: all three
-                root=None,          # where `speech/` and `music/` are; default `data_dir()`
+                split:str=None      # `train`, `valid` or `test`; `None`: all three
                ) -> Dataset: # a row per segment: id, path, start, end (samples), split, …; labels are text, "": none
     "The segments of a corpus as a table, without their audio (see `segment_audio`)."
     if split not in (None, "train", "valid", "test"):
         raise ValueError(f"split {split!r} is unknown; use train, valid or test")
-    return Dataset.from_list([r for r in _rows(name, root)[0] if split in (None, r["split"])])
+    return Dataset.from_list([r for r in _rows(name)[0] if split in (None, r["split"])])
 
-def _rows(name, root):
+def _rows(name):
     "Rows of a corpus, and what was left out of it: path -> reason; a warning tells of that too."
     name = str(name)
     shipped = name.startswith("mini:") or name in ("speech", "music")
-    folder = Path(root or data_dir())/name.removeprefix("mini:") if shipped else Path(name).expanduser()
+    folder = data_dir()/name.removeprefix("mini:") if shipped else Path(name).expanduser()
     if _is_table(folder/"metadata.csv"): return _table(folder), {}
     if not folder.is_dir():
         raise ValueError(f"corpus {name!r} is neither speech nor music nor a folder: {folder} "
@@ -243,12 +242,11 @@ class Segments:
 # %% ../nbs/00_corpora.ipynb #ef57a822
 @lru_cache(maxsize=16)
 def open_segments(name:str,  # of a corpus, as for `load_corpus`
-                  split:str, # `train` or `valid`; `test` is refused: it is for probes only
-                  root=None  # as for `load_corpus`
+                  split:str  # `train` or `valid`; `test` is refused: it is for probes only
                  ) -> Segments:
     "The segments of one split of a corpus, to crop from; a `ValueError` if there are none."
     if split == "test": raise ValueError("test segments are for probes only: crop from train or valid")
-    rows, refused = _rows(name, root)
+    rows, refused = _rows(name)
     rows = [r for r in rows if r["split"] == split]
     if not rows:
         raise ValueError(f"corpus {name!r} has no {split} audio: a file's split comes from the folders above it "
@@ -279,11 +277,11 @@ def crop_batch(corpus,              # `speech`, `music`, a folder, a list of the
                batch_size:int=8,
                seconds:float=4.,    # length of each crop
                seed:int=0,
-               split:str="train",   # `test` is refused: it is for probes only
-               root=None,           # as for `load_corpus`
+               split:str="train"    # `test` is refused: it is for probes only
               ) -> torch.Tensor: # float32 [batch_size, seconds*16000], each crop normalised
     "The training batch of one step: depends on the arguments and nothing else."
     if str(corpus) == "both": corpus = ["speech", "music"]
-    pools = [open_segments(str(n), split, root) for n in (corpus if isinstance(corpus, (list, tuple)) else [corpus])]
+    if not isinstance(corpus, (list, tuple)): corpus = [corpus]
+    pools = [open_segments(str(n), split) for n in corpus]
     return as_batch([draw_crop(pools[i % len(pools)], int(seconds*SAMPLE_RATE), seed, step, i)
                      for i in range(batch_size)])

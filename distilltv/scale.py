@@ -108,7 +108,6 @@ class Crops:
                  seconds:float,         # length of each crop
                  seed:int=0,
                  split:str="train",     # or `valid`; a stream's split is in its name
-                 root=None,             # as for `load_corpus`
                  rank:int=None,         # this process, as accelerate has it
                  world:int=None,        # how many processes
                  short:str="join",      # recordings shorter than a crop: `join` them, or leave each `alone`
@@ -118,7 +117,7 @@ class Crops:
         self.batch_size, self.samples, self.epoch = batch_size, int(seconds*SAMPLE_RATE), epoch
         self.seed, self.world, self.joined = seed, world, short == "join"
         self.sources = [Stream(c, seed, rank, world) if str(c).startswith("stream:")
-                        else open_segments(str(c), split, root) for c in corpora]
+                        else open_segments(str(c), split) for c in corpora]
         self.streams = [s for s in self.sources if isinstance(s, Stream)]
         _check_choices(short, epoch, self.streams)
         self.bins = [_by_length(s, self.samples) if short == "alone" else {1: s} for s in self.sources]

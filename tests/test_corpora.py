@@ -364,7 +364,7 @@ def test_any_table_is_rows_or_a_sentence(tmp_path_factory, rest):
     folder = tmp_path_factory.getbasetemp()/"table"
     folder.mkdir(exist_ok=True)
     (folder/"metadata.csv").write_bytes(HEAD.encode() + rest)
-    try: rows = corpora._rows(str(folder), None)[0]
+    try: rows = corpora._rows(str(folder))[0]
     except ValueError as e: assert str(folder) in str(e)
     else: assert all(0 <= r["start"] < r["end"] for r in rows)
 
@@ -378,7 +378,7 @@ def test_what_is_passed_over_is_said_and_links_are_followed(tmp_path):
     with pytest.warns(UserWarning, match=r"2 of 4 files left out: .*(m4a file, which is not read|not UTF-8)"):
         found = load_corpus(tmp_path/"c")
     assert found["id"][:] == ["link/more/x", "x"]
-    bad = corpora._rows(str(tmp_path/"c"), None)[1]
+    bad = corpora._rows(str(tmp_path/"c"))[1]
     write_quarantine(bad, tmp_path)
     assert set(bad) == {str(tmp_path/"c/song.m4a"),
                         str(tmp_path/"c")+"/caf\\xe9.wav"} == set(pd.read_csv(tmp_path/"quarantine.csv").path)
@@ -430,7 +430,7 @@ def test_both_alternates_the_two_corpora():
 def test_test_segments_are_never_cropped():
     with pytest.raises(ValueError, match="probes only"): crop_batch("speech", 0, split="test")
     for name in ("speech", "music"):
-        assert {r["split"] for r in corpora.open_segments(name, "train", None).rows} == {"train"}
+        assert {r["split"] for r in corpora.open_segments(name, "train").rows} == {"train"}
 
 def test_segment_audio_gives_the_samples_of_its_row(music):
     row = music[music.source == "fretsonfire-songs-sectoid"].iloc[3].to_dict()
@@ -515,15 +515,15 @@ def test_a_long_file_is_cropped_without_being_decoded(tmp_path, monkeypatch):
 def test_headers_of_a_folder_are_read_once(tmp_path, monkeypatch):
     monkeypatch.setenv("DISTILLTV_HOME", str(tmp_path/"home"))
     folder = folder_of(tmp_path, 3)
-    rows = corpora._rows(str(folder), None)
+    rows = corpora._rows(str(folder))
     with monkeypatch.context() as m:
         m.setattr(audio, "_open", lambda *a: pytest.fail("read again"))
-        assert corpora._rows(str(folder), None) == rows
+        assert corpora._rows(str(folder)) == rows
     (folder/"1.flac").touch()
     cut(folder/"0.flac", 0)
-    assert "0 bytes" in corpora._rows(str(folder), None)[1][str(folder/"0.flac")]
+    assert "0 bytes" in corpora._rows(str(folder))[1][str(folder/"0.flac")]
     (folder/"gone.wav").symlink_to(tmp_path/"nowhere.wav")
-    assert "not a file" in corpora._rows(str(folder), None)[1][str(folder/"gone.wav")]
+    assert "not a file" in corpora._rows(str(folder))[1][str(folder/"gone.wav")]
 
 def test_examples_of_one_name_are_counted_each_and_an_empty_cell_is_one_more(tmp_path):
     "A hub's stream often has one file name for all rows, or none."
