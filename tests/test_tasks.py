@@ -425,7 +425,7 @@ def test_a_question_of_a_profile(question):
     assert set(t.end - t.start) == {(n - 400)//320*320 + 400 for n in (12_000, 20_000)}                   # seconds, in whole frames at 16 kHz
     scores = P.probe("logmel", ["high"], seeds=1)
     assert (scores.score == 1).all() and set(scores.domain) == {"tones"}
-    with pytest.raises(ValueError, match="tasks.phones is a task that exists already"):
+    with pytest.raises(ValueError, match="profile mine: task 'phones' exists already"):
         T.profile_tasks(replace(p, tasks=dict(phones=p.tasks["high"])))
 
 @pytest.mark.parametrize("change, says", [
@@ -500,7 +500,7 @@ def test_a_label_of_a_name_that_means_something_else_is_refused(question, column
 
 def test_a_question_with_the_name_of_a_domain_is_refused(question):
     p = profile(question/"mine.toml")
-    with pytest.raises(ValueError, match="tasks.music has the name of a domain"): T.profile_tasks(replace(p, tasks=dict(music=p.tasks["high"])))
+    with pytest.raises(ValueError, match="profile mine: task 'music' has the name of a domain"): T.profile_tasks(replace(p, tasks=dict(music=p.tasks["high"])))
 
 @pytest.mark.parametrize("kind", ["object", "str", "category", "Int64", "boolean", "float"])
 def test_missing_labels_are_left_out_whatever_type_holds_them(question, monkeypatch, kind):
