@@ -115,7 +115,7 @@ def test_what_a_file_cannot_say_is_a_sentence(tmp_path, text):
     assert str(tmp_path/"mine.toml") in str(e.value) and "\n" not in str(e.value)
 
 def test_what_is_no_profile_is_a_sentence(tmp_path):
-    for name, says in (("maxi", "use one of mini, hub, paper, or the path of a .toml"), (tmp_path/"no.toml", "is not a file"), (tmp_path, "the path of a .toml file")):
+    for name, says in (("maxi", "use one of mini, hub, paper, or the path of a .toml"), (tmp_path/"no.toml", "is not a file.*`distilltv new .*no.toml`"), (tmp_path, "the path of a .toml file")):
         with pytest.raises(ValueError, match=says): profile(name)
     with pytest.raises(ValueError, match="not UTF-8"): profile(written(tmp_path, "name = 'ü'".encode("latin-1")))
     with pytest.raises(ValueError, match="larger than a profile"): profile(written(tmp_path, "#"*2**21))
