@@ -8,7 +8,6 @@ __all__ = ['permuted', 'activations', 'align', 'in_place', 'fisher_information',
 # %% ../nbs/03d_align.ipynb #736172cf
 import numpy as np
 import torch
-
 from .rules import best_match, correlation, fisher, regmean
 
 # %% ../nbs/03d_align.ipynb #e455d815
@@ -36,22 +35,24 @@ def permuted(tensors:dict, # name → array
     return out
 
 # %% ../nbs/03d_align.ipynb #fe4528ab
-def activations(model, # a `HubertModel`
-                audio  # batches [batch, samples]
-               ) -> dict:
-    "`{(layer, 'units'): [frames, units], (layer, 'heads'): [frames, heads × size]}` on that audio."
-    caught, hooks = {}, []
-    def catch(key):
-        def hook(module, args): caught.setdefault(key, []).append(args[0].detach().flatten(0, -2).numpy())
-        return hook
-    for i, layer in enumerate(model.encoder.layers):
-        hooks.append(layer.feed_forward.output_dense.register_forward_pre_hook(catch((i, "units"))))
-        hooks.append(layer.attention.out_proj.register_forward_pre_hook(catch((i, "heads"))))
+def _hear(model, modules, audio, note):
+    "Run a model on audio, and call `note(key, x)` with what comes into each of `{key: module}`, [frames, channels]."
+    def hook(key): return lambda module, args: note(key, args[0].detach().flatten(0, -2))
+    hooks = [m.register_forward_pre_hook(hook(k)) for k, m in modules.items()]
     try:
         with torch.no_grad():
             for batch in audio: model.eval()(batch)
     finally:
         for h in hooks: h.remove()
+
+def activations(model, # a `HubertModel`
+                audio  # batches [batch, samples]
+               ) -> dict:
+    "`{(layer, 'units'): [frames, units], (layer, 'heads'): [frames, heads × size]}` on that audio."
+    caught, modules = {}, {}
+    for i, layer in enumerate(model.encoder.layers):
+        modules[i, "units"], modules[i, "heads"] = layer.feed_forward.output_dense, layer.attention.out_proj
+    _hear(model, modules, audio, lambda key, x: caught.setdefault(key, []).append(x.numpy()))
     return {k: np.concatenate(v) for k, v in caught.items()}
 
 # %% ../nbs/03d_align.ipynb #ebc47be3
@@ -100,19 +101,12 @@ def input_grams(model, # a `HubertModel`
                 audio  # batches [batch, samples]
                ) -> dict:
     "`{weight name: [in, in]}` for every linear layer, per frame."
-    grams, frames, hooks = {}, {}, []
-    def collect(name):
-        def hook(module, args):
-            x = args[0].detach().flatten(0, -2).double().numpy()
-            grams[name], frames[name] = grams.get(name, 0) + x.T@x, frames.get(name, 0) + len(x)
-        return hook
-    for name, m in model.named_modules():
-        if isinstance(m, torch.nn.Linear): hooks.append(m.register_forward_pre_hook(collect(name + ".weight")))
-    try:
-        with torch.no_grad():
-            for batch in audio: model.eval()(batch)
-    finally:
-        for h in hooks: h.remove()
+    grams, frames = {}, {}
+    def note(name, x):
+        x = x.double().numpy()
+        grams[name], frames[name] = grams.get(name, 0) + x.T@x, frames.get(name, 0) + len(x)
+    linear = {f"{n}.weight": m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    _hear(model, linear, audio, note)
     return {n: g/frames[n] for n, g in grams.items()}
 
 # %% ../nbs/03d_align.ipynb #b034ba34

@@ -83,7 +83,7 @@ def grid(profile:str="mini",   # a shipped profile's name, or the path of a .tom
 def _tag(seed): return f"-seed{seed}" if seed else ""
 
 def _distillations(p, c, seed, common, longer):
-    "A student for each domain and the ensemble, with one seed; `longer`: also an ensemble of as many updates as all of them."
+    "A student for each domain and the ensemble, with one seed; `longer`: also an ensemble of as many updates as all."
     wanted = [(d, 1) for d in p.domains]
     if len(p.domains) > 1: wanted += [("ensemble", 1)] + [("ensemble", len(p.domains))]*longer
     runs = []
@@ -95,7 +95,7 @@ def _distillations(p, c, seed, common, longer):
     return runs
 
 def _reads(p, c, who):
-    "What a student's distillation reads: its teachers and that of θ₀; the audio it hears, and the files it is validated on."
+    "What a student's distillation reads: its teachers and that of θ₀; audio to train and files to validate it on."
     teachers = {*taught_by(p, who), p.init}
     audio = {*listens_to(as_asked(p, c), who), *(d for d in p.domains if not p.audio[d].startswith("stream:"))}
     return tuple(f"{kind}:{d}" for kind, of in (("teacher", teachers), ("audio", audio)) for d in p.domains
@@ -144,7 +144,7 @@ _PARSING = threading.Lock()    # Python 3.11 can fail when two threads parse at 
 
 @lru_cache(maxsize=None)
 def _read_code(path, size, changed, drawing):
-    "Hash of what a notebook or module runs, without comments and layout; and the modules of this package that it names."
+    "Hash of the code of a notebook or module, without comments and layout; and the modules of this package it names."
     code, named = [], set()
     for source in _cells(Path(path), drawing):
         try:
@@ -198,7 +198,7 @@ def _files(folder):
 def digest(path:Path,          # a file or a folder; it may be missing
            contents:bool=True  # hash contents, else size and time of change
           ) -> str:            # SHA-256 as hex, or `absent`
-    "Hash of a file, or of a folder's files, without notebooks, model cards, records and hidden files; `absent` if there are none."
+    "Hash of a file or of a folder's files, without notebooks, cards, records and hidden files; `absent` if there are none."
     kept = lambda f: f.suffix not in (".ipynb", ".md") and f.name not in _RECORDS
     files = [path] if path.is_file() else list(filter(kept, _files(path)))
     def line(f):

@@ -312,7 +312,7 @@ def save_all(students:dict,       # `{folder to write: student}`, of one archite
              dtype:str="float32", # stored type: float32, float64, float16 or bfloat16
              facts:dict={}        # what else to record, for each folder
             ) -> dict:            # `{folder: record}`
-    "Write students as folders that `HubertModel.from_pretrained` opens, each whole or not at all; inputs are read once."
+    "Write folders that `HubertModel.from_pretrained` opens, each whole or not at all; inputs are read once."
     check_dtype(dtype)
     for f in facts.values():
         if taken := _RECORD & set(f):

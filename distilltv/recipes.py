@@ -6,10 +6,11 @@
 __all__ = ['Weights', 'domain_weights', 'recipe_student', 'merge_recipe', 'push_to_hub']
 
 # %% ../nbs/03b_recipes.ipynb #7457f005
-import reprlib
+import re, reprlib
 from fractions import Fraction
 from pathlib import Path
-import re, yaml
+import numpy as np
+import yaml
 from .merge import TaskVector, load_student, merge
 from .rules import FAMILY, RULES, options_of
 from .weights import ByName, check_dtype, finite, read_json
@@ -20,19 +21,17 @@ _SHARED = {"seed", "lambda", "normalize", "rescale", "int8_mask", "weight"}
 _NORMALIZES = {"linear", "ties", "della"} # mergekit divides by the sum of weights in these
 _RESCALES = {"dare_linear", "dare_ties", "della_linear", "della"} # and makes up for what was dropped in these
 
-def _yaml_text(text):
-    "What YAML says, read without references, and without keys that stand twice."
-    todo, seen = [yaml.compose(text, Loader=yaml.SafeLoader)], set()
-    while todo:
-        node = todo.pop()
-        if id(node) in seen: raise ValueError("it uses references (& and *): write each value out")
-        seen.add(id(node))
-        if isinstance(node, yaml.SequenceNode): todo += node.value
-        if isinstance(node, yaml.MappingNode):
-            keys = [k.value for k, _ in node.value if isinstance(k, yaml.ScalarNode)]
-            if twice := [k for k in keys if keys.count(k) > 1]: raise ValueError(f"{twice[0]} stands twice: keep one")
-            todo += [v for pair in node.value for v in pair]
-    return yaml.safe_load(text)
+class _Strict(yaml.SafeLoader):
+    "YAML without references, and without keys that stand twice."
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent): raise ValueError("it uses references (& and *): write each value out")
+        return super().compose_node(parent, index)
+
+    def compose_mapping_node(self, anchor):
+        node = super().compose_mapping_node(anchor)
+        keys = [k.value for k, _ in node.value if isinstance(k, yaml.ScalarNode)]
+        if twice := [k for k in keys if keys.count(k) > 1]: raise ValueError(f"{twice[0]} stands twice: keep one")
+        return node
 
 def _kind(file, where, value, kind, needs):
     "The value, or a `ValueError` that says what it should be."
@@ -41,7 +40,7 @@ def _kind(file, where, value, kind, needs):
 
 def _read(file):
     "What a recipe says, every key known and of the right kind; a `ValueError` names the file and the key."
-    try: r = _yaml_text(Path(file).read_text(encoding="utf-8"))
+    try: r = yaml.load(Path(file).read_text(encoding="utf-8"), Loader=_Strict)
     except OSError: raise
     except Exception as e: # PyYAML raises exceptions of many kinds for values that are not what they seem
         raise ValueError(f"{file} is not YAML that can be read ({type(e).__name__}: {str(e)[:300]})") from None
@@ -100,9 +99,8 @@ def _meaning(w, layers, what="weight"):
     if not w: raise ValueError(f"{what} is an empty list; give a number")
     if all(isinstance(v, dict) for v in w): return _filtered(w, what)
     values = [float(_number(v, f"an entry of {what}")) for v in w]
-    from numpy import interp
     at = [i/max(layers-1, 1)*(len(w)-1) for i in range(layers)]
-    by_layer = {f"encoder.layers.{i}.": float(interp(at[i], range(len(w)), values)) for i in range(layers)}
+    by_layer = {f"encoder.layers.{i}.": float(np.interp(at[i], range(len(w)), values)) for i in range(layers)}
     return ByName(by_layer | {"": values[0]})
 
 def _filtered(w, what):
@@ -135,11 +133,11 @@ def domain_weights(weights,   # `{domain: weight}`, text that holds it, or empty
     such = "{" + ", ".join(f'"{d}": {1/len(domains):.2g}' for d in domains) + "}"
     if not weights:
         if len(domains) == 2: return dict(zip(domains, (lam, 1-lam)))
-        raise ValueError(f"lam is the weight of the first of two domains, and here are {len(domains)} ({', '.join(domains)}); "
-                         f"give weights instead, such as -p weights '{such}'")
+        raise ValueError(f"lam is the weight of the first of two domains, and here are {len(domains)} "
+                         f"({', '.join(domains)}); give weights instead, such as -p weights '{such}'")
     if lam != .5: raise ValueError(f"lam = {lam} and weights are both given; leave one of them out")
     if isinstance(weights, str):
-        try: weights = _yaml_text(weights)
+        try: weights = yaml.load(weights, Loader=_Strict)
         except Exception: weights = None # not YAML; the sentence is the same as for text that holds no table
     if not isinstance(weights, dict):
         raise ValueError(f"weights hold no table of domains and numbers; write them as {such}")
@@ -204,7 +202,7 @@ def _weights(r, students, base, layers):
 def recipe_student(file,       # a recipe; its paths are relative to its folder
                    trust=False # take models that record no θ₀ as trained from `base_model`
                   ) -> tuple:  # the `Student` and what the recipe says
-    "The student that a recipe describes, nothing computed yet; a `ValueError` names the recipe and what is wrong in it."
+    "The student that a recipe describes, nothing computed yet; a `ValueError` says what is wrong in the recipe."
     file = Path(file).expanduser()
     r, at = _read(file), _places(file)
     names = [m["model"] for m in r["models"]]

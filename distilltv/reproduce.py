@@ -9,8 +9,9 @@ __all__ = ['main']
 import argparse, json, os, signal, sys, threading
 from pathlib import Path
 # some of them for whoever asks about a run from Python
+from . import slurm
 from .grid import digest, fresh, grid, key, stamp, state
-from .profiles import STAGES, profile as get_profile
+from .profiles import STAGES, new_profile, profile as get_profile
 from .runner import run_stale, shown
 from .runs import home, keep_memory, root
 
@@ -37,10 +38,12 @@ Only what is stale runs: what has changed profile, code, parameters or data, and
 at any moment (Ctrl-C, or a crash) and give the same command again: it continues. To repeat one run, delete
 its folder. Each run's folder holds the executed notebook; open it in JupyterLab.
 """
-_STATUS = "List the runs of an experiment by stage: up to date, begun, or still to run. Runs nothing and writes nothing."
-
-_NEW = "Write a profile with a comment at each value: teachers, audio, student and budget of your own experiment. Then check it."
-_CHECK = "Open teachers and audio, and say what would run, on how many hours, at which cost, and what is wrong. Writes nothing; exit status 1 if something is wrong."
+_STATUS = """List the runs of an experiment by stage: up to date, begun, or still to run. Runs nothing and writes
+nothing."""
+_NEW = """Write a profile with a comment at each value: teachers, audio, student and budget of your own experiment.
+Then check it."""
+_CHECK = """Open teachers and audio, and say what would run, on how many hours, at which cost, and what is wrong.
+Writes nothing; exit status 1 if something is wrong."""
 
 _MERGE = """Merge as a recipe says, and write a model folder that transformers opens.
 
@@ -51,11 +54,14 @@ same bytes. mergekit's recipes are understood for the methods that both have.
 def _grid_options(parser):
     "The options that say which grid is meant."
     parser.add_argument("--profile", default="mini", metavar="NAME_OR_FILE",
-                        help="mini: shipped data, CPU; hub: HuBERT and MERT, one GPU; paper: as published; or your own .toml file (default: %(default)s)")
+                        help="mini: shipped data, CPU; hub: HuBERT and MERT, one GPU; paper: as published; "
+                             "or your own .toml file (default: %(default)s)")
     parser.add_argument("--corpus", default="",
-                        help="audio that the students are distilled on: `both` (all domains'), `own`, or a domain, as `speech` in the paper (default: the profile's)")
+                        help="audio that the students are distilled on: `both` (all domains'), `own`, or a domain, "
+                             "as `speech` in the paper (default: the profile's)")
     parser.add_argument("--seeds", type=int, default=1,
-                        help="distillation seeds: students, merges and their probes are repeated with each (default: %(default)s)")
+                        help="distillation seeds: students, merges and their probes are repeated with each "
+                             "(default: %(default)s)")
     parser.add_argument("--home", type=Path,
                         help="folder to write to (default: $DISTILLTV_HOME, else runs/ in the repository)")
 
@@ -102,7 +108,7 @@ def _runs_of(args, parser):
     "The grid that the options name; whatever is wrong with them ends in one sentence."
     if not (root()/"nbs").is_dir():
         parser.error(f"there are no notebooks in {root()}: `distilltv {args.command}` runs those of "
-                                                 "the repository, so clone it and give the command inside")
+                     "the repository, so clone it and give the command inside")
     if args.seeds < 1: parser.error(f"--seeds {args.seeds} is too few; use 1 or more")
     if args.home: os.environ["DISTILLTV_HOME"] = str(args.home.expanduser().absolute())
     try:
@@ -136,15 +142,11 @@ def _look_first(p, runs):
     wrong = check_profile(runs[0].parameters["profile"]).wrong
     if wrong: raise ValueError(f"profile {p.name}: {'; '.join(wrong)}")
 
-def _slurm():
-    from distilltv import slurm    # needed on clusters only
-    return slurm
-
 def _were_jobs(): return (home()/"slurm-jobs").is_dir()
 
 def _here(runs, jobs):
     "Run what is stale on this machine, if no jobs of an earlier command will write to the same folders."
-    numbers = _slurm().alive(runs) if _were_jobs() else []
+    numbers = slurm.alive(runs) if _were_jobs() else []
     if numbers: raise RuntimeError(f"Slurm jobs of these runs are in the queue ({', '.join(numbers)}): "
                                    "give --slurm again to follow them, or cancel them with scancel")
     return run_stale(runs, jobs)
@@ -153,8 +155,8 @@ def _by_jobs(p, runs, args):
     "Run what is stale as jobs of a Slurm cluster."
     given = dict(partition=args.slurm_partition, account=args.slurm_account,
                  constraint=args.slurm_constraint, hours=args.slurm_time)
-    needs = {s: _slurm().needs_of(p, s, **{k: v for k, v in given.items() if v}) for s in STAGES}
-    return _slurm().drive(runs, needs, args.slurm_jobs)
+    given = {k: v for k, v in given.items() if v}
+    return slurm.drive(runs, {s: slurm.needs_of(p, s, **given) for s in STAGES}, args.slurm_jobs)
 
 def _print_results(out):
     import pandas as pd
@@ -172,9 +174,10 @@ def _stop(*_):
 def _status(args, parser):
     p, runs = _runs_of(args, parser)
     by_id = {r.id: r for r in runs}
-    try: states = _slurm().states(runs) if _were_jobs() else {r.id: state(r, by_id) for r in runs}
+    try: states = slurm.states(runs) if _were_jobs() else {r.id: state(r, by_id) for r in runs}
     except (ValueError, OSError) as e: parser.error(str(e))
-    print(f"profile {p.name}: {', '.join(p.domains)}; {args.seeds} distillation seed{'s'*(args.seeds > 1)}; runs in {shown(p.folder)}")
+    seeds = f"{args.seeds} distillation seed{'s'*(args.seeds > 1)}"
+    print(f"profile {p.name}: {', '.join(p.domains)}; {seeds}; runs in {shown(p.folder)}")
     for stage in dict.fromkeys(r.stage for r in runs):
         of = [r for r in runs if r.stage == stage]
         todo = [f"{r.name} ({states[r.id]})" for r in of if states[r.id] != "up to date"]
@@ -184,7 +187,6 @@ def _status(args, parser):
 
 # %% ../nbs/06_reproduce.ipynb #90531e3a
 def _new(args, parser):
-    from distilltv.profiles import new_profile
     try: path = new_profile(args.file)
     except (ValueError, OSError) as e: parser.error(str(e))
     print(f"written: {path}\nsay in it which teachers and audio to use, then `distilltv check {args.file}`")

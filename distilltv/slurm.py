@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from .grid import GridRun, fresh, key, stamp, state
 from .profiles import NEEDS, Profile
-from .runner import Progress, RunError, alone, execute, steps_done
+from .runner import Progress, RunError, alone, execute, kernel_environment, steps_done
 from .runs import home, write_json
 
 # %% ../nbs/06d_slurm.ipynb #8e7b7bd1
@@ -151,10 +151,7 @@ class Job:
     cwd:str       # where the driver was started: the repository
 
     def __call__(self):
-        threads = str(self.needs.cpus)
-        os.environ.update(DISTILLTV_HOME=self.home, DISTILLTV_THREADS=threads, OMP_NUM_THREADS=threads,
-                          JUPYTER_PREFER_ENV_PATH="1", TOKENIZERS_PARALLELISM="false",
-                          PYDEVD_DISABLE_FILE_VALIDATION="1")
+        os.environ.update(kernel_environment(self.needs.cpus), DISTILLTV_HOME=self.home)
         os.chdir(self.cwd)
         dead = [r.id for r in self.runs if not self._attempt(r)]
         if dead: raise RuntimeError(f"no word about {', '.join(dead)}: killed")
@@ -188,7 +185,7 @@ class Job:
 # %% ../nbs/06d_slurm.ipynb #2ac1890a
 def _rank(): return int(os.environ.get("SLURM_PROCID", "0"))
 
-def torchrun(run:GridRun,        # a distillation
+def torchrun(run:GridRun,     # a distillation
              needs:Needs,     # machines and processes
              first:str="",    # the first machine's name; "": there is only this one
              rank:int=0,      # which machine this is
@@ -237,10 +234,10 @@ _LOSSES = 3   # attempts in a row without a word and without a newer checkpoint
 
 class Driver:
     "Brings runs up to date through Slurm; `step` is one round."
-    def __init__(self, runs:list,     # in order, of `grid`
-                 needs:dict,           # stage -> `Needs`
-                 limit:int=0,          # of our jobs in the queue at one time; 0: none
-                 settle:float=60.):    # seconds in which a file of another machine is seen
+    def __init__(self, runs:list,    # in order, of `grid`
+                 needs:dict,         # stage -> `Needs`
+                 limit:int=0,        # of our jobs in the queue at one time; 0: none
+                 settle:float=60.):  # seconds in which a file of another machine is seen
         self.runs, self.needs, self.limit, self.settle = {c.id: c for c in runs}, needs, limit, settle
         self.todo, self.finished, self.failed = list(runs), set(), {}
         self.stale, self.unsent = set(), []    # ids of runs; jobs for which there was no room
@@ -262,8 +259,8 @@ class Driver:
         if not self.finished.issuperset(run.needs) or any(run in j.runs for j in self.unsent): return False
         broken = [n for n in run.needs if n in self.failed]
         if broken: return self._end(run, f"not run, because {broken[0]} failed")
-        attempt, job = latest(run), None
-        if attempt: job = jobs.get(attempt.name)
+        attempt = latest(run)
+        job = attempt and jobs.get(attempt.name)
         if job and job.alive and ended(run, attempt) is None: return self._follow(run, attempt, job)
         if run.id in self.followed: return self._over(run, attempt, job)
         if run.id not in self.stale and fresh(run, self.runs): return self._end(run)
@@ -400,9 +397,9 @@ def _processors(nodes):
     return {n: int(found[n]) for n in sorted(nodes) if n in found}
 
 # %% ../nbs/06d_slurm.ipynb #1e3422db
-def state_of(run:GridRun,    # the run
+def state_of(run:GridRun, # the run
              runs:dict,   # id -> run, for those it needs
-             jobs:dict     # of `queue`
+             jobs:dict    # of `queue`
             ) -> str:
     "How a run is: as `grid.state` says, or by its job running, waiting, failed, cancelled or killed."
     attempt = latest(run)
@@ -418,19 +415,19 @@ def state_of(run:GridRun,    # the run
     if job: return f"killed, job {job.number} as {job.state}; log {log_of(attempt)}"
     return now
 
+def _jobs():
+    "Our jobs in the queue; none where there is no Slurm, or no answer."
+    try: return queue() or {}
+    except RuntimeError: return {}
 
-
-def states(runs:list,  # of `grid`
-          ) -> dict:    # id of a run -> how it is
+def states(runs:list  # of `grid`
+          ) -> dict:  # id of a run -> how it is
     "How each run of the grid is."
-    try: jobs = queue() or {}
-    except RuntimeError: jobs = {}
-    by_id = {c.id: c for c in runs}
+    jobs, by_id = _jobs(), {c.id: c for c in runs}
     return {c.id: state_of(c, by_id, jobs) for c in runs}
 
 def alive(runs:list) -> list:  # numbers of jobs
     "Jobs in the queue that will write to one of these runs."
-    try: jobs = queue() or {}
-    except RuntimeError: return []
-    attempts = [a for a in map(latest, runs) if a]
-    return sorted({jobs[a.name].number for a in attempts if a.name in jobs and jobs[a.name].alive})
+    listed = _jobs()
+    jobs = [listed[a.name] for a in map(latest, runs) if a and a.name in listed]
+    return sorted({j.number for j in jobs if j.alive})
