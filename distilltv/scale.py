@@ -53,7 +53,8 @@ class Stream:
                     yield i, some[i]
                 block, used, began = block+1, 0, self.data.state_dict()
             if not block:
-                raise ValueError(f"{self.name} has no examples for this process: check the split, or use fewer processes")
+                raise ValueError(f"{self.name} has no examples for this process: check the split, "
+                                 "or use fewer processes")
             self.data.set_epoch(epoch+1)
             epoch, block, began = epoch+1, 0, self.data.state_dict()
     def _unique(self, path, i, quarantine):
