@@ -100,8 +100,8 @@ def _opened(path, name):
     if lost:
         raise ValueError(f"encoder {name!r}: {len(lost)} tensors are missing or of another shape, the first is {lost[0]}; they would be random, so this is not the model its config.json describes")
     prep = Path(path)/"preprocessor_config.json"
-    return model, json.loads(prep.read_text(encoding="utf-8")).get("sampling_rate",
-                                                                   SAMPLE_RATE) if prep.exists() else SAMPLE_RATE
+    said = json.loads(prep.read_text(encoding="utf-8")) if prep.exists() else {}
+    return model, said.get("sampling_rate", SAMPLE_RATE)
 
 # %% ../nbs/04a_features.ipynb #7ad9c9eb
 def shipped_or_run(name, p):
@@ -127,9 +127,8 @@ def _provenance(folder, role=None):
     full = str(folder.absolute())
     top = next((t for t in map(str, (home(), data_dir())) if full.startswith(t + os.sep)), None)
     parts = [p for p in Path(full[len(top)+1:] if top else folder.name).parts if p not in SHIPPED]
-    role = role or _role(info, parts)
-    made = {k: info.get(k)
-            for k in ("lam", "method", "corpus", "steps")} if role in ("merged", "endpoint", "ensemble") else {}
+    role, made = role or _role(info, parts), {}
+    if role in ("merged", "endpoint", "ensemble"): made = {k: info.get(k) for k in ("lam", "method", "corpus", "steps")}
     # more than two domains
     if info.get("weights") and info.get("lam") is None: made["weights"] = json.dumps(info["weights"])
     seed = (info.get("seed") or 0) if made else None
@@ -149,8 +148,8 @@ def _merged_as(info, seed):
     "Such as `lam-0.40`, `ties-lam-0.40-seed1`; equal only for equal weights."
     weights = info["lam"] if info.get("lam") is not None else info.get("weights")
     if weights is None: return None
-    return merged_name(info.get("method") or "linear",
-                       weights).removeprefix("linear-") + (f"-seed{seed}" if seed else "")
+    name = merged_name(info.get("method") or "linear", weights).removeprefix("linear-")
+    return f"{name}-seed{seed}" if seed else name
 
 # %% ../nbs/04a_features.ipynb #f78c2781
 def whole_frames(df, seconds:float=None) -> pd.DataFrame: # rows with start and end; longest window
@@ -167,7 +166,8 @@ def _audio_hash(path, size, mtime): return file_hash(path)
 
 def audio_hashes(files, root) -> dict: # paths below the folder; the folder
     "SHA-256 of each file, `unreadable` where it cannot be read; large sets are remembered between runs by size and time of change."
-    known, out = home()/"cache"/"hashes"/f"{hashlib.sha256(os.fsencode(Path(root).absolute())).hexdigest()[:16]}.json", {}
+    folder = hashlib.sha256(os.fsencode(Path(root).absolute())).hexdigest()[:16]
+    known, out = home()/"cache"/"hashes"/f"{folder}.json", {}
     held = json.loads(known.read_text(encoding="utf-8")) if len(files) > 256 and known.exists() else {}
     for f in files:
         path = os.path.join(root, f)
@@ -202,13 +202,18 @@ def _partners(table):
         parts.append(pd.DataFrame(dict(file=t[f"{p}_file"], start=start, end=start + t.end - t.start, lo=0, hi=0)))
     return pd.concat(parts)
 
-# an encoder with a `hash`; rows with file, start, end, lo, hi; folder of the corpora
-def features_key(encoder, table, root) -> str:
+def features_key(encoder, # with a `hash`
+                 table,   # rows with file, start, end, lo, hi
+                 root     # folder of the corpora
+                ) -> str:
     "Hash of all that determines the features: weights, configuration, preprocessing, bounds, audio."
     return table_hash(table, root, encoder.hash, getattr(encoder, "setup", ""), encoder.hop, PREPROCESSING)
 
 # %% ../nbs/04a_features.ipynb #6bd3dc76
-def mix(x, y, snr:float) -> np.ndarray: # a waveform; another of its length, or several; level of the first over each of the others in dB
+def mix(x,         # a waveform
+        y,         # another of its length, or several
+        snr:float  # level of the first over each of the others in dB
+       ) -> np.ndarray:
     "Their sum with the others scaled to the ratio, made quieter where it would clip."
     z = x
     for other in np.atleast_2d(y): z = z + other*np.sqrt(np.mean(x**2)/max(np.mean(other**2), 1e-12)/10**(snr/10))
@@ -221,8 +226,10 @@ def _distinct(table):
     return pd.DataFrame([(*k[:3], r) for k, r in table.groupby(by, sort=False).indices.items()],
                         columns=["file", "start", "end", "rows"])
 
-# rows with file, start, end; folder of the corpora; bytes the cache may hold
-def windows(table, root, most:float=4e9) -> tuple:
+def windows(table,         # rows with file, start, end
+            root,          # folder of the corpora
+            most:float=4e9 # bytes the cache may hold
+           ) -> tuple:
     "The distinct windows of a table (file, start, end, and rows that use it) and their samples, int16, end to end."
     w = _distinct(table)
     def cut_out(file, start, end):
@@ -278,7 +285,8 @@ def read_window(root, file, start, end):
 
 # %% ../nbs/04a_features.ipynb #92fddd06
 def _listen(encoder, table, root, seconds, lost, only=None):
-    # rows and hidden states [layers, frames, dim] of each distinct window, or of that with the row `only`; `lost` takes what cannot be read
+    # rows and hidden states [layers, frames, dim] of each distinct window, or of that with the row `only`;
+    # `lost` takes what cannot be read
     w, audio = windows(table, root) if "shard" in table and table.shard.all() else (_distinct(table), None)
     w["at"] = (w.end - w.start).cumsum() - (w.end - w.start)
     if only is not None: w = w[[only in r for r in w.rows]]

@@ -12,7 +12,8 @@ from .check import gpu_time
 from .figures import how_made, plot_differences, plot_learning, plot_tasks, plot_tradeoff
 from .paper import code_table, distil_flop, paper_table
 from .profiles import SHIPPED, profile as get_profile
-from .results import by_seed, domains_of, find_source, gather, label_of, learning, missing, paired_tests, reference_of, save, sweeps, table, with_means
+from .results import by_seed, domains_of, find_source, gather, label_of, learning, missing, paired_tests
+from .results import reference_of, save, sweeps, table, with_means
 from .runs import write_atomic, write_json
 from .statistics import bootstrap
 
@@ -99,9 +100,12 @@ def dial_turns(ev, # `Evidence`
 
 def _dial(ev, es, how):
     (a, b), (ends, wrong), lam = ev.domains, dial_turns(ev, es), ev.info.lam
-    verdict = "The dial works." if ends and not wrong else "The dial works from end to end, but not at every step." if ends else "A trade-off is not shown by these runs."
-    steps = "; no step between neighbouring λ goes the wrong way beyond its interval" if not wrong else "; beyond its interval, the wrong way goes " + ", ".join(
-        f"{d} from λ = {lam[lo]:.2g} to {lam[hi]:.2g}" for d, lo, hi in wrong)
+    if not ends: verdict = "A trade-off is not shown by these runs."
+    elif wrong: verdict = "The dial works from end to end, but not at every step."
+    else: verdict = "The dial works."
+    steps = ", ".join(f"{d} from λ = {lam[lo]:.2g} to {lam[hi]:.2g}" for d, lo, hi in wrong)
+    steps = (f"; beyond its interval, the wrong way goes {steps}" if wrong else
+             "; no step between neighbouring λ goes the wrong way beyond its interval")
     return (f"{verdict} From λ = {lam[es[0]]:.2g} to {lam[es[-1]]:.2g} ({how}) the {a} mean changes by {ev.points(a, es[-1], es[0])}, "
             f"the {b} mean by {ev.points(b, es[-1], es[0])}{steps} ({_seeds(ev)}).")
 
@@ -115,8 +119,8 @@ def _against_ensemble(ev, half, ref):
     else: says = f"the merge {lam} is {_WORDS[got[ev.domains[0]]]} than the ensemble student on both means."
     if ev.seeds == 1:
         says = f"whether merging beats the ensemble is not decided by one distillation seed. In this run, {says}"
-    return f"{says[0].upper()}{says[1:]} " + ", ".join(f"{d} mean {ev.points(d, half, ref)}"
-                                                       for d in ev.domains).capitalize() + f" ({_seeds(ev)})."
+    means = ", ".join(f"{d} mean {ev.points(d, half, ref)}" for d in ev.domains).capitalize()
+    return f"{says[0].upper()}{says[1:]} {means} ({_seeds(ev)})."
 
 def _over_logmel(ev):
     zero, rows = ev.of_role("logmel"), []
@@ -134,9 +138,10 @@ def _over_logmel(ev):
     return [f"{verdict} Over log-mel, {', '.join(rows)} ({_seeds(ev)})."]
 
 def _share(ev, d, s, teacher, zero):
-    "How much of the teacher's lead over log-mel arrived; nothing where the teacher has no clear lead."
-    if ev.counts(d, teacher, zero) != 1: return ""
-    return f", of which {100*ev.difference(d, s, zero)[0]/ev.difference(d, teacher, zero)[0]:.0f} % arrived" if ev.counts(d, s, zero) == 1 else ""
+    "How much of the teacher's lead over log-mel arrived; nothing where one of the two has no clear lead."
+    if ev.counts(d, teacher, zero) != 1 or ev.counts(d, s, zero) != 1: return ""
+    share = ev.difference(d, s, zero)[0]/ev.difference(d, teacher, zero)[0]
+    return f", of which {100*share:.0f} % arrived"
 
 # %% ../nbs/05d_findings.ipynb #bfdd54ed
 def _both_means(ev, es, ref):
@@ -151,7 +156,8 @@ def _longer(ev, half, ref):
     "The ensemble of as many updates as all endpoints together, where it was made."
     more = [e for e in ev.info.index if ev.info.role[e] == "ensemble" and e != ref and ev.means(e)
             and ev.info.corpus[e] == ev.info.corpus[ref]]
-    return [f"Against {label_of(e, ev.info)}: λ = {ev.info.lam[half]:.2g} is {', '.join(f'{_WORDS[ev.counts(d, half, e)]} on {d} ({ev.points(d, half, e)})' for d in ev.domains)}." for e in more]
+    def says(e): return ", ".join(f"{_WORDS[ev.counts(d, half, e)]} on {d} ({ev.points(d, half, e)})" for d in ev.domains)
+    return [f"Against {label_of(e, ev.info)}: λ = {ev.info.lam[half]:.2g} is {says(e)}." for e in more]
 
 def _where(tests, ahead, lams):
     "The tasks on which some λ is better (or worse) than the ensemble, and the λ that is most so."
@@ -171,7 +177,8 @@ def _teachers(ev):
         if own is None or not rivals: continue
         lost = [e for e in rivals if ev.counts(d, own, e) != 1]
         percent = lambda e: f"{100*ev.draws[f'{d} mean', e].iloc[0]:.1f}"
-        out.append(f"The {d} teacher is {'not ' if lost else ''}clearly above {', '.join(label_of(e, ev.info) for e in lost or rivals)} on the {d} mean: "
+        names = ", ".join(label_of(e, ev.info) for e in lost or rivals)
+        out.append(f"The {d} teacher is {'not ' if lost else ''}clearly above {names} on the {d} mean: "
                    f"{percent(own)} against {', '.join(map(percent, lost or rivals))}.")
     return out
 
@@ -186,12 +193,13 @@ def claims(draws,        # from `with_means`
           ) -> list:     # of dicts: id, claim, source, verdict, evidence, where, full_scale
     "The paper's claims, one by one."
     ev = Evidence(draws, scores, each, domains)
-    es = [e for d in list(sweeps(scores).values())[:1] for e in d.encoder
-          if ev.means(e)] if len(ev.domains) == 2 else []
+    first = list(sweeps(scores).values())[:1] if len(ev.domains) == 2 else []
+    es = [e for d in first for e in d.encoder if ev.means(e)]
     found = dict(both=_keeps_both(ev, es), dial=_dial_claim(ev, es), ensemble=_ensemble_claim(ev, es))
     cost = gpu_time(2*distil_flop("2") + distil_flop("2", 2))
     full = f"`distilltv reproduce --profile paper --seeds 3`; about {cost} of an A100 for the students of each seed, then the paper's tasks"
-    told = dict(both=("Task vectors of separately distilled students, interpolated linearly, give one encoder for speech and music.", "05_results.ipynb#the-trade-off"),
+    told = dict(both=("Task vectors of separately distilled students, interpolated linearly, give one encoder for speech "
+                      "and music.", "05_results.ipynb#the-trade-off"),
                 dial=("The weights of the interpolation set the emphasis on a domain, without training anew.",
                       "05_results.ipynb#the-trade-off"),
                 ensemble=("The merged encoder is better overall than the student of ensemble distillation.",
@@ -216,7 +224,8 @@ def _keeps_both(ev, es):
     (a, b), half = ev.domains, _half(ev, es)
     ok = ev.counts(a, half, es[0]) == 1 and ev.counts(b, half, es[-1]) == 1
     return ("holds" if ok else "does not hold",
-            f"At λ = {ev.info.lam[half]:.2g} the merge is at {ev.points(a, half, es[0])} on {a} from the {b} student, and at {ev.points(b, half, es[-1])} on {b} from the {a} student.")
+            f"At λ = {ev.info.lam[half]:.2g} the merge is at {ev.points(a, half, es[0])} on {a} from the {b} student, "
+            f"and at {ev.points(b, half, es[-1])} on {b} from the {a} student.")
 
 def _dial_claim(ev, es):
     if len(es) < 2: return _NOT

@@ -13,7 +13,7 @@ from torch import nn
 from .audio import AudioError, normalise
 from .encoders import WINDOW
 from .features import frame_features, hear, read_window, view_layers
-from .fit import Answer, BatchedAdam, batches, keep_best, logits, prepared, shortfall
+from .fit import Answer, first_weights, logits, prepared, shortfall, train_copies
 
 # %% ../nbs/04c_letters.ipynb #427f16ef
 LETTERS = "_ 'ABCDEFGHIJKLMNOPQRSTUVWXYZ"     # blank first
@@ -30,8 +30,8 @@ def heard_text(scores, alphabet:str=LETTERS) -> str: # [frames, letters]
 
 def _errors(process, units, true, said):
     counted = [process([t], [s]) for t, s in zip(true, said)]
-    return np.array([c.substitutions + c.deletions + c.insertions
-                     for c in counted]), np.array([len(units(t)) for t in true])
+    edits = np.array([c.substitutions + c.deletions + c.insertions for c in counted])
+    return edits, np.array([len(units(t)) for t in true])
 
 def word_errors(true, said) -> tuple: # texts
     "Edits and words of each pair, counted by `jiwer`; their sums' ratio is the word error rate."
@@ -98,8 +98,10 @@ class Words(Answer):
     def score(self, encoders, task, views, seeds, root=None, head="linear"):
         return [score_letters(e, task, v, seeds, root) for e, v in zip(encoders, views)]
 
-# a task with the answer `Words`; settings of `fit_letters`
-def score_letters(encoder, task, view, seeds, root=None, **settings):
+def score_letters(encoder, task, # a task with the answer `Words`
+                  view, seeds, root=None,
+                  **settings     # of `fit_letters`
+                 ) -> tuple:
     "Rows and predictions of the CTC task, like `score_task`; the predictions are edits and words per utterance."
     t, table, root, rows, kept = task, task.table(root), task.root(root), [], []
     readable = _decodes(table, root)
@@ -133,8 +135,8 @@ def _ctc(x, n, y, u, p):
     return (loss/each(u)).unflatten(0, (S, R, -1))
 
 # %% ../nbs/04c_letters.ipynb #ae377a0d
-def fit_spelling(train,
-                 valid,        # (frames [layers, n, T, D], how many are there [n], letters [n, longest], how many [n])
+def fit_spelling(train,               # (frames [layers, n, T, D], how many are there [n], letters [n, longest], how many [n])
+                 valid,               # the same for validation
                  alphabet:str,        # blank first
                  lrs=(1e-2, 3e-2), seeds=(0, 1, 2),
                  steps:int=300, batch:int=16, decay:float=1e-2, every:int=30
@@ -142,29 +144,19 @@ def fit_spelling(train,
     "Linear CTC probes of all seeds and learning rates, trained as one batched computation."
     (x, n, y, u), S, R = train, len(seeds), len(lrs)
     g = [torch.Generator().manual_seed(s) for s in seeds]
-    p = dict(W=torch.stack([torch.randn(x.shape[-1], len(alphabet), generator=k)*.01
-                            for k in g])[:, None].repeat(1, R, 1, 1), b=torch.zeros(S, R, 1, len(alphabet)))
-    if len(x) > 1: p |= dict(a=torch.zeros(S, R, len(x)))
-    for q in p.values(): q.requires_grad_()
-    adam = BatchedAdam(list(p.values()), torch.as_tensor(lrs).float(), decay)
-    best, kept, order = torch.full((S, R),
-                                   -torch.inf), {k: q.detach().clone()
-                                                 for k, q in p.items()}, [batches(len(n), min(batch, len(n)), k)
-                                                                          for k in g]
-    for step in range(1, steps+1):
-        at = torch.stack([next(o) for o in order])
-        adam.step(torch.autograd.grad(_ctc(x[:, at, :n[at].max()], n[at], y[at], u[at], p).mean(-1).sum(), adam.params))
-        if step % every == 0:
-            wrong = torch.tensor([_wrong(valid, {k: q[s:s+1, r:r+1] for k, q in p.items()}, alphabet) for s in range(S)
-                                  for r in range(R)], dtype=torch.float).view(S, R)
-            keep_best(best, kept, p, -wrong)
+    p = first_weights(g, 1, R, len(x), x.shape[-1], len(alphabet))
+    def loss(at): return _ctc(x[:, at, :n[at].max()], n[at], y[at], u[at], p).mean(-1).sum()
+    def good():
+        copies = [{k: q[s:s+1, r:r+1] for k, q in p.items()} for s in range(S) for r in range(R)]
+        return -torch.tensor([_wrong(valid, q, alphabet) for q in copies], dtype=torch.float).view(S, R)
+    kept, best = train_copies(p, g, len(n), loss, good, lrs, steps, batch, decay, every)
     return kept, -best
 
 # %% ../nbs/04c_letters.ipynb #95af0e6d
 def _wrong(part, p, alphabet):
     x, n, y, u = part
-    edits, size = letter_errors(["".join(alphabet[i] for i in t[:k]) for t, k in zip(y, u)],
-                                _read_off(x, n, p, alphabet))
+    true = ["".join(alphabet[i] for i in t[:k]) for t, k in zip(y, u)]
+    edits, size = letter_errors(true, _read_off(x, n, p, alphabet))
     return edits.sum()/size.sum()
 
 @torch.no_grad()
@@ -177,14 +169,16 @@ class Spelling(Answer):
     def score(self, encoders, task, views, seeds, root=None, head="linear"):
         return [score_spelling(e, task, v, tuple(seeds), root) for e, v in zip(encoders, views)]
 
-# a task with the answer `Spelling`; see `fit_spelling`
-def score_spelling(encoder, t, view, seeds, root=None, lrs=(1e-2, 3e-2)):
+def score_spelling(encoder, t,   # a task with the answer `Spelling`
+                   view, seeds, root=None,
+                   lrs=(1e-2, 3e-2) # learning rates of `fit_spelling`
+                  ) -> tuple:
     "Rows and predictions of a spelling task, like `score_task`; the predictions are the texts that were heard, and their edits."
     df = t.split(root)
     x = torch.as_tensor(np.array(frame_features(encoder, t.table(root), t.root(root), view)))
     x, df, at, kept, status = prepared(x[None], df, t)
-    there, x, of = torch.isfinite(x[0, 0, ..., 0]).sum(1), x[0].nan_to_num(), {k: torch.as_tensor(v)
-                                                                               for k, v in at.items()}
+    there, x = torch.isfinite(x[0, 0, ..., 0]).sum(1), x[0].nan_to_num()
+    of = {k: torch.as_tensor(v) for k, v in at.items()}
     alphabet = "_" + "".join(sorted(set("".join(df.label[df.split == "train"]))))
     y = [letters(s, alphabet) for s in df.label]
     y, u = nn.utils.rnn.pad_sequence(y, batch_first=True), torch.tensor([len(v) for v in y])

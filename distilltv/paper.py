@@ -71,7 +71,7 @@ def _route(r) -> tuple:
     lam = .5 if r.model.startswith("plain average of the two HuBERT-init") else float(r.lam or "nan")
     if r.model.endswith("(teacher)"):
         return [], 0, "", "teacher-speech" if r.model.startswith("HuBERT") else "teacher-music"
-    if r.model.startswith("distil-"): 
+    if r.model.startswith("distil-"):
         t, own = ("speech", "") if "HuBERT (" in r.model else ("music", " init=music" if "MERT init" in r.model else "")
         return [_distil(t, r, own)], 1, "", f"{_MADE}/students/{'own' if own else 'speech'}/{t}"
     if r.model.startswith("ensemble"): return [_distil("ensemble", r)], 2, "", f"{_MADE}/students/speech/ensemble"

@@ -83,10 +83,11 @@ SOURCES = {s.folders[0]: s for s in (
 class MissingData(FileNotFoundError): "A published data set, or a part of it, that is not on this machine; the message says what to fetch."
 
 def _missing(s, root, what=None):
-    return MissingData(f"{s.name}{f' lacks {what}' if what else ' is not in ' + str(Path(root).name or root)}: fetch {s.fetch} ({s.size}, {s.licence}) into {s.folders[0]} of $DISTILLTV_DATASETS")
+    why = f"lacks {what}" if what else f"is not in {Path(root).name or root}"
+    return MissingData(f"{s.name} {why}: fetch {s.fetch} ({s.size}, {s.licence}) into {s.folders[0]} of $DISTILLTV_DATASETS")
 
 def _folder(key, root, *needed):
-    # the data set's folder; every path in `needed` must be in it, or one of them where it is a tuple
+    # the data set's folder, in which every path of `needed` must be; of a tuple, one
     s = SOURCES[key]
     at = next((Path(root)/f for f in s.folders if (Path(root)/f).is_dir()), None)
     if at is None: raise _missing(s, root)
@@ -111,6 +112,8 @@ def _clips(rows, root, seconds=None):
     if "id" not in df: df["id"] = df.file + np.where(df.start > 0, ":" + df.start.astype(str), "")
     return whole_frames(df.drop(columns="path"), seconds)
 
+def _text(path): return Path(path).read_text(encoding="utf-8", errors="replace")
+
 def _chance(name): return int(hashlib.sha1(name.encode()).hexdigest()[:8], 16)/2**32   # in [0, 1), the same everywhere
 
 # %% ../nbs/04f_published.ipynb #4be34c14
@@ -121,14 +124,13 @@ def speech_commands(root):
     at = _folder("speech_commands_v0.01", root, "validation_list.txt", "testing_list.txt")
     test = Path(root)/at.name.replace("commands_", "commands_test_set_")
     if not test.is_dir(): raise _missing(SOURCES["speech_commands_v0.01"], root, test.name)
-    listed = {s: set((at/f).read_text(encoding="utf-8", errors="replace").split())
-              for s, f in dict(valid="validation_list.txt", test="testing_list.txt").items()}
+    valid, held_out = (set(_text(at/f"{part}_list.txt").split()) for part in ("validation", "testing"))
     rows = []
     for f in sorted(at.glob("*/*.wav")):
         word, name = f.parent.name, f"{f.parent.name}/{f.name}"
         if word == "_background_noise_": rows += _silence(f)
-        elif name not in listed["test"]:
-            rows.append(dict(path=f, split="valid" if name in listed["valid"] else "train",
+        elif name not in held_out:
+            rows.append(dict(path=f, split="valid" if name in valid else "train",
                              label=word if word in COMMANDS else "_unknown_", speaker=f.name.split("_")[0]))
     rows += [dict(path=f, split="test", label=f.parent.name, speaker=f.name.split("_")[0])
              for f in sorted(test.glob("*/*.wav"))]
@@ -156,7 +158,7 @@ def voxceleb1(root):
     listing = at/"iden_split.txt" if (at/"iden_split.txt").exists() else at/"vox1_meta/iden_split.txt"
     folders = [d for d in (at/"dev/wav", at/"test/wav", at/"wav") if d.is_dir()]
     if not folders: raise _missing(SOURCES["VoxCeleb1"], root, "dev/wav and test/wav")
-    for line in listing.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in _text(listing).splitlines():
         part, name = line.split()
         where = next((d for d in folders if (d/name.split("/")[0]).is_dir()), folders[0])
         rows.append(dict(path=where/name, split={"1": "train", "2": "valid", "3": "test"}[part],
@@ -172,7 +174,7 @@ def iemocap(root):
         for f in sorted((at/f"Session{s}/dialog/EmoEvaluation").glob("Ses*.txt")):
             rows += [dict(path=at/f"Session{s}/sentences/wav/{f.stem}/{u}.wav", split="train", fold=s-1,
                           dialogue=f.stem, speaker=u[:5] + u.split("_")[-1][0], label={"exc": "hap"}.get(e, e))
-                     for u, e in said.findall(f.read_text(encoding="utf-8", errors="replace"))
+                     for u, e in said.findall(_text(f))
                      if e in ("ang", "hap", "exc", "neu", "sad")]
     return _clips(rows, root)
 
@@ -183,7 +185,7 @@ def librispeech(root):
     at, rows = _folder("LibriSpeech", root, *parts), []
     for part, split in parts.items():
         for f in sorted((at/part).glob("*/*/*.trans.txt")):
-            for line in f.read_text(encoding="utf-8", errors="replace").splitlines():
+            for line in _text(f).splitlines():
                 name, words = line.split(" ", 1)
                 rows.append(dict(path=f.with_name(name + ".flac"), split=split, label=words.strip(),
                                  speaker=name.split("-")[0]))
@@ -207,29 +209,29 @@ def _vocalset(root, split, keep=lambda technique: True):
 # %% ../nbs/04f_published.ipynb #66e22dc1
 def vocalset_singers(root):
     "Three-second chunks of twenty singers, grouped by recording."
-    return _vocalset(root,
-                     lambda singer, name: "train" if _chance(name) < .7 else "valid" if _chance(name) < .8 else "test")
+    def split(singer, name):
+        if _chance(name) < .7: return "train"
+        return "valid" if _chance(name) < .8 else "test"
+    return _vocalset(root, split)
 
 def vocalset_techniques(root):
     "Three-second chunks of ten techniques, grouped by singer; the test singers are the authors'."
     lists = list(_folder("VocalSet", root).rglob("test_singers_technique.txt"))
-    test = {s[0] + re.sub(r"\D", "", s)
-            for s in re.split(r"[\s,]+",
-                              lists[0].read_text(encoding="utf-8",
-                                                 errors="replace").strip())} if lists else {"f2", "f8", "m3", "m5", "m10"}
-    others = sorted((s for s in [f"f{i}" for i in range(1, 10)] + [f"m{i}" for i in range(1, 12)] if s not in test),
-                    key=_chance)
-    return _vocalset(root,
-                     lambda singer, name: "test" if singer in test else "valid" if singer in others[:2] else "train",
-                     TECHNIQUES.__contains__)
+    test = {"f2", "f8", "m3", "m5", "m10"}
+    if lists: test = {s[0] + re.sub(r"\D", "", s) for s in re.split(r"[\s,]+", _text(lists[0]).strip())}
+    singers = [f"f{i}" for i in range(1, 10)] + [f"m{i}" for i in range(1, 12)]
+    valid = sorted((s for s in singers if s not in test), key=_chance)[:2]
+    def split(singer, name):
+        if singer in test: return "test"
+        return "valid" if singer in valid else "train"
+    return _vocalset(root, split, TECHNIQUES.__contains__)
 
 # %% ../nbs/04f_published.ipynb #cb8f661c
 def nsynth(root):
     "Four-second notes with family and pitch; the official split."
     at, rows = _folder("nsynth", root, *(f"nsynth-{s}/examples.json" for s in ("train", "valid", "test"))), []
     for split in ("train", "valid", "test"):
-        for name, r in json.loads((at/f"nsynth-{split}/examples.json").read_text(encoding="utf-8",
-                                                                                 errors="replace")).items():
+        for name, r in json.loads(_text(at/f"nsynth-{split}/examples.json")).items():
             rows.append(dict(path=at/f"nsynth-{split}/audio/{name}.wav", split=split, family=r["instrument_family_str"],
                              pitch=str(r["pitch"]), note=name, source=r["instrument_source_str"],
                              instrument=name.rsplit("-", 2)[0], velocity=name.rsplit("-", 1)[1]))
@@ -268,19 +270,20 @@ def key_name(text:str) -> str: # such as `Db minor` or `C# major`
 def giantsteps(root):
     "Two-minute excerpts with one key: GiantSteps for the test, the MTG set for training."
     at, rows = _folder("giantsteps", root), []
-    find = lambda *names: next((at/n for m in names for n in (m, m + "-master") if (at/n).is_dir()), None)
+    def find(name): return next((at/n for n in (name, name + "-master") if (at/n).is_dir()), None)
     test, train = find("giantsteps-key-dataset"), find("giantsteps-mtg-key-dataset")
     if not (test and train):
         raise _missing(SOURCES["giantsteps"], root, "giantsteps-key-dataset or giantsteps-mtg-key-dataset")
-    audio = lambda top, name: next((f for e in ("mp3", "wav") if (f := top/f"audio/{name}.LOFI.{e}").exists()),
-                                   top/f"audio/{name}.LOFI.mp3")
+    def audio(top, name):
+        mp3, wav = (top/f"audio/{name}.LOFI.{e}" for e in ("mp3", "wav"))
+        return wav if wav.exists() and not mp3.exists() else mp3
     with open(train/"annotations/annotations.txt", newline="", encoding="utf-8", errors="replace") as f:
         sure = [r for r in list(csv.reader(f, delimiter="\t"))[1:] if len(r) > 2 and r[2].strip() == "2"]
     found = [(train, r[0].strip(), r[1], "valid" if _chance(r[0].strip()) < .1 else "train") for r in sure]
-    found += [(test, f.name.split(".")[0], f.read_text(encoding="utf-8", errors="replace"), "test")
-              for f in sorted((test/"annotations/key").glob("*.key"))]
-    genre = lambda top, name: f.read_text(encoding="utf-8",
-                                          errors="replace").strip() if (f := top/f"annotations/genre/{name}.LOFI.genre").exists() else ""
+    found += [(test, f.name.split(".")[0], _text(f), "test") for f in sorted((test/"annotations/key").glob("*.key"))]
+    def genre(top, name):
+        f = top/f"annotations/genre/{name}.LOFI.genre"
+        return _text(f).strip() if f.exists() else ""
     return _clips([dict(path=audio(top, name), split=split, label=key, track=name, genre=genre(top, name))
                    for top, name, text, split in found if (key := key_name(text))], root)
 
@@ -295,18 +298,15 @@ def magnatagatune(root):
     parts = lambda p: "train" if p[0] in "0123456789ab" else "valid" if p[0] == "c" else "test"
     # a clip is called artist-album-number-title-start-end.mp3, and no part has a hyphen of its own
     return _clips([dict(path=top/p, split=parts(p), label="|".join(map(str, t)), track=p.rsplit("-", 2)[0],
-                        artist=p.split("/")[-1].split("-")[0]) for p, t in zip(m.mp3_path, tags.to_numpy()) if t.any()],
-                        root)
+                        artist=p.split("/")[-1].split("-")[0])
+                   for p, t in zip(m.mp3_path, tags.to_numpy()) if t.any()], root)
 
 def emomusic(root):
     "Songs with arousal and valence, as two numbers with a bar between; the artist and genre where the authors' `annotations/songs_info.csv` is there too."
     at = _folder("emomusic", root, "meta.json", "wav")
-    meta = json.loads((at/"meta.json").read_text(encoding="utf-8", errors="replace"))
-    known = at/"annotations/songs_info.csv"
-    info = {r["song_id"]: r
-            for r in csv.DictReader(known.read_text(encoding="utf-8",
-                                                    errors="replace").splitlines())} if known.exists() else {}
-    of = lambda n, c: info.get(n, {}).get(c, "").strip()
+    meta, known, info = json.loads(_text(at/"meta.json")), at/"annotations/songs_info.csv", {}
+    if known.exists(): info = {r["song_id"]: r for r in csv.DictReader(_text(known).splitlines())}
+    def of(n, c): return info.get(n, {}).get(c, "").strip()
     return _clips([dict(path=at/f"wav/{n}.wav", split=r["split"], label="|".join(map(str, r["y"])), song=n,
                         artist=of(n, "Artist"), genre=of(n, "Genre")) for n, r in meta.items()], root)
 

@@ -86,7 +86,8 @@ def _telling_names(scores):
     return name
 
 # %% ../nbs/05_results.ipynb #d62771c4
-_OWN, _SHARED = ("correct", "edits", "values"), ("items", "group", "words", "true_values")   # of a student; of its task
+_OWN = ("correct", "edits", "values")                    # of a student
+_SHARED = ("items", "group", "words", "true_values")     # of its task
 
 def _kept(p):
     "What the statistics need of one student's predictions, and a fingerprint of the items and their truth."
