@@ -46,13 +46,13 @@ def fit_probes(x, y,                # training features [layers, n, dim], or of 
     return dict(p={k: q.unflatten(0, (E, S)) for k, q in kept.items()}, valid=best.unflatten(0, (E, S)))
 
 def train_copies(p,                  # weights of all copies, each [S, R, …], changed in place
-                 g,                  # generators of the order of items, one for each of `S` or of the seeds they repeat
+                 g,                  # a generator of the order of items for each seed
                  n,                  # number of training items
-                 loss,               # of the items at [seeds, batch], the sum of the copies' losses
-                 good,               # how good each copy is on the validation set, [S, R]
+                 loss,               # gives the sum of the copies' losses on the items whose numbers it is given, [seeds, batch]
+                 good,               # gives how good each copy is on the validation set, [S, R]
                  lrs, steps:int, batch:int, decay:float, every:int # as in `fit_probes`
                 ) -> tuple:          # of each copy the weights of its best step, and how good it was there, [S, R]
-    "Train all copies of a probe as one."
+    "Train all copies of a probe as one computation."
     adam = BatchedAdam(list(p.values()), torch.as_tensor(lrs).float(), decay)
     best, kept = torch.full(p["b"].shape[:2], -torch.inf), {k: q.detach().clone() for k, q in p.items()}
     order = [_batches(n, min(batch, n), k) for k in g]
