@@ -24,7 +24,8 @@ class XaresEncoder(nn.Module):
                  layer:int=-1):      # which hidden state
         super().__init__()
         self.encoder, self.layer = check_encoder(encoder), layer
-        self.sampling_rate, self.output_dim, self.hop_size_in_ms = encoder.sample_rate, encoder.dim, 1000*encoder.hop/encoder.sample_rate
+        self.sampling_rate, self.output_dim = encoder.sample_rate, encoder.dim
+        self.hop_size_in_ms = 1000*encoder.hop/encoder.sample_rate
     @torch.inference_mode()
     def forward(self, audio): # waveforms at `sampling_rate`, [batch, samples] or [samples]
         return _heard(self.encoder, torch.atleast_2d(audio))[self.layer]

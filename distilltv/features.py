@@ -55,7 +55,8 @@ def check_encoder(encoder):
         if not isinstance(getattr(encoder, a, None), int):
             raise ValueError(f"encoder {name} has no whole number `{a}`, {what}; set it as an attribute")
     if encoder.sample_rate != 16000:
-        raise ValueError(f"encoder {name} wants {encoder.sample_rate} Hz, the corpora are 16000 Hz; wrap it with torchaudio.functional.resample in its call")
+        raise ValueError(f"encoder {name} wants {encoder.sample_rate} Hz, the corpora are 16000 Hz; "
+                         "wrap it with torchaudio.functional.resample in its call")
     with torch.inference_mode(): h = encoder(torch.randn(2, 16000, generator=torch.Generator().manual_seed(0)))
     if h.ndim != 4 or h.shape[1] != 2:
         raise ValueError(f"encoder {name} returns shape {tuple(h.shape)} for 2 clips, expected [layers, 2, frames, dim]")
@@ -78,7 +79,8 @@ def open_encoder(name:str,            # a model folder, a hub name, `logmel`, `r
     if name == "logmel": return _described(check_encoder(LogMel()), name=name, role="logmel")
     where = _named(name, profile)
     if not (where/"config.json").exists() and (where.exists() or where.is_absolute() or len(where.parts) != 2):
-        raise ValueError(f"encoder {name!r}: no config.json in {where}; give a model folder, a hub name, logmel, random, base or teacher-DOMAIN")
+        raise ValueError(f"encoder {name!r}: no config.json in {where}; "
+                         "give a model folder, a hub name, logmel, random, base or teacher-DOMAIN")
     if name == "random":
         return _described(check_encoder(Transformer(random_student(AutoConfig.from_pretrained(where), seed))),
                           name=f"random-{seed}" if seed else "random", role="random")
@@ -98,7 +100,8 @@ def _opened(path, name):
     model, info = AutoModel.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
     lost = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
     if lost:
-        raise ValueError(f"encoder {name!r}: {len(lost)} tensors are missing or of another shape, the first is {lost[0]}; they would be random, so this is not the model its config.json describes")
+        raise ValueError(f"encoder {name!r}: {len(lost)} tensors are missing or of another shape, the first is {lost[0]}; "
+                         "they would be random, so this is not the model its config.json describes")
     prep = Path(path)/"preprocessor_config.json"
     said = json.loads(prep.read_text(encoding="utf-8")) if prep.exists() else {}
     return model, said.get("sampling_rate", SAMPLE_RATE)
@@ -320,10 +323,12 @@ def _account(out, bad, table, lost):
     # a warning about what could not be read, an error where nothing could or where an encoder gives no numbers
     if out is None: raise ValueError(f"none of {len(lost)} files could be read; the first: {lost[0][1]}")
     if lost:
-        warnings.warn(f"{len(lost)} of {len(_distinct(table))} windows could not be read and are left out; the first: {lost[0][1]}")
+        warnings.warn(f"{len(lost)} of {len(_distinct(table))} windows could not be read and are left out; "
+                      f"the first: {lost[0][1]}")
     for rows, _ in lost: bad[rows] = False
     if bad.any():
-        raise ValueError(f"features of {table.id[bad].iloc[0]} and {bad.sum()-1} others are not finite; check their audio and the encoder's weights")
+        raise ValueError(f"features of {table.id[bad].iloc[0]} and {bad.sum()-1} others are not finite; "
+                         "check their audio and the encoder's weights")
 
 # %% ../nbs/04a_features.ipynb #10cd3b5e
 def features(encoder,              # see `check_encoder`; cached if it has a `hash` of its weights
@@ -346,8 +351,9 @@ def _same_ears(encoder, table, root, x, f):
     now, then = extract(encoder, table, root, only=row), x[:, row]
     if now is None or now.shape[0] == len(then) and np.abs(now[:, row] - then).max() <= .001*np.abs(then).max() + 1e-6:
         return
-    raise ValueError(f"encoder {type(encoder).__name__} does not compute the features that the cache holds under its hash {encoder.hash[:12]}: its weights were changed after "
-                     f"it was wrapped, or `hash` is not a hash of them; wrap it again, or delete {f.name} from the cache folder of your runs")
+    raise ValueError(f"encoder {type(encoder).__name__} does not compute the features that the cache holds under its hash "
+                     f"{encoder.hash[:12]}: its weights were changed after it was wrapped, or `hash` is not a hash of them; "
+                     f"wrap it again, or delete {f.name} from the cache folder of your runs")
 
 # %% ../nbs/04a_features.ipynb #0dd88907
 def choose_view(encoder, view:str="default") -> str: # `default`, `last`, `sum` or a layer number

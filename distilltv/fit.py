@@ -69,7 +69,8 @@ def first_weights(g,               # a generator for each of `S` seeds
                  ) -> dict:        # [E*S, R, …], by the names that `logits` has
     "First weights of all copies, the same for every encoder and learning rate."
     S = len(g)
-    def random(i, o, scale): return torch.stack([torch.randn(i, o, generator=k) for k in g])[:, None].repeat(E, R, 1, 1)*scale
+    def random(i, o, scale):
+        return torch.stack([torch.randn(i, o, generator=k) for k in g])[:, None].repeat(E, R, 1, 1)*scale
     p = dict(W=random(hidden or D, classes, .01), b=torch.zeros(E*S, R, 1, classes))
     if hidden: p |= dict(U=random(D, hidden, D**-.5), c=torch.zeros(E*S, R, 1, hidden))
     if L > 1: p |= dict(a=torch.zeros(E*S, R, L))

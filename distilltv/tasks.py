@@ -110,7 +110,8 @@ def add_task(*tasks) -> None: # of class `Task`
     profile's own make way; any other name that is taken is a `ValueError`."""
     for t in tasks:
         if any(t.name == k.domain for k in TASKS.values() if k.asked in ASKED):
-            raise ValueError(f"task {t.name!r} has the name of a domain, which asks for its tasks; give it another name")
+            raise ValueError(f"task {t.name!r} has the name of a domain, which asks for its tasks; "
+                             "give it another name")
         old = TASKS.get(t.name, t)
         if old.asked != "own" and old.segments != t.segments:
             raise ValueError(f"task {t.name!r} exists already; give it another name")
