@@ -223,8 +223,7 @@ def check_options(rule:str,     # one of `RULES`
             raise ValueError(f"rule {rule} has no option {o!r}" + (f"; it has {', '.join(known)}" if known else ""))
     if not (isinstance(seed, int) and not isinstance(seed, bool) and seed >= 0):
         raise ValueError(f"seed is {seed!r}; give a whole number of at least 0")
-    # refuses what is out of range
-    if rule in FAMILY: FAMILY[rule][0](np.zeros(1), rng=np.random.default_rng(0), **known | options)
+    if known: FAMILY[rule][0](np.zeros(1), rng=np.random.default_rng(0), **known | options) # refuses a wrong share
     if rule == "slerp" and count != 2:
         raise ValueError(f"slerp merges two models, not {count}; use task_arithmetic or ties for more")
     if rule == "model_stock" and count < 2: raise ValueError("model_stock needs at least two models; give another")
