@@ -93,8 +93,11 @@ def _mark(ax, e, x, y, info, domains):
     "One encoder with its intervals."
     r, sweep, colour = info.role[e], info.role[e] == "merged", _colour(e, info, domains)
     across, up = ([[v.estimate[e]-v.lo[e]], [v.hi[e]-v.estimate[e]]] for v in (x, y))
+    longer = r == "ensemble" and "-2x" in e    # the same student, trained for longer: a hollow mark
+    fill, edge = ("white", colour) if longer else (colour, "white")
     ax.errorbar(x.estimate[e], y.estimate[e], xerr=across, yerr=up, fmt=MARK[r], color=colour, ms=6 if sweep else 9,
-                elinewidth=.6, mec="white", mew=.7, ecolor=colour + ("50" if sweep else "90"), zorder=3,
+                elinewidth=.6, mfc=fill, mec=edge, mew=1.6 if longer else .7,
+                ecolor=colour + ("50" if sweep else "90"), zorder=3,
                 label="_" if sweep else label_of(e, info))
 
 def _zoom(ax, near, x, y):
