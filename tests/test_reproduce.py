@@ -406,11 +406,14 @@ def test_time_left_of_a_distillation_by_its_own_steps(tmp_path, monkeypatch):
         student.folder.mkdir(parents=True, exist_ok=True)
         (student.folder/"log.csv").write_text(f"step,loss\n{step-1},1.0\n", encoding="utf-8")
     p = Progress([student], 1)
+    p.pace = 1.
     log(600)                                                       # of an earlier run, which this one continues
     p.start(student)
-    p.began[student.id] -= 100
-    log(700)
-    assert p.time_left() == pytest.approx(300, rel=.05)            # a second a step
-    log(50)                                                        # it began afresh
-    assert p.time_left() == pytest.approx(2*950, rel=.05)
+    p.began[student.id] -= 300
+    log(900)
+    assert p.time_left() == pytest.approx(100, rel=.05)            # a second a step
+    log(400)                                                       # it began afresh
+    assert p.time_left() == pytest.approx(.75*600, rel=.05)
+    log(2)                                                         # so far it has loaded, which says little of its steps
+    assert p.time_left() < p.expected[student.id] + 5*300 < 300/2*1000
     p.close()
