@@ -20,7 +20,7 @@ _HELP = """One small encoder for speech and music: distil two students, merge th
 
   distilltv reproduce              the whole paper on the mini profile: offline, no GPU, minutes
   distilltv reproduce --help       what that does, step by step
-  distilltv status                 which runs are there, which are stale, and about how long they would take
+  distilltv status                 which runs are up to date, which are stale, and which have begun
   distilltv new mine.toml          a file to describe your own experiment in: teachers, audio, budget
   distilltv check mine.toml        what that experiment would run, and what is wrong with it
   distilltv reproduce --profile mine.toml
