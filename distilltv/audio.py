@@ -201,7 +201,7 @@ def audio_length(path) -> int: # samples at 16 kHz
                                "for example `ffmpeg -i IN OUT.flac`")
     return -(-info.frames*SAMPLE_RATE//info.samplerate)
 
-def load_part(path, start:int, end:int # positions in samples at 16 kHz
+def load_part(path, start:int, end:int # a file; first sample at 16 kHz; sample after the last
              ) -> np.ndarray: # float32, at most [end - start]
     "A part of a file as 16 kHz mono; only that part is decoded. It may be silent; an `AudioError` if it is not finite."
     info = _open(path)

@@ -181,7 +181,7 @@ def _shard(path):
         with write_atomic(cached) as tmp, open(tmp, "wb") as f: np.save(f, x)
     return np.load(cached, mmap_mode="r")
 
-def read_shard(path, start:int=0, end:int=None # positions in samples; default: all of it
+def read_shard(path, start:int=0, end:int=None # a shard; first sample; sample after the last, by default of all
               ) -> np.ndarray: # float32 [end - start]
     "A part of a shard, which is decoded once per machine; an `AudioError` if it is not 16 kHz mono."
     return _shard(str(path))[start:end].astype(np.float32)/32768
@@ -274,7 +274,7 @@ def as_batch(crops): # arrays [samples]
 # %% ../nbs/00_corpora.ipynb #0c000004
 def crop_batch(corpus,              # `speech`, `music`, a folder, a list of these (items alternate), or `both`
                step:int,            # index of the batch
-               batch_size:int=8,
+               batch_size:int=8,    # crops
                seconds:float=4.,    # length of each crop
                seed:int=0,
                split:str="train"    # `test` is refused: it is for probes only

@@ -68,7 +68,7 @@ def validation_crops(p:Profile # an experiment
     return {d: crops_of(replace(p, seed=0), (d,), "valid") for d in files}
 
 @torch.no_grad()
-def validate(distiller,
+def validate(distiller,     # a `Distiller`
              held_out:dict, # domain -> `Crops`
              batches:int=4  # of each domain
             ) -> dict: # `valid_<domain>`, and its parts by teacher layer: `valid_<domain>/<teacher>_<layer>`

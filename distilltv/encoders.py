@@ -152,7 +152,7 @@ def weights_hash(model) -> str: # a module, or a dict of tensors
     return f.hash
 
 # %% ../nbs/01_encoders.ipynb #550da3c3
-def save_encoder(model:HubertModel,
+def save_encoder(model:HubertModel,    # student, teacher or merged encoder
                  folder,               # where to; an older version there is replaced at once, never half
                  dtype=torch.float32,  # of the stored tensors
                  **provenance          # noted in `distilltv.json`, beside hash, versions and commit
@@ -174,7 +174,7 @@ def save_encoder(model:HubertModel,
 
 # %% ../nbs/01_encoders.ipynb #b8887f87
 @torch.inference_mode()
-def hidden_states(model:PreTrainedModel,
+def hidden_states(model:PreTrainedModel, # from `load_encoder`
                   wav:torch.Tensor # [batch, samples], normalised; crops of equal length, so nothing is padded
                  ) -> torch.Tensor: # [layers+1, batch, frames, dim]
     "All hidden states of an encoder: number i is the output of layer i, before any final norm."
@@ -188,7 +188,7 @@ def hidden_states(model:PreTrainedModel,
 # %% ../nbs/01_encoders.ipynb #fcc784c1
 _NOT_COPIED = ("masked_spec_embed", "feature_projection.layer_norm.", "encoder.layer_norm.")
 
-def student_config(teacher:HubertConfig,
+def student_config(teacher:HubertConfig, # of the teacher that θ₀ copies
                    layers:int=2, # transformer layers
                    width:int=0,  # features of a frame; 0 = the teacher's
                    heads:int=0   # attention heads; 0 = the teacher's
@@ -224,7 +224,8 @@ def make_base(teacher:HubertModel, # whose convolutions, projection and first la
     return student.eval()
 
 # %% ../nbs/01_encoders.ipynb #289cdc02
-def random_student(like:HubertConfig, seed:int=0) -> HubertModel:
+def random_student(like:HubertConfig, seed:int=0 # the shape, from `student_config`; of the weights
+                  ) -> HubertModel:
     "A student of that configuration with random weights: what the architecture gives for free."
     return _random(like, seed).eval().requires_grad_(False)
 

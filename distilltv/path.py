@@ -119,7 +119,8 @@ def slider(show,         # function of λ that prints or draws
            lam:float=.5, # where to begin
            low:float=0., # its left end; a `lam` outside moves it
            high:float=1., # its right end
-           step:float=.05):
+           step:float=.05 # between two positions
+          ):
     "A slider that calls `show(λ)`; where there is no browser, `show(lam)` once."
     if not any(v in os.environ for v in _FRONT_ENDS): return show(lam)
     try: from ipywidgets import FloatSlider, interact

@@ -38,7 +38,7 @@ class Profile:
     lr:float = 2e-4              # peak learning rate
     warmup:float = .07           # share of the steps spent in linear warm-up
     clip:float = 5.              # gradient norm is clipped here
-    weight_decay:float = .01
+    weight_decay:float = .01     # of AdamW, for matrices
     precision:str = "no"         # accelerate's mixed precision: `no`, `bf16` or `fp16`
     seed:int = 0                 # of dropout, the heads and the order of the data
     loss:str = "kd"              # objective: `kd` (L1 and cosine) or `cl` (correlation and cosine)

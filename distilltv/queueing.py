@@ -14,7 +14,7 @@ import numpy as np
 @dataclass(frozen=True)
 class Work:
     "One job of a grid."
-    id:str
+    id:str           # by which others name it
     seconds:float    # that it runs
     needs:tuple=()   # ids of works that have to be done before it is submitted
     gpus:int=1       # that it holds while it runs
@@ -22,7 +22,7 @@ class Work:
 def simulate(works:list,      # of a grid, in any order
              gpus:int,        # that the grid may hold at one time
              wait=None,       # random generator -> seconds that a job waits after it is submitted; None: not at all
-             seed:int=0
+             seed:int=0       # of the waiting times
             ) -> dict:        # id -> when it was submitted, began and ended, in seconds
     "When each job of a grid runs on a queue; a `ValueError` where one never could."
     known = {w.id: w for w in works}

@@ -163,7 +163,7 @@ OVERALL = "overall of nine"
 
 def scale(d,      # from `bootstrap`
           scores, # from `gather`
-          tasks=NINE
+          tasks=NINE # names
          ) -> pd.DataFrame:
     "Per task the scores that become 0 (log-mel) and 1000 (best teacher), where the teacher is at least a point better."
     role, sign, ends = scores.drop_duplicates("encoder").set_index("encoder").role, signs(scores), {}
@@ -205,8 +205,8 @@ def with_means(d,     # from `bootstrap`
     return pd.concat([d, pd.DataFrame(more)], axis=1)
 
 def by_seed(hits,            # from `gather`
-            scores,
-            draws:int=1000
+            scores,          # from `gather`
+            draws:int=1000   # redrawn test sets
            ) -> dict:        # distillation seed -> draws with means; empty where there is one seed
     "The draws of each distillation seed by itself."
     seeds = seeds_of(hits)
@@ -249,7 +249,7 @@ def table(draws, # from `with_means`
 # %% ../nbs/05_results.ipynb #3d370231
 def reference_of(e,    # an encoder
                  info, # table of encoders, by name
-                 role="ensemble"
+                 role="ensemble" # of the encoder that is looked for
                 ) -> str: # `None`: there is none
     "The ensemble of an encoder's corpus; of several, the one of fewest updates, which are as many as an endpoint's."
     refs = info[info.role == role].sort_values("steps")

@@ -24,7 +24,7 @@ class Stream:
     """Crops of a `datasets` audio set, one from each example, shuffled in blocks; `mark` is where it is, `seek` goes
     there."""
     def __init__(self, name:str,     # `stream:NAME[:CONFIG[:SPLIT]]`, of the hub or a folder; by default `train`
-                 seed:int=0,
+                 seed:int=0,         # of the order and the crops
                  rank:int=0,         # which process this is
                  world:int=1,        # how many there are
                  block:int=256):     # examples that are shuffled together
@@ -107,7 +107,7 @@ class Crops:
     def __init__(self, corpora:list,    # of `speech`, `music`, folders and `stream:…`; items alternate between them
                  batch_size:int,        # crops of that length in a batch, of all processes together
                  seconds:float,         # length of each crop
-                 seed:int=0,
+                 seed:int=0,            # of the crops
                  split:str="train",     # or `valid`; a stream's split is in its name
                  rank:int=None,         # this process, as accelerate has it
                  world:int=None,        # how many processes

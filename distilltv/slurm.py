@@ -26,9 +26,9 @@ class Needs:
     hours:float = 4.      # a job that takes longer goes back into the queue and continues
     memory_gb:float = 0.  # on each node; 0: what the partition gives
     partition:str = ""    # "": Slurm's default, as in the next two
-    account:str = ""
+    account:str = ""      # to be charged
     constraint:str = ""   # features that a node must have, such as `h100`
-    qos:str = ""
+    qos:str = ""          # quality of service
     setup:str = ""        # a line of shell before the run, such as `module load cuda`
     share:int = 1         # runs that go one after another in one job
 
@@ -72,7 +72,7 @@ class Listed:
     number:str   # Slurm's job id
     state:str    # such as `RUNNING`
     reason:str   # why it waits
-    node:str
+    node:str     # where it runs
     @property
     def alive(self) -> bool:
         "Whether it runs, waits or will be run again."
@@ -130,7 +130,9 @@ def claim(run:GridRun, attempt:Attempt) -> bool:
     mine.unlink()
     return ours
 
-def ended(run:GridRun, attempt:Attempt) -> str:  # None: not ended, or not known here yet
+def ended(run:GridRun,     # the run
+          attempt:Attempt  # one try at it
+         ) -> str:         # None: not ended, or not known here yet
     "Why an attempt failed, `""` if it went well."
     found = _read(_file(run, attempt.number, ".ended"))
     return None if found is None else found["why"]
@@ -146,7 +148,7 @@ class Job:
     name:str      # as in its attempts
     runs:tuple    # one after another
     others:dict   # id -> run, for those that they need
-    needs:Needs
+    needs:Needs   # what it asks Slurm for
     home:str      # folder of runs
     cwd:str       # where the driver was started: the repository
 

@@ -56,7 +56,7 @@ def _tag_area(w, has, said):
 # %% ../nbs/05a_statistics.ipynb #5e01aa22
 def bootstrap(hits,            # from `gather`
               draws:int=2000,  # redrawn test sets
-              seed:int=0
+              seed:int=0       # of the draws
              ) -> pd.DataFrame: # columns (task, encoder); row 0 is the estimate, the others are draws
     "Scores of every encoder on redrawn test items (by group, the same for all encoders), probe seeds and distillation seeds."
     rng, out = np.random.default_rng(seed), {}
@@ -99,7 +99,7 @@ def interval(d, level:float=.95) -> pd.DataFrame: # draws, row 0 the estimate; c
     return pd.DataFrame(dict(estimate=d.iloc[0], lo=q.iloc[0], hi=q.iloc[1]))
 
 # %% ../nbs/05a_statistics.ipynb #bad3ad7b
-def mcnemar(b:int, c:int) -> float: # items that only the one, only the other has right
+def mcnemar(b:int, c:int) -> float: # items that only the one has right; that only the other has
     "Two-sided p of McNemar's exact test."
     return float(stats.binomtest(b, b+c).pvalue) if b + c else 1.
 
@@ -108,7 +108,7 @@ def bootstrap_p(d) -> float: # draws of a difference, row 0 the estimate
     d = np.asarray(d)[1:]
     return float(min(1., 2*(min((d <= 0).sum(), (d >= 0).sum()) + 1)/(len(d) + 1)))
 
-def cohen_h(p:float, q:float) -> float: # two proportions
+def cohen_h(p:float, q:float) -> float: # one proportion; the other
     "Effect size of the difference of two proportions: .2 is called small, .5 medium."
     return 2*math.asin(math.sqrt(p)) - 2*math.asin(math.sqrt(q))
 

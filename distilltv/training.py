@@ -132,10 +132,10 @@ class TimeLeft:
                  check_every:int=0):   # steps between validations; 0: only at the end, and not counted
         self.steps, self.once, self.check_every = steps, once, check_every
         self.recent, self.checks = deque(maxlen=51), deque(maxlen=5)
-    def step(self, seconds:float, making:float=0.):
+    def step(self, seconds:float, making:float=0.): # of the step; of them for making targets
         "Note what a step took, in seconds, and how much of it was making targets."
         self.recent.append((seconds-making, making))
-    def check(self, seconds:float):
+    def check(self, seconds:float): # of a validation
         "Note what a validation took, in seconds."
         self.checks.append(seconds)
     def seconds(self, step:int) -> float:
