@@ -79,7 +79,7 @@ def in_place(orders:dict # from `align`
 # %% ../nbs/03d_align.ipynb #51afd0dd
 def fisher_information(model, # a `HubertModel`
                        audio, # batches [batch, samples]
-                       seed:int=0
+                       seed:int=0 # of the projections
                       ) -> dict:
     "Mean squared gradient of randomly projected frames, by tensor name."
     g, total, n = torch.Generator().manual_seed(seed), {k: np.zeros(p.shape) for k, p in model.named_parameters()}, 0

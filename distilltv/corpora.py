@@ -211,7 +211,10 @@ class Segments:
         self.peer = [r["path"] if r["shard"] else str(Path(r["path"]).parent) for r in rows]
         self.peers = {}
         for i, p in enumerate(self.peer): self.peers.setdefault(p, []).append(i)
-    def crop(self, n, rng, quarantine=None, used=None, share=None):
+    def crop(self, n, rng, # samples; numpy random generator
+             quarantine=None,  # dict that takes path -> reason
+             used=None,        # list that takes what was drawn
+             share=None):      # (k, K): of K equal parts the k-th
         """float32 [n], from the k-th of K equal parts of all seconds if `share` is (k, K). A draw that meets an
         unusable file is noted in `quarantine` (path -> reason) and repeated, or raised without one; `used` takes the
         ids."""

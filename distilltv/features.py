@@ -254,7 +254,7 @@ def windows(table,         # rows with file, start, end
 
 # %% ../nbs/04a_features.ipynb #b7405425
 def pool(frames:torch.Tensor, # hidden states [layers, frames, dim] of one window
-         lo, hi,              # bounds in samples of the items in it, arrays [items]
+         lo, hi,              # first samples of the items in it, [items]; samples after their last, [items]
          hop:int=HOP          # samples between frames
         ) -> torch.Tensor:    # [layers, items, dim]
     "Mean over the frames whose centre lies in [lo, hi); the nearest frame where there is none."
@@ -270,7 +270,7 @@ def _inside(frames, lo, hi, hop):
     return inside
 
 # %% ../nbs/04a_features.ipynb #8f911cf6
-def hear(encoder, wav,           # waveforms [batch, samples]
+def hear(encoder, wav,           # see `check_encoder`; waveforms [batch, samples]
          longest:float=30.       # seconds that the encoder hears at once
         ) -> torch.Tensor:       # [layers, batch, frames, dim]
     "Hidden states of waveforms of any length: long ones in equal pieces, cut so that no frame is lost or doubled."
@@ -307,7 +307,7 @@ def _listen(encoder, table, root, seconds, lost, only=None):
             for j, (_, rows) in enumerate(some): yield rows, hidden[:, j]
 
 # %% ../nbs/04a_features.ipynb #4bddc5d8
-def extract(encoder, table, root,  # rows with file, start, end, lo, hi; folder of the corpora
+def extract(encoder, table, root,  # see `check_encoder`; rows with file, start, end, lo, hi; folder of the corpora
             seconds:float=8.,      # audio in a batch; what fits the processor cache is fastest
             only:int=None          # this row (and those of its window) alone; the others are `nan`
            ) -> np.ndarray:        # float32 [layers, rows, dim]; `nan` where a loose file could not be read
@@ -356,7 +356,7 @@ def _same_ears(encoder, table, root, x, f):
                      f"wrap it again, or delete {f.name} from the cache folder of your runs")
 
 # %% ../nbs/04a_features.ipynb #0dd88907
-def choose_view(encoder, view:str="default") -> str: # `default`, `last`, `sum` or a layer number
+def choose_view(encoder, view:str="default") -> str: # see `check_encoder`; `default`, `last`, `sum` or a layer number
     "`default` is the learned sum for encoders of 12 layers or more (teachers), the last layer otherwise (students)."
     depth = getattr(encoder, "depth", 1)
     if view == "default": return "sum" if depth > 12 else "last"
@@ -367,7 +367,7 @@ def choose_view(encoder, view:str="default") -> str: # `default`, `last`, `sum` 
 def view_layers(x, view): return x if view == "sum" else x[[-1 if view == "last" else int(view)]]
 
 # %% ../nbs/04a_features.ipynb #7f11a6a9
-def frame_features(encoder, table, root,   # see `features`
+def frame_features(encoder, table, root,   # see `check_encoder`; as for `features`; folder of the corpora
                    view:str="last",        # see `choose_view`
                    most:float=4e9,         # bytes the cache folder may hold
                    largest:float=2e9       # bytes one table's frames may take

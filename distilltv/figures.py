@@ -65,7 +65,7 @@ def plot_tradeoff(draws,     # from `with_means`
 
 def label_sweep(ax, # whose limits are set
                 x,  # one value for each point of the sweep, in order
-                y,
+                y,  # the same
                 names # what to write beside each
                ):
     "Names beside the points of a curve, on one side of it and on the other in turn, so that neighbours do not touch."

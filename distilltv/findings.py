@@ -33,31 +33,31 @@ class Evidence:
     def seeds(self) -> int: return max(1, len(self.each))
     def has(self, e, *columns) -> bool: return e is not None and all((c, e) in self.draws for c in columns)
     def means(self, e) -> bool: return self.has(e, *(f"{d} mean" for d in self.domains))
-    def difference(self, domain, a, b):
+    def difference(self, domain, a, b): # of the tasks; an encoder; another
         "Draws of the difference of two encoders' means of a domain."
         return self.draws[f"{domain} mean", a] - self.draws[f"{domain} mean", b]
-    def measured(self, domain, a, b):
+    def measured(self, domain, a, b): # of the tasks; an encoder; another
         "The difference of two encoders' means of a domain, its 95 % interval, and the difference with each seed."
         d = self.difference(domain, a, b)
         single = [s[f"{domain} mean", a][0] - s[f"{domain} mean", b][0] for s in self.each.values()]
         return d[0], (d[1:].quantile(.025), d[1:].quantile(.975)), single
-    def counts(self, domain, a, b) -> int:
+    def counts(self, domain, a, b) -> int: # of the tasks; an encoder; another
         "1: `a` is better than `b` beyond the interval and with each seed; -1: worse; 0: not decided."
         _, (low, high), single = self.measured(domain, a, b)
         if low > 0 and all(x > 0 for x in single): return 1
         return -1 if high < 0 and all(x < 0 for x in single) else 0
-    def points(self, domain, a, b) -> str:
+    def points(self, domain, a, b) -> str: # of the tasks; an encoder; another
         "Such as `+3.1 points [+1.0, +5.2]`, and with several seeds each one's difference."
         d, (low, high), single = self.measured(domain, a, b)
         differ = len({round(x, 6) for x in single}) > 1    # two encoders that were not distilled have no seeds
         by = f"; by seed {', '.join(f'{100*x:+.1f}' for x in single)}" if differ else ""
         return f"{100*d:+.1f} points [{100*low:+.1f}, {100*high:+.1f}{by}]"
-    def of_role(self, role, domain=None):
+    def of_role(self, role, domain=None): # such as `ensemble`; whose student or teacher it is
         "The first encoder of a role that has all means; `None`: there is none."
         ok = [e for e in self.info.index if self.info.role[e] == role and self.means(e)
               and (domain is None or self.is_of(e, domain))]
         return ok[0] if ok else None
-    def is_of(self, e, domain) -> bool:
+    def is_of(self, e, domain) -> bool: # an encoder; of the tasks
         "Whether a teacher or student is that of a domain."
         taught = self.info.taught_by.get(e)
         return taught == domain if isinstance(taught, str) else domain in e.split("-")

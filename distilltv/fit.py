@@ -18,12 +18,13 @@ from .features import features, frame_features, view_layers
 LOSSES = dict(classify=F.cross_entropy, tags=F.binary_cross_entropy_with_logits,
               numbers=F.mse_loss)  # by the kind of task
 
-def fit_probes(x, y,                # training features [layers, n, dim], or of several encoders [E, layers, n, dim]; with `attend` [… n, frames, dim]; labels [n], or targets [n, outputs]
-               xv, yv,              # the same for validation
+def fit_probes(x,                   # training features [layers, n, dim], of several encoders [E, layers, n, dim], with `attend` [… n, frames, dim]
+               y,                   # labels [n], or targets [n, outputs]
+               xv, yv,              # as `x`, for validation; as `y`, for validation
                classes:int,         # number of classes or outputs
                lrs=(3e-3, 1e-2, 3e-2, 1e-1), # learning rates of the grid
                seeds=(0, 1, 2),     # seeds of initial weights and batch order
-               steps:int=300, batch:int=128, decay:float=1e-2, # training length, batch size, decoupled weight decay
+               steps:int=300, batch:int=128, decay:float=1e-2, # of training; items in a batch; decoupled weight decay
                every:int=20,        # steps between looks at the validation set
                hidden:int=0,        # units of a hidden layer (MARBLE's probe: 512); 0: purely linear
                kind:str="classify", # the loss, a key of `LOSSES`
@@ -50,7 +51,9 @@ def train_copies(p,                  # weights of all copies, each [S, R, …], 
                  n,                  # number of training items
                  loss,               # gives the sum of the copies' losses on the items whose numbers it is given, [seeds, batch]
                  good,               # gives how good each copy is on the validation set, [S, R]
-                 lrs, steps:int, batch:int, decay:float, every:int # as in `fit_probes`
+                 lrs,                # learning rates [R]
+                 steps:int, batch:int, # of training; items in a batch
+                 decay:float, every:int # decoupled weight decay; steps between looks at the validation set
                 ) -> tuple:          # of each copy the weights of its best step, and how good it was there, [S, R]
     "Train all copies of a probe as one computation."
     adam = BatchedAdam(list(p.values()), torch.as_tensor(lrs).float(), decay)
@@ -63,9 +66,9 @@ def train_copies(p,                  # weights of all copies, each [S, R, …], 
 
 # %% ../nbs/04b_fit.ipynb #77a431a5
 def first_weights(g,               # a generator for each of `S` seeds
-                  E, R, L, D,      # number of encoders, of learning rates, of layers, of features
+                  E, R, L, D,      # number of encoders; of learning rates; of layers; of features
                   classes,         # of the output
-                  hidden:int=0, attend:bool=False # as in `fit_probes`
+                  hidden:int=0, attend:bool=False # as in `fit_probes`; as in `fit_probes`
                  ) -> dict:        # [E*S, R, …], by the names that `logits` has
     "First weights of all copies, the same for every encoder and learning rate."
     S = len(g)
@@ -83,9 +86,9 @@ def _batches(n, size, g):
     while True: yield from torch.randperm(n, generator=g)[:n//size*size].split(size)
 
 def logits(x,               # features [L, S, B, D], or [L, 1, B, D] shared by the seeds; [L, S, B, T, D] with `q`
-           W, b,            # [S, R, D or hidden, C], [S, R, 1, C]
+           W, b,            # [S, R, D or hidden, C]; [S, R, 1, C]
            a=None,          # [S, R, L]: the layers' weights before softmax
-           U=None, c=None,  # [S, R, D, hidden], [S, R, 1, hidden]
+           U=None, c=None,  # [S, R, D, hidden]; [S, R, 1, hidden]
            q=None           # [S, R, D]: what frames are compared with, to weight them
           ) -> torch.Tensor: # [S, R, B, C]
     "What the probes of all copies say."
@@ -127,7 +130,11 @@ def _keep_best(best, kept, p, good):
 # %% ../nbs/04b_fit.ipynb #b1d0e07c
 class BatchedAdam:
     "AdamW whose parameters start with dimensions [S, R]; copy (s, r) uses learning rate `lrs[r]`."
-    def __init__(self, params, lrs, decay=0., betas=(.9, .999), eps=1e-8):
+    def __init__(self, params, lrs,     # tensors [S, R, …]; learning rates [R]
+                 decay=0.,              # decoupled weight decay
+                 betas=(.9, .999),      # of the running means of the gradient and of its square
+                 eps=1e-8               # added to the root
+                ):
         self.params, self.lrs, self.decay, self.betas, self.eps, self.t = params, lrs, decay, betas, eps, 0
         self.m, self.v = ([torch.zeros_like(p) for p in params] for _ in range(2))
     @torch.no_grad()
@@ -140,7 +147,7 @@ class BatchedAdam:
             p.mul_(1 - lr*self.decay).sub_(lr*(m/(1-b1**self.t))/((v/(1-b2**self.t)).sqrt() + self.eps))
 
 # %% ../nbs/04b_fit.ipynb #ce90d375
-def knn(x, y, xt, k:int=5) -> np.ndarray: # training features [n, dim] and labels, test features [m, dim]
+def knn(x, y, xt, k:int=5) -> np.ndarray: # training features [n, dim]; their labels; test features [m, dim]; neighbours
     "Majority vote of the `k` nearest by cosine; ties go to the nearer."
     z, some = F.normalize(x, dim=-1), max(1, 2**25//len(x))    # as many at once as keep the table of cosines small
     near = torch.cat([(part @ z.T).topk(min(k, len(x))).indices for part in F.normalize(xt, dim=-1).split(some)])
@@ -168,13 +175,18 @@ class Answer:
     def usable(self, label, trained) -> pd.Series: # answers; those that training has
         "Which rows can be scored."
         return label != ""
-    def guess(self, task, train, test, chain) -> tuple: # rows with `label`; columns that describe the recording
+    def guess(self, task, train, test, # a `Task`; rows with `label`; the same
+              chain                    # columns that describe the recording
+             ) -> tuple:
         "Test scores of the guess without and with the columns of the recording."
         usual = looked_up(train.label, train, test, task.about, lambda s: s.mode()[0],
                           pd.Series(train.label.mode()[0], test.index))
         told = looked_up(train.label, train, test, (*task.about, *chain), lambda s: s.mode()[0], usual)
         return (test.label == usual).mean(), (test.label == told).mean()
-    def score(self, encoders, task, views, seeds, root=None, head="linear") -> list: # (rows, predictions) of each encoder
+    def score(self, encoders, task,        # see `check_encoder`; a `Task`
+              views, seeds,                # of each encoder, see `choose_view`; of the probes
+              root=None, head="linear"     # folder of the corpora; a key of `LRS`
+             ) -> list:                    # (rows, predictions) of each encoder
         "Scores of encoders; those whose features have one shape are scored together."
         found, done = [self.features(e, task, v, root, head) for e, v in zip(encoders, views)], {}
         for shape in dict.fromkeys(f.shape for f in found):
@@ -182,17 +194,27 @@ class Answer:
             done |= zip(at, self.score_features(torch.as_tensor(np.stack([found[i] for i in at])), task, seeds, root,
                                                 head))
         return [done[i] for i in range(len(encoders))]
-    def features(self, encoder, task, view, root, head):
+    def features(self, encoder, task,   # see `check_encoder`; a `Task`
+                 view, root, head       # see `choose_view`; folder of the corpora; a key of `LRS`
+                ):
         "Of each item the mean of its frames, or the frames themselves where the head weights them."
         table, root = task.table(root), task.root(root)
         if head == "attentive": return frame_features(encoder, table, root, view)
         return view_layers(features(encoder, table, root), view)
-    def score_features(self, x, task, seeds, root, head):
+    def score_features(self, x, task, # see `prepared`; a `Task`
+                       seeds,         # of the probes
+                       root, head     # folder of the corpora; a key of `LRS`
+                      ):
         "Scores from features [encoders, layers, items, …]: over folds, the mean."
         folds = [self.score_split(x, task.split(root, k), task, seeds, head) for k in range(task.folds or 1)]
         return [_mean_of_folds([f[i] for f in folds]) for i in range(len(x))]
 
-def looked_up(y, train, test, columns, say, otherwise):
+def looked_up(y,           # answers of the training rows
+              train, test, # rows; rows
+              columns,     # names of columns of both
+              say,         # makes one answer of several
+              otherwise    # answers of the test rows where there is none
+             ):
     "What `say` makes of the training answers with the same values in `columns`; `otherwise` where there are none."
     if not columns: return otherwise
     key = lambda d: functools.reduce(lambda a, b: a + "\t" + b, (d[c].astype(str) for c in columns))
@@ -209,7 +231,10 @@ def _mean_of_folds(folds):
     return out, joined | {k: v for k, v in kept[0].items() if k == "classes"}
 
 # %% ../nbs/04b_fit.ipynb #ab488f6f
-def prepared(x, df, t):    # features [encoders, layers, items, dim], or with frames as a fifth dimension and `nan` where there are none
+def prepared(x,   # features [encoders, layers, items, dim], or [… items, frames, dim] with `nan` where there are no frames
+             df,  # rows with `label`, `split` and `usable`
+             t    # a `Task`
+            ):
     "Standardised features, the rows that can be used, where each split is, what to keep of the test items, and the status."
     heard = torch.isfinite(x if x.ndim == 4 else x[:, :, :, 0]).all(-1).all(0).all(0).numpy()
     status = shortfall(int((~heard).sum()), len(df), int((~df.usable).sum()))
@@ -223,7 +248,7 @@ def prepared(x, df, t):    # features [encoders, layers, items, dim], or with fr
     kept = {k: c.to_numpy(str)[at["test"]] for k, c in dict(id=df.id, group=df[t.group]).items()}
     return (x - mean)/std, df, at, kept, status
 
-def shortfall(lost, whole, unlabelled=0): # rows that could not be read, rows, rows without a label
+def shortfall(lost, whole, unlabelled=0): # rows that could not be read; all rows; rows without a label
     "What a score had to do without, or `None`."
     says = []
     if lost: says.append(f"{lost} of {whole} rows unreadable")
@@ -274,7 +299,7 @@ class Slots(Classes):
     def slots(self, label): return label.str.split("|", expand=True)
 
 # %% ../nbs/04b_fit.ipynb #a3215ece
-def key_score(true, pred) -> float: # keys such as `0:major`
+def key_score(true, pred) -> float: # keys such as `0:major`; what the probe says
     "Mean of `mir_eval`'s graded key score: 1 for the key, less for the fifth, the relative and the parallel."
     import mir_eval
     names = "C Db D Eb E F Gb G Ab A Bb B".split()
@@ -297,7 +322,7 @@ def _rows_of(x, tuned, y, at, t, score, true, whole_answer, seeds, head, kept, c
 class Tags(Answer):
     "Several yes-or-no questions, as `0` and `1` with bars between."
     loss, blind = "tags", .5     # what a guess without listening scores
-    def targets(self, df, train):
+    def targets(self, df, train): # rows with `label`; which of them train
         "float32 [items, outputs]"
         return torch.as_tensor(np.array(df.label.str.split("|").tolist(), np.float32))
     def guess(self, task, train, test, chain):
@@ -323,7 +348,7 @@ class Numbers(Tags):
         return (y - y[train].mean(0))/(y[train].std(0) + 1e-5)
 
 def number_score(metric:str, # `roc-auc`, `average precision`, `r2`, or `r2:1` for the second number alone
-                 true, said  # [n, outputs]
+                 true, said  # [n, outputs]; what the probe says, [n, outputs]
                 ) -> float:
     "The score of tags or numbers, by `scikit-learn`; tags that the test set lacks are left out."
     if metric.startswith("r2"):

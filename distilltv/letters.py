@@ -23,7 +23,7 @@ def letters(text:str, alphabet:str=LETTERS) -> torch.Tensor: # blank first; of t
     if alphabet == LETTERS: text = text.upper()
     return torch.tensor([alphabet.index(c) for c in text if c in alphabet[1:]], dtype=torch.long)
 
-def heard_text(scores, alphabet:str=LETTERS) -> str: # [frames, letters]
+def heard_text(scores, alphabet:str=LETTERS) -> str: # [frames, letters]; blank first
     "The best letter of each frame, repeats merged, blanks dropped."
     best = torch.unique_consecutive(scores.argmax(-1))
     return " ".join("".join(alphabet[i] for i in best if i).split())
@@ -33,18 +33,18 @@ def _errors(process, units, true, said):
     edits = np.array([c.substitutions + c.deletions + c.insertions for c in counted])
     return edits, np.array([len(units(t)) for t in true])
 
-def word_errors(true, said) -> tuple: # texts
+def word_errors(true, said) -> tuple: # texts; what was heard
     "Edits and words of each pair, counted by `jiwer`; their sums' ratio is the word error rate."
     return _errors(jiwer.process_words, str.split, true, said)
 
-def letter_errors(true, said) -> tuple: # texts
+def letter_errors(true, said) -> tuple: # texts; what was heard
     "Edits and characters of each pair, counted by `jiwer`; their sums' ratio is the character error rate."
     return _errors(jiwer.process_characters, list, true, said)
 
 # %% ../nbs/04c_letters.ipynb #c01fd015
 class Letters(nn.Module):
     "Frames to letters: the layers' weights, a projection, two bidirectional LSTM layers, and a classifier."
-    def __init__(self, layers:int, dim:int,   # of the encoder's hidden states
+    def __init__(self, layers:int, dim:int,   # number of hidden states; their width
                  width:int=1024):             # of the projection and the LSTM
         super().__init__()
         self.mix, self.inward = nn.Parameter(torch.zeros(layers)), nn.Linear(dim, width)
@@ -56,8 +56,9 @@ class Letters(nn.Module):
 
 # %% ../nbs/04c_letters.ipynb #e843b0cb
 def fit_letters(encoder, table, root,  # see `check_encoder`; rows of `librispeech`; folder of the data sets
-                view:str="last", seed:int=0,
-                steps:int=200_000, batch:int=32, lr:float=1e-4, width:int=1024, # the reference's settings
+                view:str="last", seed:int=0, # see `choose_view`; of weights and order
+                steps:int=200_000, batch:int=32, # of training, as the reference; utterances in a batch
+                lr:float=1e-4, width:int=1024,   # learning rate; see `Letters`
                 every:int=2000         # steps between looks at the validation set
                ) -> tuple:             # the probe, and its validation word error rate
     "Train a CTC probe on frozen frames; the step with the fewest validation errors is kept."
@@ -99,7 +100,7 @@ class Words(Answer):
         return [score_letters(e, task, v, seeds, root) for e, v in zip(encoders, views)]
 
 def score_letters(encoder, task, # a task with the answer `Words`
-                  view, seeds, root=None,
+                  view, seeds, root=None, # see `choose_view`; of the probes; folder of the data sets
                   **settings     # of `fit_letters`
                  ) -> tuple:
     "Rows and predictions of the CTC task, like `score_task`; the predictions are edits and words per utterance."
@@ -138,8 +139,9 @@ def _ctc(x, n, y, u, p):
 def fit_spelling(train,               # (frames [layers, n, T, D], how many are there [n], letters [n, longest], how many [n])
                  valid,               # the same for validation
                  alphabet:str,        # blank first
-                 lrs=(1e-2, 3e-2), seeds=(0, 1, 2),
-                 steps:int=300, batch:int=16, decay:float=1e-2, every:int=30
+                 lrs=(1e-2, 3e-2), seeds=(0, 1, 2), # learning rates; of weights and order
+                 steps:int=300, batch:int=16,       # of training; utterances in a batch
+                 decay:float=1e-2, every:int=30     # decoupled weight decay; steps between looks at the validation set
                 ) -> tuple:           # weights [S, R, …] of the best step of each copy, for `logits`; its validation character error rate [S, R]
     "Linear CTC probes of all seeds and learning rates, trained as one batched computation."
     (x, n, y, u), S, R = train, len(seeds), len(lrs)
@@ -170,7 +172,7 @@ class Spelling(Answer):
         return [score_spelling(e, task, v, tuple(seeds), root) for e, v in zip(encoders, views)]
 
 def score_spelling(encoder, t,   # a task with the answer `Spelling`
-                   view, seeds, root=None,
+                   view, seeds, root=None, # see `choose_view`; of the probes; folder of the corpora
                    lrs=(1e-2, 3e-2) # learning rates of `fit_spelling`
                   ) -> tuple:
     "Rows and predictions of a spelling task, like `score_task`; the predictions are the texts that were heard, and their edits."

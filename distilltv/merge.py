@@ -182,7 +182,10 @@ def load_student(folder,         # a model folder
 # %% ../nbs/03e_algebra.ipynb #6052658f
 class Ruled:
     "What a rule makes of task vectors, read tensor by tensor like a checkpoint."
-    def __init__(self, rule, base, vectors, weights, seed, options):
+    def __init__(self, rule, base,       # its name; θ₀
+                 vectors, weights,       # task vectors; their weights
+                 seed, options           # of rules that draw; values for the rule
+                ):
         self.rule, self.base, self.vectors, self.seed, self.options = rule, base, vectors, seed, options
         first = next(iter(base.terms))
         self.layout, self.config, self.record, self.folder = first.layout, first.config, first.record, first.folder

@@ -27,7 +27,8 @@ def score_task(encoder, task,            # see `check_encoder` and `find_task`
     return score_encoders([encoder], task, view, seeds, root, head)[0]
 
 def score_encoders(encoders, task,       # several encoders; see `find_task`
-                   view:str="default", seeds=(0, 1, 2), root=None, head:str="linear"
+                   view:str="default", seeds=(0, 1, 2), # see `choose_view`; of the probes
+                   root=None, head:str="linear"         # folder of the corpora; `linear`, `mlp` or `attentive`
                   ) -> list:             # (rows, predictions) of each
     "Score encoders on one task, their probes trained together where features have one shape; a `Leak` refuses a task."
     t = find_task(task)

@@ -129,7 +129,7 @@ def _stack(task, parts, metric):
                 **shared, **{own: np.stack([p[own][:probes] for p in parts.values()])})
 
 # %% ../nbs/05_results.ipynb #5e01ae03
-def save(folder, scores, hits) -> None: # where to; from `gather`
+def save(folder, scores, hits) -> None: # where to; scores from `gather`; predictions from `gather`
     "Write `scores.csv` and a compact `predictions.npz`, atomically."
     folder = Path(folder)
     with write_atomic(folder/"scores.csv") as tmp: scores.to_csv(tmp, index=False)

@@ -32,7 +32,7 @@ def check_share(name:str, # of an option: `density`, `gamma` or `epsilon`
 
 def trim(t,                 # one tensor of a task vector
          density:float=.2,  # share of entries to keep
-         **_):
+         **_):              # what other rules take
     "Keep the largest entries (TIES, arXiv 2306.01708, section 3.1)."
     check_share("density", density)
     if (n := _count(t, density)) >= t.size: return t
@@ -47,9 +47,9 @@ def trim(t,                 # one tensor of a task vector
     return out
 
 # %% ../nbs/03a_rules.ipynb #9931634b
-def breadcrumbs(t, density:float=.9, # share of entries to keep
+def breadcrumbs(t, density:float=.9, # one tensor of a task vector; share of entries to keep
                 gamma:float=.01,     # share of largest entries to drop
-                **_):
+                **_):                # what other rules take
     "Keep the middle: neither outliers nor noise (Model Breadcrumbs, arXiv 2312.06795)."
     for name, value in dict(density=density, gamma=gamma).items(): check_share(name, value)
     if density + gamma > 1:
@@ -58,18 +58,18 @@ def breadcrumbs(t, density:float=.9, # share of entries to keep
     return np.where((ranks < top) & (ranks >= top - _count(t, density)), t, 0)
 
 # %% ../nbs/03a_rules.ipynb #4e8858fa
-def dare(t, density:float=.5, # chance of an entry to be kept
+def dare(t, density:float=.5, # one tensor of a task vector; chance of an entry to be kept
          rng=None,            # numpy random generator
-         **_):
+         **_):                # what other rules take
     "Drop entries at random and rescale the rest to the same expectation (DARE, arXiv 2311.03099)."
     check_share("density", density)
     return np.where(rng.random(t.shape) < density, t/density, 0)
 
 # %% ../nbs/03a_rules.ipynb #6d184bf0
-def magprune(t, density:float=.5, # mean chance of an entry to be kept
+def magprune(t, density:float=.5, # one tensor of a task vector; mean chance of an entry to be kept
              epsilon:float=.15,   # how far chances go below and above the mean
              rng=None,            # numpy random generator
-             **_):
+             **_):                # what other rules take
     "Drop small entries more often than large ones, each rescaled by its chance (DELLA, arXiv 2406.11617)."
     for name, value in dict(density=density, epsilon=epsilon).items(): check_share(name, value)
     if not epsilon < density <= 1 - epsilon:
@@ -94,12 +94,12 @@ def _speakers(vectors, weights):
     sign = np.sign(sum(weighted))
     return sign, [np.maximum(sign*t, 0) for t in weighted]
 
-def vote(vectors, weights):
+def vote(vectors, weights): # a tensor of each task vector; a number for each
     "The weighted sum of the entries whose sign wins (TIES, arXiv 2306.01708, section 3.2)."
     sign, said = _speakers(vectors, weights)
     return sign*sum(said)
 
-def elect(vectors, weights):
+def elect(vectors, weights): # a tensor of each task vector; a number for each
     "The weighted mean of the entries whose sign wins (TIES, arXiv 2306.01708, sections 3.2 and 3.3)."
     sign, said = _speakers(vectors, weights)
     total = sum(abs(w)*(t > 0) for w, t in zip(weights, said))
@@ -115,7 +115,7 @@ FAMILY = {# name: (sparsify, consensus)
     "breadcrumbs": (breadcrumbs, add), "breadcrumbs_ties": (breadcrumbs, vote)}
 
 # %% ../nbs/03a_rules.ipynb #0764d275
-def slerp(a, b,      # two tensors
+def slerp(a, b,      # a tensor; another of its shape
           lam:float  # share of `a`
          ):
     "Spherical interpolation; the straight line where the angle is too small or too flat to say."
@@ -161,7 +161,7 @@ def regmean(tensors,        # weights of a linear layer, [out, in] each
     return np.linalg.solve(total + ridge*np.eye(len(total)), right.T).T
 
 # %% ../nbs/03a_rules.ipynb #f7a32833
-def correlation(x, y # activations on the same audio, [frames, units] each
+def correlation(x, y # activations [frames, units]; of another model on the same audio
                ):
     "Correlation of every unit of `x` with every unit of `y`; a unit that never moves correlates with none."
     def standard(v):

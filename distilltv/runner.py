@@ -170,13 +170,13 @@ class Progress:
             end[r.id] = free[worker] = max(free[worker], ready) + self._need(r)
         return max(end.values(), default=0.)
 
-    def start(self, run):
+    def start(self, run): # of the grid
         "Note that a run begins."
         self.left.setdefault(run.id, expect(run))
         self.expected.setdefault(run.id, self.left[run.id])
         self.began[run.id], self.before[run.id] = time.time(), steps_done(run)
 
-    def done(self, run, note="", seconds=0.):
+    def done(self, run, note="", seconds=0.): # of the grid; why it failed; that it took elsewhere
         "Count a run that was fresh, has run, or failed; where it ran elsewhere, in how many seconds."
         self.left.pop(run.id, None)
         began = self.began.pop(run.id, None)

@@ -62,7 +62,9 @@ class Stream:
         block, of_another = self.place["block"], path in quarantine and path not in self.bad
         if not of_another and self.bad.setdefault(path, (block, i)) == (block, i): return path
         return f"{path} (example {i} of block {block})"
-    def crop(self, n, rng, quarantine=None, used=None):
+    def crop(self, n, rng, # samples; numpy random generator
+             quarantine=None,  # dict that takes path -> reason
+             used=None):       # list that takes what was drawn
         """float32 [n], from as many examples as it takes; an unusable one is noted in `quarantine` (path -> reason),
         or raised without one."""
         parts, failed = [], 0
@@ -182,7 +184,7 @@ class Crops:
         "What a process must know to go on at that step: where its streams are, its quarantine, and where that was met."
         return dict(streams=self._marks.get(step, []), quarantine=dict(self.quarantine),
                     places=[dict(s.bad) for s in self.streams])
-    def restore(self, step, states, rank=0):
+    def restore(self, step, states, rank=0): # to go on at; from `state`, of all processes; which process this is
         "Go on at that step, from the states of all processes."
         if not self.streams:
             self.quarantine |= merge_quarantines(states)
@@ -217,7 +219,7 @@ def merge_quarantines(states:list # of all processes, from `Crops.state`
     "What any process could not use."
     return {path: why for s in states for path, why in s["quarantine"].items()}
 
-def write_quarantine(bad:dict, folder) -> None:
+def write_quarantine(bad:dict, folder) -> None: # path -> why; of the run
     "Write `folder/quarantine.csv`: path and reason of every file that was left out."
     with write_atomic(Path(folder)/"quarantine.csv") as file, open(file, "w", newline="", encoding="utf-8",
                                                                    errors="backslashreplace") as f:

@@ -119,7 +119,7 @@ def latest(run:GridRun) -> Attempt:  # None: there was none yet
     found = _read(_file(run, max(numbers))) if numbers else None
     return Attempt(**found) if found else None
 
-def claim(run:GridRun, attempt:Attempt) -> bool:
+def claim(run:GridRun, attempt:Attempt) -> bool: # of the grid; a try at it
     "Make an attempt known, unless another driver was first; says whether it is ours."
     file = _file(run, attempt.number)
     mine = file.with_name(f".{attempt.name}")

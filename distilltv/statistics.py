@@ -152,7 +152,7 @@ def beats(d) -> float: # draws of a difference, row 0 the estimate
     "Probability that the difference is above zero; a draw without a difference counts half."
     return float((d[1:] > 0).mean() + .5*(d[1:] == 0).mean())
 
-def chances(draws, column, encoders) -> pd.DataFrame: # from `with_means`; a mean, or a task of which more is better
+def chances(draws, column, encoders) -> pd.DataFrame: # from `with_means`; a mean, or a task of which more is better; names
     "Probability that the encoder of a row beats the one of a column."
     return pd.DataFrame({b: {a: beats(draws[column, a] - draws[column, b]) if a != b else np.nan for a in encoders}
                          for b in encoders})

@@ -27,7 +27,7 @@ class TableError(ValueError): "A table that its loader cannot read; the message 
 @dataclass(frozen=True)
 class Task:
     "A question to ask of frozen features, as data."
-    name:str
+    name:str                  # by which it is asked for
     domain:str                # such as `speech`, `music`, `sound` or `mixed`
     load:Callable             # the folder of the files -> a table: id, file, start, end, lo, hi, split or fold, labels
     label:str                 # column to predict
@@ -305,7 +305,7 @@ def samples_of(path) -> int:
 # %% ../nbs/04d_tasks.ipynb #2c9631ab
 def from_datasets(data,                # a `DatasetDict` of splits, or a `Dataset` with a column of splits
                   folder,              # where the recordings are written, once
-                  audio:str="audio", label:str="label", split:str="split", # columns
+                  audio:str="audio", label:str="label", split:str="split", # column of the audio; of the label; of the split
                   seconds:float=None,  # longest window; default whole recordings
                   **columns            # further ones to keep, by the name they shall have: `speaker="speaker_id"`
                  ) -> pd.DataFrame:    # a segment table with `label`

@@ -288,7 +288,7 @@ class TargetCache:
         self.made, self.seconds = self.made+1, self.seconds + time.perf_counter()-began
         if np.isfinite(x).all(): return x
         raise ValueError(f"hidden states of the teacher do not fit {self.dtype}: use cache=float32")
-    def key(self, teacher, wav, layers) -> str:
+    def key(self, teacher, wav, layers) -> str: # as for a call; as for a call; as for a call
         "SHA-256 of the teacher's weights and configuration, layers, precision, and the samples it hears."
         if teacher not in self._teachers: self._teachers[teacher] = f"{weights_hash(teacher)} {_setup(teacher)}"
         kind = wav.device.type

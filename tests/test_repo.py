@@ -298,3 +298,8 @@ def test_modules_import_only_to_their_left(path):
 def test_importing_the_style_costs_no_torch():
     code = "import sys, distilltv.style; print([m for m in ('torch', 'transformers') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT).stdout.strip() == "[]"
+
+@pytest.mark.parametrize("page", sorted((ROOT/"nbs/api").glob("*.qmd")), ids=lambda f: f.stem)
+def test_each_parameter_of_the_reference_has_a_meaning(page):
+    rows = [line for line in page.read_text(encoding="utf-8").splitlines() if line.startswith("| `")]
+    assert not [row for row in rows if row.endswith("|  |")]
