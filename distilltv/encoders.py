@@ -87,8 +87,8 @@ def _open(cls, path, config):
                                     output_loading_info=True, ignore_mismatched_sizes=True)
     except pickle.UnpicklingError as e:
         wants = re.search(r"GLOBAL (\S+)", str(e))
-        says = f"holds more than tensors: it wants {wants[1]}. It was not run; ask its author for model.safetensors"
-        if not wants: says = "is not a file of tensors; download it again"
+        says = "is not a file of tensors; download it again"
+        if wants: says = f"holds more than tensors: it wants {wants[1]}. It was not run; ask its author for model.safetensors"
         raise ValueError(f"{path}: pytorch_model.bin {says}") from e
     except (SafetensorError, RuntimeError, EOFError, OSError) as e:
         raise ValueError(f"{path}: the weights cannot be read ({_first_line(e)}); download or make them again") from e
