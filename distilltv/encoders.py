@@ -10,11 +10,13 @@ __all__ = ['HOP', 'WINDOW', 'FAMILIES', 'frames', 'receptive', 'load_encoder', '
 import json, pickle, re
 from pathlib import Path
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (Data2VecAudioModel, HubertConfig, HubertModel, PreTrainedConfig, PreTrainedModel,
                           Wav2Vec2FeatureExtractor, Wav2Vec2Model, WavLMModel)
 from transformers.utils import logging as hf_logging
+from .audio import RATES
 from .cards import encoder_card
 from .runs import Fingerprint, atomic_folder, versions, commit
 
@@ -65,16 +67,23 @@ def _config(path, layers):
             raise ValueError(f"{path} is not a model folder: check the path, or run the notebook that makes it") from e
         raise ValueError(f"{path} is not a model folder or hub name that can be opened ({_first_line(e)}); "
                          "check it, or run the notebook that makes it") from e
+    except (AttributeError, TypeError): raw = None
+    if not isinstance(raw, dict): raise ValueError(f"{path}: config.json holds no names with values; download it again")
     kind, depth = raw.get("model_type"), raw.get("num_hidden_layers", 12)
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise ValueError(f"{path} holds a model of type {kind!r}; an encoder is one of {', '.join(FAMILIES)}")
     cls = FAMILIES[kind]
     known = cls.config_class().to_dict()
     _refuse_strangers(path, raw, known)
+    if type(depth) is not int or depth < 1:
+        raise ValueError(f"{path}: config.json says num_hidden_layers = {depth!r}; write a whole number of at least 1")
     if not 0 <= layers <= depth:
         raise ValueError(f"layers = {layers}, but {path} has {depth} layers; ask for at most these, or 0 for all")
     said = {k: v for k, v in raw.items() if k in known and k not in ("model_type", "architectures")}
-    return cls, cls.config_class(**said | dict(num_hidden_layers=layers or depth)), raw
+    try: return cls, cls.config_class(**said | dict(num_hidden_layers=layers or depth)), raw
+    except (StrictDataclassError, AttributeError, TypeError, ValueError) as e:
+        raise ValueError(f"{path}: config.json cannot be used ({' '.join(str(e).split())}); correct it, or download it "
+                         "again") from e
 
 def _first_line(e): return str(e).strip().split("\n")[0]
 
@@ -92,6 +101,9 @@ def _open(cls, path, config):
         raise ValueError(f"{path}: pytorch_model.bin {says}") from e
     except (SafetensorError, RuntimeError, EOFError, OSError) as e:
         raise ValueError(f"{path}: the weights cannot be read ({_first_line(e)}); download or make them again") from e
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as e:
+        raise ValueError(f"{path}: no {cls.__name__} can be built from config.json ({_first_line(e)}); correct it, or "
+                         "download it again") from e
     finally: hf_logging.set_verbosity(level)
 
 # %% ../nbs/01_encoders.ipynb #86119e0d
@@ -110,12 +122,16 @@ def _account(info, prefix, kept, depth):
 
 def _preprocessor(path):
     "preprocessor_config.json as a dict, empty if there is none; a `ValueError` if it cannot be read."
-    try: return Wav2Vec2FeatureExtractor.get_feature_extractor_dict(path)[0]
-    except (OSError, ValueError) as e:
+    try: said = Wav2Vec2FeatureExtractor.get_feature_extractor_dict(path)[0]
+    except (OSError, ValueError, TypeError) as e:
         if (Path(path)/"preprocessor_config.json").is_file():
             raise ValueError(f"{path}: preprocessor_config.json cannot be read ({_first_line(e)}); "
                              "download it again") from e
         return {}
+    if not isinstance(said, dict) or not isinstance(said.get("do_normalize", True), bool):
+        raise ValueError(f"{path}: preprocessor_config.json holds no names with values, or a do_normalize that is "
+                         "neither true nor false; download it again")
+    return said
 
 def _sample_rate(path, raw, prep):
     "What config.json and preprocessor_config.json say the encoder hears, in Hz; 16 kHz if they are silent."
@@ -123,7 +139,10 @@ def _sample_rate(path, raw, prep):
     if model and heard and model != heard:
         raise ValueError(f"{path}: config.json says {model} Hz and preprocessor_config.json {heard} Hz; "
                          "correct one of them")
-    return model or heard or 16_000
+    rate = model or heard or 16_000
+    if type(rate) is not int or not RATES[0] <= rate <= RATES[1]:
+        raise ValueError(f"{path} says that it hears {rate!r} samples a second; write a whole number in {RATES}")
+    return rate
 
 # %% ../nbs/01_encoders.ipynb #2ff79f92
 def load_encoder(path,        # model folder or hub name, of one of the types above

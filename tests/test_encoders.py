@@ -396,3 +396,16 @@ def test_a_saved_encoder_has_a_card_and_its_sampling_rate(tmp_path, folder):
     again = load_encoder(save_encoder(load_encoder(tmp_path/"mert"), tmp_path/"mine", role="teacher"))
     assert again.sample_rate == 24_000 and "24,000 Hz" in (tmp_path/"mine/README.md").read_text()
     assert load_encoder(save_encoder(make_base(again), tmp_path/"base")).sample_rate == 16_000
+
+@pytest.mark.parametrize("file", ["config.json", "preprocessor_config.json"])
+def test_whatever_a_configuration_says_ends_in_a_model_or_a_sentence(tmp_path, file):
+    "Each value in turn is of another type or out of range; and the file holds no table at all."
+    tiny = dict(hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96, conv_dim=[16]*7,
+                num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=4)
+    save_encoder(HubertModel(HubertConfig(**tiny)), tmp_path/"it")
+    whole = json.loads((tmp_path/"it"/file).read_text(encoding="utf-8"))
+    wrong = [whole | {k: v} for k in whole for v in (None, [], {}, "x", -1, 0, 1.5, [1, "a"])]
+    for content in [[], "x", 3, True, *wrong]:
+        (tmp_path/"it"/file).write_text(json.dumps(content), encoding="utf-8")
+        try: load_encoder(tmp_path/"it")
+        except ValueError as e: assert str(tmp_path/"it") in str(e) and "\n" not in str(e), content
