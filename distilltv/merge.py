@@ -306,7 +306,9 @@ def _licences(student):
     found = {}
     for term in student.terms:
         leaves = [c for v in term.vectors for c in v.terms] if isinstance(term, Ruled) else [term]
-        found |= {c.hash: c.record.get("licence", "not recorded") for c in leaves}
+        for c in leaves:
+            said = c.record.get("licence")
+            found[c.hash] = said if said and isinstance(said, str) else "not recorded"
     return found
 
 _RECORD = {"kind", "rule", "base_hash", "inputs", "extrapolation", "versions", "commit", "weights_hash", "dtype"}

@@ -314,6 +314,14 @@ def test_a_scale_beyond_one_is_an_extrapolation_too(trio, tmp_path):
         assert merge(base, dict(speech=s, music=m), dict(speech=.5, music=.5), "ties",
                      scale=scale).save_pretrained(tmp_path/"u")["extrapolation"] == beyond
 
+@pytest.mark.parametrize("said", [["MIT"], {}, "", None, 3])
+def test_a_licence_that_is_no_name_is_not_recorded(mine, tmp_path, said):
+    note = mine/"speech/distilltv.json"
+    note.write_text(json.dumps(json.loads(note.read_text()) | dict(licence=said)))
+    base, s, m = algebra(mine)
+    record = (base + .3*s + .7*m).save_pretrained(tmp_path/"u")
+    assert {i["licence"] for i in record["inputs"]} == {"not recorded"}
+
 def test_card_names_licences_and_scores(mine, tmp_path):
     (mine/"speech/distilltv.json").write_text(json.dumps(json.loads((mine/"speech/distilltv.json").read_text())
                                                          | dict(licence="CC-BY-4.0")))
