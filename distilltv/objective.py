@@ -119,6 +119,7 @@ class Distiller(nn.Module):
         student.feature_extractor.register_forward_hook(lambda m, i, o: o*feature_grad + o.detach()*(1-feature_grad))
         self.settings = dict(layers=list(layers), objective=loss, feature_grad=feature_grad, heads=list(teachers),
                              targets=cache.dtype if cache else "")  # what a checkpoint is bound to, beside the profile
+        self.whole_batch = loss == "cl"  # whether the items of a batch must be together
     def _apply(self, fn, *args):
         for t in self._teachers.values(): t._apply(fn)  # they follow to the GPU
         return super()._apply(fn, *args)

@@ -152,6 +152,12 @@ class TimeLeft:
         return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {s:02} s" if minutes else f"{s} s"
 
 # %% ../nbs/02b_training.ipynb #5a0ebc3d
+def _in_one_piece(pieces):
+    "A `ValueError` for an objective of whole batches in several pieces."
+    if pieces > 1:
+        raise ValueError("loss=cl compares the crops of a batch with each other, so pieces of it have another loss: "
+                         "use accumulate=1, and more processes where memory is short")
+
 def check_training(p:Profile,       # an experiment
                    processes:int=1, # that share each batch
                    corpora:int=1    # whose crops have lengths of their own: 1 but for `short = alone`
@@ -162,9 +168,7 @@ def check_training(p:Profile,       # an experiment
     if p.cache and not p.epoch:
         raise ValueError(f"cache={p.cache} keeps what is heard again, and with epoch=0 nothing is: "
                          "set epoch to a number of steps")
-    if p.loss == "cl" and p.accumulate > 1:
-        raise ValueError("loss=cl compares the crops of a batch with each other, so pieces of it have another loss: "
-                         "use accumulate=1, and more processes where memory is short")
+    if p.loss == "cl": _in_one_piece(p.accumulate)
     if p.batch % (unit := processes*p.accumulate*corpora):
         lengths = f" of {corpora} corpora with lengths of their own" if corpora > 1 else ""
         raise ValueError(f"a batch of {p.batch} crops cannot be divided equally among {processes} processes that "
@@ -201,6 +205,7 @@ def _ahead(get, steps, n):
 
 def _backward(accelerator, model, batch, pieces):
     "Gradients of a batch, computed in that many pieces; the mean of each loss over them."
+    if getattr(accelerator.unwrap_model(model), "whole_batch", False): _in_one_piece(pieces)
     batch = [x.to(accelerator.device) for x in (batch if isinstance(batch, tuple) else (batch,))]
     total = {}
     for i, piece in enumerate(zip(*(x.chunk(pieces) for x in batch))):
@@ -288,7 +293,7 @@ class TargetCache:
         self.made, self.seconds = self.made+1, self.seconds + time.perf_counter()-began
         if np.isfinite(x).all(): return x
         raise ValueError(f"hidden states of the teacher do not fit {self.dtype}: use cache=float32")
-    def key(self, teacher, wav, layers) -> str: # as for a call; as for a call; as for a call
+    def key(self, teacher, wav, layers) -> str: # frozen encoder; [batch, samples], normalised; counted from 1
         "SHA-256 of the teacher's weights and configuration, layers, precision, and the samples it hears."
         if teacher not in self._teachers: self._teachers[teacher] = f"{weights_hash(teacher)} {_setup(teacher)}"
         kind = wav.device.type

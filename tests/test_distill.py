@@ -300,7 +300,7 @@ def test_accumulated_pieces_make_the_same_gradient():
 def test_pieces_of_a_batch_have_another_correlation_loss_and_are_refused(tmp_path):
     with pytest.raises(ValueError, match="loss=cl compares the crops of a batch.*use accumulate=1"):
         fit(distiller(loss="cl"), lambda k: torch.cat([batch_at(k), batch_at(k+1)]), tmp_path,
-            replace(P, loss="cl", batch=4, accumulate=2), steps=1)
+            replace(P, batch=4, accumulate=2), steps=1)
     assert not list(tmp_path.iterdir())
 
 def test_best_and_last_checkpoints_can_both_be_continued(tmp_path):
