@@ -68,7 +68,7 @@ def train_copies(p,                  # weights of all copies, each [S, R, …], 
 def first_weights(g,               # a generator for each of `S` seeds
                   E, R, L, D,      # number of encoders; of learning rates; of layers; of features
                   classes,         # of the output
-                  hidden:int=0, attend:bool=False # as in `fit_probes`; as in `fit_probes`
+                  hidden:int=0, attend:bool=False # units of a hidden layer; whether frames are weighted
                  ) -> dict:        # [E*S, R, …], by the names that `logits` has
     "First weights of all copies, the same for every encoder and learning rate."
     S = len(g)

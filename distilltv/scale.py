@@ -193,6 +193,9 @@ class Crops:
             raise ValueError(f"the streams were shared by {len(states)} processes, not {self.world}: "
                              f"continue with {len(states)}")
         mine = states[rank]    # without those of others: an example's name depends on what this process has met
+        if "places" not in mine:
+            raise ValueError("the checkpoint does not say where its streams met bad examples, as an older version wrote "
+                             "it: delete checkpoint.pt and start again")
         self.quarantine |= mine["quarantine"]
         for s, mark, bad in zip(self.streams, mine["streams"], mine["places"]):
             s.seek(mark)

@@ -106,17 +106,19 @@ TASKS = {}   # name -> task, in the order of entry
 ASKED = ("all", "more", "paper")   # words that ask for the tasks that the package has
 
 def add_task(*tasks) -> None: # of class `Task`
-    """Enter tasks; `probe` knows them by `name` afterwards. Of two with a table of one name the newer counts, and a
-    profile's own make way; any other name that is taken is a `ValueError`."""
+    """Enter tasks; `probe` knows them by `name` afterwards. A name that is taken is a `ValueError`, but for a profile's
+    own, and for a function that a notebook defines again: the newer one counts."""
     for t in tasks:
         if any(t.name == k.domain for k in TASKS.values() if k.asked in ASKED):
             raise ValueError(f"task {t.name!r} has the name of a domain, which asks for its tasks; "
                              "give it another name")
         old = TASKS.get(t.name)
-        other = old and (old.segments != t.segments or t.segments == "<lambda>")    # which is the name of any of them
-        if other and old.asked != "own":
+        if old and old.asked != "own" and not _again(old.load, t.load):
             raise ValueError(f"task {t.name!r} exists already; give it another name")
         TASKS[t.name] = t
+
+def _again(old, new):
+    return "__main__" in (old.__module__, new.__module__) and old.__name__ == new.__name__ != "<lambda>"
 
 def find_task(name:"str|Task") -> Task:
     "The task of that name."
@@ -176,8 +178,8 @@ def check_leakage(task,           # see `find_task`
 def duplicates(table, root) -> pd.DataFrame: # rows with file, start, split, id; folder of the files
     "Rows whose audio is also in another split, with the hash they share; a data set that is whole gives an empty table."
     h = audio_hashes(list(table.file.unique()), root)
-    d = table.assign(audio=table.file.map(h) + ":" + table.start.astype(str))
-    d = d[table.file.map(h) != "unreadable"]
+    audio = table.file.map(h)
+    d = table.assign(audio=audio + ":" + table.start.astype(str))[audio != "unreadable"]
     d = d[d.groupby("audio").split.transform("nunique") > 1]
     return d[["audio", "split", "id"]].sort_values("audio", kind="stable").reset_index(drop=True)
 
