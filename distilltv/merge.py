@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 import numpy as np
 import yaml
-from .cards import model_card, provenance
+from .cards import licence_of, model_card, provenance
 from .rules import RULES, apply_rule, check_options
 from .runs import Fingerprint, atomic_folder, commit, write_atomic
 from .weights import (ByName, Checkpoint, Loaded, blocks, check_dtype, check_same, finite, gathered, parts,
@@ -306,9 +306,7 @@ def _licences(student):
     found = {}
     for term in student.terms:
         leaves = [c for v in term.vectors for c in v.terms] if isinstance(term, Ruled) else [term]
-        for c in leaves:
-            said = c.record.get("licence")
-            found[c.hash] = said if said and isinstance(said, str) else "not recorded"
+        found |= {c.hash: licence_of(c.record) for c in leaves}
     return found
 
 _RECORD = {"kind", "rule", "base_hash", "inputs", "extrapolation", "versions", "commit", "weights_hash", "dtype"}

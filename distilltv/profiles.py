@@ -108,7 +108,7 @@ def _wrong_domains(p):
         return ["teachers is not a table with a folder or hub name for each domain"]
     if not isinstance(p.audio, dict): return ["audio is not a table with a folder or stream for each domain"]
     wrong, names = [], ", ".join(map(str, p.teachers))
-    lower = names.lower().split(", ")
+    lower = [str(d).lower() for d in p.teachers]
     for d, teacher in p.teachers.items():
         if not _is_word(d):
             wrong.append(f"domain {d!r} cannot be a folder's name: begin with a letter, go on with letters, digits, "
