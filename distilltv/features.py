@@ -17,7 +17,8 @@ from .profiles import SHIPPED, profile as get_profile
 from .runs import cached, data_dir, file_hash, home, write_json
 from .audio import SAMPLE_RATE, AudioError, audible, load_part, normalise
 from .corpora import read_shard
-from .encoders import FAMILIES, HOP, WINDOW, hidden_states, load_encoder, random_student, weights_hash
+from .encoders import FAMILIES, HOP, WINDOW, hidden_states, load_encoder, random_student
+from .encoders import read_config, read_preprocessor, weights_hash
 
 # %% ../nbs/04a_features.ipynb #f3432492
 class LogMel:
@@ -94,17 +95,15 @@ def open_encoder(name:str,            # a model folder, a hub name, `logmel`, `r
 # %% ../nbs/04a_features.ipynb #8fd828fd
 def _opened(path, name):
     # HuBERT's kin as everywhere in this project, without their authors' code; what else `transformers` knows, by its own class
-    from transformers import AutoModel, PreTrainedConfig
-    if PreTrainedConfig.get_config_dict(path)[0].get("model_type") in FAMILIES:
+    from transformers import AutoModel
+    if read_config(path).get("model_type") in FAMILIES:
         return (model := load_encoder(path)), model.sample_rate
     model, info = AutoModel.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
     lost = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
     if lost:
         raise ValueError(f"encoder {name!r}: {len(lost)} tensors are missing or of another shape, the first is {lost[0]}; "
                          "they would be random, so this is not the model its config.json describes")
-    prep = Path(path)/"preprocessor_config.json"
-    said = json.loads(prep.read_text(encoding="utf-8")) if prep.exists() else {}
-    return model, said.get("sampling_rate", SAMPLE_RATE)
+    return model, read_preprocessor(path).get("sampling_rate", SAMPLE_RATE)
 
 # %% ../nbs/04a_features.ipynb #7ad9c9eb
 def shipped_or_run(name, p):

@@ -5,6 +5,7 @@ from torchaudio.models.wav2vec2.utils import import_huggingface_model
 from transformers import (Data2VecAudioConfig, Data2VecAudioForCTC, HubertConfig, HubertForCTC, HubertModel,
                           Wav2Vec2Config,
                           Wav2Vec2ForPreTraining, WavLMConfig, WavLMModel)
+from distilltv.features import open_encoder
 from distilltv.encoders import Heads, frames, hidden_states, load_encoder, make_base, random_student, receptive, save_encoder, student_config, weights_hash
 
 logging.getLogger("torchaudio").setLevel("ERROR")
@@ -409,3 +410,8 @@ def test_whatever_a_configuration_says_ends_in_a_model_or_a_sentence(tmp_path, f
         (tmp_path/"it"/file).write_text(json.dumps(content), encoding="utf-8")
         try: load_encoder(tmp_path/"it")
         except ValueError as e: assert str(tmp_path/"it") in str(e) and "\n" not in str(e), content
+
+@pytest.mark.parametrize("said", [[], dict(model_type=[]), dict(model_type={})])
+def test_what_a_probe_opens_is_read_by_the_same_function(tmp_path, said):
+    (tmp_path/"config.json").write_text(json.dumps(said), encoding="utf-8")
+    with pytest.raises(ValueError, match=str(tmp_path)): open_encoder(str(tmp_path))

@@ -382,6 +382,8 @@ def test_a_table_of_anything_that_datasets_opens(root, tmp_path, monkeypatch):
     T.add_task(T.Task("low-or-high", "sound", lambda root: mine, "label", "speaker", ("speaker",)))
     assert (P.probe("logmel", "low-or-high", seeds=1).score == 1).all() and "low-or-high" not in T.task_names("paper")
     with pytest.raises(ValueError, match="task 'ks' exists already"): T.add_task(T.Task("ks", "sound", lambda root: mine, "label", "speaker"))
+    def speech_commands(root): return mine    # another function of the name that has the table of `ks`
+    with pytest.raises(ValueError, match="task 'ks' exists already"): T.add_task(T.Task("ks", "sound", speech_commands, "label", "speaker"))
     T.TASKS.pop("low-or-high")
 
 def test_rows_of_datasets_without_audio_or_columns_are_named(tmp_path):
