@@ -197,7 +197,7 @@ def claims(draws,        # from `with_means`
     es = [e for d in first for e in d.encoder if ev.means(e)]
     found = dict(both=_keeps_both(ev, es), dial=_dial_claim(ev, es), ensemble=_ensemble_claim(ev, es))
     cost = gpu_time(2*distil_flop("2") + distil_flop("2", 2))
-    full = f"`distilltv reproduce --profile paper --seeds 3`; about {cost} of an A100 for the students of each seed, then the paper's tasks"
+    full = f"`distilltv reproduce --profile paper --seeds 3`; about {cost} of an H100 for the students of each seed, then the paper's tasks"
     told = dict(both=("Task vectors of separately distilled students, interpolated linearly, give one encoder for speech "
                       "and music.", "05_results.ipynb#the-trade-off"),
                 dial=("The weights of the interpolation set the emphasis on a domain, without training anew.",

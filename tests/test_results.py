@@ -242,14 +242,14 @@ def test_a_row_without_a_run_says_command_audio_and_time(beside):
     rest = t[t.ours == "not run"]
     assert len(rest) > 90 and (t[t.ours != "not run"].ours != "").all() and (rest.command != "").all()
     run = rest[~rest.command.str.startswith("none: ")]
-    assert (run.audio != "").all() and run.time.str.fullmatch(r"[\d.e-]+ to [\d.e-]+ (h|min)").all()
+    assert (run.audio != "").all() and run.time.str.fullmatch(r"[\d.e+]+ (h|min)|less than a minute").all()
     assert rest[rest.command.str.startswith("none: ")].time.eq("").all()
     ic = run[(run.model == "HuBERT base (teacher)") & (run.task == "IC")].iloc[0]
     assert ic["first"] == ""
     assert ic.command == "papermill nbs/04_probe.ipynb probe.ipynb -p profile paper -p tasks ic -p encoder teacher-speech"
     assert ic.audio == "Fluent Speech Commands: 19 h"
-    # by hand: a HuBERT Base is 14.8 GFLOP a second of audio, 19 h are 68 400 s, an A100 312 TFLOP/s of which .6 to .2 are used
-    assert ic.time == f"{68400*14.813e9/(312e12*.6)/60:.2g} to {68400*14.813e9/(312e12*.2)/60:.2g} min" == "0.09 to 0.27 min"
+    # by hand: a HuBERT Base is 14.8 GFLOP a second of audio, 19 h are 68 400 s, and an H100 did 105 TFLOP/s
+    assert 68400*14.813e9/105e12 < 60 and ic.time == "less than a minute"
     assert max(len(v) for c in P.COST for v in run[c]) < 320
 
 def test_the_counted_operations_are_those_of_the_layers():
