@@ -70,7 +70,12 @@ def _open(path, data=None):
                                "correct its header")
     return info
 
-def _source(path, data): return str(path) if data is None else io.BytesIO(data)
+class _Bytes(io.BytesIO):
+    def seek(self, offset, whence=0):
+        try: return super().seek(offset, whence)
+        except (ValueError, OverflowError): return self.tell()    # a broken header points out of the file: libsndfile sees it
+
+def _source(path, data): return str(path) if data is None else _Bytes(data)
 
 # %% ../nbs/00c_audio.ipynb #8ca1a05b
 def _cut(path, data=None):

@@ -298,6 +298,7 @@ def test_an_mp3_that_decodes_to_nothing_is_named():
     b[153:156] = b"\x000\x0f"
     with pytest.raises(AudioError, match="fuzz "): load_audio("fuzz", data=bytes(b))
 
+@pytest.mark.filterwarnings("error")    # nor a traceback of soundfile's on the way
 @settings(max_examples=400, deadline=None)
 @given(st.sampled_from(sources()),
        st.lists(st.tuples(st.integers(0, 200), st.binary(min_size=1, max_size=8)), max_size=4),
@@ -368,6 +369,7 @@ def test_any_table_is_rows_or_a_sentence(tmp_path_factory, rest):
     except ValueError as e: assert str(folder) in str(e)
     else: assert all(0 <= r["start"] < r["end"] for r in rows)
 
+@pytest.mark.filterwarnings("ignore:.*files left out")
 def test_what_is_passed_over_is_said_and_links_are_followed(tmp_path):
     audio_in(tmp_path/"disk/more", tmp_path/"c")
     (tmp_path/"c/link").symlink_to(tmp_path/"disk")
@@ -512,6 +514,7 @@ def test_a_long_file_is_cropped_without_being_decoded(tmp_path, monkeypatch):
     corpora.open_segments.cache_clear()
     assert Crops([tmp_path], 2, 1.)(0).shape == (2, 16_000) and max(frames) == 16_000
 
+@pytest.mark.filterwarnings("ignore:.*files left out")
 def test_headers_of_a_folder_are_read_once(tmp_path, monkeypatch):
     monkeypatch.setenv("DISTILLTV_HOME", str(tmp_path/"home"))
     folder = folder_of(tmp_path, 3)

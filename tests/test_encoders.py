@@ -398,6 +398,7 @@ def test_a_saved_encoder_has_a_card_and_its_sampling_rate(tmp_path, folder):
     assert again.sample_rate == 24_000 and "24,000 Hz" in (tmp_path/"mine/README.md").read_text()
     assert load_encoder(save_encoder(make_base(again), tmp_path/"base")).sample_rate == 16_000
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")
 @pytest.mark.parametrize("file", ["config.json", "preprocessor_config.json"])
 def test_whatever_a_configuration_says_ends_in_a_model_or_a_sentence(tmp_path, file):
     "Each value in turn is of another type or out of range; and the file holds no table at all."
