@@ -15,7 +15,8 @@ from .check import gpu_time, operations
 from .audio import SAMPLE_RATE
 from .distill import distil
 from .encoders import student_config
-from .features import PREPROCESSING, choose_view, features
+from .frozen import choose_view
+from .features import PREPROCESSING, features
 from .fit import LRS, fit_probes
 from .letters import Letters, Words
 from .published import PUBLISHED, REFERENCE, SOURCES

@@ -10,7 +10,8 @@ import time
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 from .runs import Run, commit, peak_memory, versions, write_atomic
-from .features import Transformer, check_encoder, choose_view, features, open_encoder, table_hash
+from .frozen import Transformer, check_encoder, choose_view, open_encoder
+from .features import features, table_hash
 from .fit import LRS, fit_probes
 from .tasks import TASKS, Leak, TableError, check_leakage, duplicates, find_task
 from .tasks import leakage, task_names, task_table

@@ -133,7 +133,7 @@ def _wrong_entries(name, said, specs):
         if k not in specs: yield f"{name}.{k} is unknown{_nearest(k, specs)}"
         elif not specs[k].ok(v): yield f"{name}.{k} = {v!r} is not {specs[k]}"
 
-# what a profile says of a task; nbs/04d_tasks.ipynb reads its table
+# what a profile says of a task; nbs/04e_tasks.ipynb reads its table
 TASK = dict.fromkeys(("table", "label", "group", "domain"), Text(empty=False))
 
 def _wrong_tasks(p):

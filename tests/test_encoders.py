@@ -5,7 +5,7 @@ from torchaudio.models.wav2vec2.utils import import_huggingface_model
 from transformers import (Data2VecAudioConfig, Data2VecAudioForCTC, HubertConfig, HubertForCTC, HubertModel,
                           Wav2Vec2Config,
                           Wav2Vec2ForPreTraining, WavLMConfig, WavLMModel)
-from distilltv.features import open_encoder
+from distilltv.frozen import open_encoder
 from distilltv.encoders import Heads, frames, hidden_states, load_encoder, make_base, random_student, receptive, save_encoder, student_config, weights_hash
 
 logging.getLogger("torchaudio").setLevel("ERROR")

@@ -5,7 +5,7 @@ from transformers import HubertConfig, HubertModel
 from distilltv import tasks as T
 from distilltv.distill import distil
 from distilltv.encoders import load_encoder, save_encoder, weights_hash
-from distilltv.features import open_encoder
+from distilltv.frozen import open_encoder
 from distilltv.figures import shares
 from distilltv.findings import report
 from distilltv.grid import grid, merge_weights

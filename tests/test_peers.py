@@ -42,7 +42,7 @@ print(json.dumps([featurizer.output_dim, featurizer.downsample_rate, featurizer.
 def test_s3prl_opens_a_saved_student(tmp_path):
     "A model folder of ours is all that s3prl's `hf_hubert_custom` needs, and it hears the same."
     python = peer("S3PRL")
-    from distilltv.features import open_encoder
+    from distilltv.frozen import open_encoder
     from distilltv.adapters import S3prlUpstream
     encoder = open_encoder(str(STUDENT))
     torch.save(wavs(), tmp_path/"wavs.pt")
@@ -88,7 +88,7 @@ from argparse import Namespace
 import s3prl.downstream, torch
 from s3prl import hub
 from s3prl.downstream.runner import Runner
-from distilltv.features import open_encoder
+from distilltv.frozen import open_encoder
 from distilltv.adapters import S3prlUpstream
 hub.distilltv = lambda ckpt, **_: S3prlUpstream(open_encoder(ckpt))
 s3prl.downstream.__path__.append(sys.argv[2])
@@ -123,7 +123,7 @@ def test_a_step_equals_s3prls(tmp_path):
 CHECKED = """
 import json, sys, torch
 from xares.audio_encoder_checker import check_audio_encoder
-from distilltv.features import open_encoder
+from distilltv.frozen import open_encoder
 from distilltv.adapters import XaresEncoder
 good = XaresEncoder(open_encoder(sys.argv[1]))
 bad = XaresEncoder(open_encoder(sys.argv[1]))

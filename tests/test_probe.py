@@ -3,7 +3,7 @@ import dataclasses, json, re
 import numpy as np, pandas as pd, pytest, soundfile as sf, torch
 from hypothesis import given, settings, strategies as st
 from transformers import HubertConfig, HubertModel
-from distilltv import features as E, fit as F, mini as M, probe as P, tasks as T
+from distilltv import features as E, fit as F, frozen as Z, mini as M, probe as P, tasks as T
 from distilltv.runs import _trim, data_dir
 
 torch.set_num_threads(1)
@@ -128,13 +128,13 @@ def test_pool_is_the_mean_of_frames_whose_centre_is_inside(frames, spans):
         torch.testing.assert_close(got[:, i], h[:, inside].mean(1))
 
 def test_batches_are_free_of_padding(runs, corpus):
-    e, table = E.check_encoder(E.Transformer(hubert())), M.notes(corpus)
+    e, table = Z.check_encoder(Z.Transformer(hubert())), M.notes(corpus)
     together = E.extract(e, table, corpus)
     alone = np.concatenate([E.extract(e, table.iloc[[i]], corpus) for i in range(len(table))], 1)
     np.testing.assert_allclose(together, alone, atol=1e-4)
 
 def test_cache_is_keyed_by_weights_and_audio_and_survives_damage(runs, corpus):
-    a, b, table = E.Transformer(hubert(0)), E.Transformer(hubert(1)), M.notes(corpus)
+    a, b, table = Z.Transformer(hubert(0)), Z.Transformer(hubert(1)), M.notes(corpus)
     fa, fb = E.features(a, M.notes(corpus), corpus), E.features(b, M.notes(corpus), corpus)
     assert not np.allclose(fa, fb) and E.features_key(a, table, corpus) != E.features_key(b, table, corpus)
     f = runs/"cache"/f"{E.features_key(a, table, corpus)}.npy"
@@ -146,14 +146,14 @@ def test_cache_is_keyed_by_weights_and_audio_and_survives_damage(runs, corpus):
     assert E.features_key(a, table, corpus) != before
 
 def test_same_weights_in_another_class_of_name_share_a_key():
-    class Renamed(E.Transformer): pass
-    assert E.Transformer(hubert()).hash == Renamed(hubert()).hash
+    class Renamed(Z.Transformer): pass
+    assert Z.Transformer(hubert()).hash == Renamed(hubert()).hash
 
 def test_same_weights_in_another_configuration_have_a_key_of_their_own(corpus):
     usual, table = hubert(), M.notes(corpus)
     other = HubertModel(HubertConfig(**usual.config.to_dict() | dict(hidden_act="relu")))
     other.load_state_dict(usual.state_dict())
-    a, b = E.Transformer(usual), E.Transformer(other)
+    a, b = Z.Transformer(usual), Z.Transformer(other)
     assert a.hash == b.hash and E.features_key(a, table, corpus) != E.features_key(b, table, corpus)
 
 def test_mert_folders_open_without_their_code(tmp_path):
@@ -163,16 +163,16 @@ def test_mert_folders_open_without_their_code(tmp_path):
                             | dict(model_type="mert_model", sample_rate=16000,
                                    auto_map=dict(AutoModel="modeling_MERT.MERTModel"))))
     (tmp_path/"mert/modeling_MERT.py").write_text("raise SystemExit('this code must never run')")
-    assert E.open_encoder(str(tmp_path/"mert")).hash == E.Transformer(hubert()).hash
+    assert Z.open_encoder(str(tmp_path/"mert")).hash == Z.Transformer(hubert()).hash
 
 def test_cache_is_bounded(runs, corpus):
-    for s in range(3): E.features(E.Transformer(hubert(s)), M.notes(corpus), corpus, most=2e6)
+    for s in range(3): E.features(Z.Transformer(hubert(s)), M.notes(corpus), corpus, most=2e6)
     size = lambda: sum(f.stat().st_size for f in (runs/"cache").glob("*.npy"))
     _trim(runs/"cache", 1)
     assert len(list((runs/"cache").glob("*.npy"))) == 1 and size() < 2e6
 
 def test_a_solvable_task_is_solved_and_predictions_are_kept(runs, corpus, tmp_path):
-    d = P.probe(E.open_encoder("logmel"), "instrument,pitch", seeds=3, root=str(corpus), out=tmp_path/"out")
+    d = P.probe(Z.open_encoder("logmel"), "instrument,pitch", seeds=3, root=str(corpus), out=tmp_path/"out")
     linear = d[d.probe == "linear"]
     assert (linear.score == 1).all() and set(linear.seed) == {0, 1, 2} and (d[d.probe == "knn"].score == 1).all()
     z = np.load(tmp_path/"out/predictions.npz", allow_pickle=False)
@@ -191,7 +191,7 @@ def test_a_row_names_what_it_was_made_from(runs, corpus, tmp_path):
                    root=str(corpus)).data_hash[0] != d.data_hash[0] == pd.read_csv(tmp_path/"out/scores.csv").data_hash[0]
 
 def test_frames_are_those_that_are_averaged(runs, corpus):
-    e, table = E.Transformer(hubert()), M.notes(corpus)
+    e, table = Z.Transformer(hubert()), M.notes(corpus)
     frames = E.frame_features(e, M.notes(corpus), corpus)
     assert frames.shape[:2] == (1, len(table))
     assert set(np.isfinite(frames[0, ..., 0]).sum(1)) == set((table.hi - table.lo - 400)//320 + 1)
@@ -202,16 +202,16 @@ def test_frames_are_those_that_are_averaged(runs, corpus):
         E.frame_features(e, M.notes(corpus), corpus, largest=1e4)
 
 def test_an_attentive_probe_solves_a_solvable_task(runs, corpus):
-    d = P.probe(E.open_encoder("logmel"), "instrument", seeds=2, root=str(corpus), head="attentive")
+    d = P.probe(Z.open_encoder("logmel"), "instrument", seeds=2, root=str(corpus), head="attentive")
     assert d.encoder[0] == "logmel@attentive" and (d.score == 1).all() and set(d.probe) == {"attentive", "knn"}
     with pytest.raises(ValueError, match="head 'deep' is unknown; use linear, mlp, attentive"):
-        P.score_task(E.LogMel(), "pitch", root=str(corpus), head="deep")
+        P.score_task(Z.LogMel(), "pitch", root=str(corpus), head="deep")
 
 @pytest.mark.parametrize("change",
                          [lambda m: m.encoder.layers[0].feed_forward.output_dense.weight.data.mul_(3),
                           lambda m: torch.nn.init.zeros_(m.feature_projection.projection.weight)])
 def test_weights_changed_after_wrapping_do_not_meet_cached_features(runs, corpus, change):
-    e = E.Transformer(hubert())
+    e = Z.Transformer(hubert())
     E.features(e, M.notes(corpus), corpus)
     E.features(e, M.notes(corpus), corpus)
     change(e.model)
@@ -306,30 +306,30 @@ def test_leakage_of_numbers_and_tags(monkeypatch):
     (dict(sample_rate=24000), "wants 24000 Hz"), (dict(hop=None), "no whole number `hop`"),
     (dict(hop=160), "about 32[0-9] samples"), (dict(dim=12), "says dim = 12 and returns 80")])
 def test_the_contract_explains(change, message):
-    e = E.LogMel()
+    e = Z.LogMel()
     for k, v in change.items(): setattr(e, k, v)
-    with pytest.raises(ValueError, match=message): E.check_encoder(e)
+    with pytest.raises(ValueError, match=message): Z.check_encoder(e)
 
 def test_a_call_of_the_wrong_shape_is_explained():
-    class Flat(E.LogMel):
+    class Flat(Z.LogMel):
         def __call__(self, wav): return super().__call__(wav)[0]
-    with pytest.raises(ValueError, match=r"expected \[layers, 2, frames, dim\]"): E.check_encoder(Flat())
+    with pytest.raises(ValueError, match=r"expected \[layers, 2, frames, dim\]"): Z.check_encoder(Flat())
 
 def test_any_transformers_audio_model_opens(tmp_path):
     from transformers import Wav2Vec2Config, Wav2Vec2Model
     Wav2Vec2Model(Wav2Vec2Config(**SHAPE)).save_pretrained(tmp_path/"w2v")
-    e = E.open_encoder(str(tmp_path/"w2v"))
+    e = Z.open_encoder(str(tmp_path/"w2v"))
     assert (e.hop, e.dim, e.depth) == (320, 24, 3) and e.info["role"] == "other"
 
 @pytest.mark.parametrize("name", ["no-such-thing", "/no/such/folder"])
 def test_an_unknown_encoder_is_named(name):
-    with pytest.raises(ValueError, match="no config.json"): E.open_encoder(name)
+    with pytest.raises(ValueError, match="no config.json"): Z.open_encoder(name)
 
 def test_unknown_tasks_and_views_are_named():
     with pytest.raises(ValueError, match="task 'tempo' is unknown; use all, more, paper, a domain, or some of phones"):
         P.probe("logmel", "tempo")
-    with pytest.raises(ValueError, match="layer from 0 to 0"): E.choose_view(E.LogMel(), "3")
-    assert E.choose_view(E.LogMel()) == "last"
+    with pytest.raises(ValueError, match="layer from 0 to 0"): Z.choose_view(Z.LogMel(), "3")
+    assert Z.choose_view(Z.LogMel()) == "last"
 
 def test_knn_votes_and_breaks_ties_by_nearness():
     x, y = torch.tensor([[1., 0], [1., .1], [0, 1.], [.1, 1.]]), torch.tensor([0, 0, 1, 1])
@@ -394,7 +394,7 @@ def test_mixtures_and_single_windows_in_one_table(runs, corpus):
         # the windows hardly correlate, and a mixture that would clip is made quieter
         scale = np.dot(z, x)/np.dot(x, x)
         assert 10*np.log10(np.mean((scale*x)**2)/np.mean((z - scale*x)**2)) == pytest.approx(snr, abs=1.5)
-    keys = {E.features_key(E.LogMel(), pd.concat([one, two.assign(snr=v)], ignore_index=True), corpus)
+    keys = {E.features_key(Z.LogMel(), pd.concat([one, two.assign(snr=v)], ignore_index=True), corpus)
             for v in ([-10., 0, 10]*2, [10., 0, -10]*2, [0.]*6)}
     assert len(keys) == 3
 
@@ -428,7 +428,7 @@ def test_mixtures_have_the_stated_ratio(snr):
 
 def test_mixed_windows_have_their_own_cache_key(runs, corpus):
     clean = M.notes(corpus)
-    e, keys = E.LogMel(), set()
+    e, keys = Z.LogMel(), set()
     for t in (clean, M.mixed(clean.copy(), clean, 0.), M.mixed(clean.copy(), clean, 5.)):
         keys.add(E.features_key(e, t, corpus))
     assert len(keys) == 3
@@ -436,14 +436,14 @@ def test_mixed_windows_have_their_own_cache_key(runs, corpus):
     assert not np.allclose(E.windows(t, corpus)[1], E.windows(clean, corpus)[1])
 
 def test_another_view_or_head_has_another_name(runs, corpus):
-    e = E.open_encoder("logmel")
+    e = Z.open_encoder("logmel")
     assert P.probe(e, "pitch", seeds=1, root=str(corpus), view="0").encoder.iloc[0] == "logmel@0"
     d = P.probe(e, "pitch", seeds=1, root=str(corpus), head="mlp")
     assert d.encoder.iloc[0] == "logmel@mlp" and d.probe.iloc[0] == "mlp" and d.score.iloc[0] == 1
 
 def test_encoders_probed_together_score_as_one_by_one(runs, corpus, tmp_path):
     "Same features, same seeds: the scores of three encoders of one shape, and one of another, are those of each alone."
-    encoders = [E.Transformer(hubert(s)) for s in range(3)] + [E.open_encoder("logmel")]
+    encoders = [Z.Transformer(hubert(s)) for s in range(3)] + [Z.open_encoder("logmel")]
     for i, e in enumerate(encoders[:3]): e.info = dict(encoder=f"e{i}", role="other")
     folders = [tmp_path/str(i) for i in range(4)]
     together = P.probe(encoders, "pitch,instrument", root=str(corpus), out=folders)
@@ -478,12 +478,12 @@ def test_logits_are_those_of_each_copy(copies):
 @given(st.integers(400, 90000), st.floats(.2, 3))
 @settings(max_examples=25, deadline=None)
 def test_long_clips_are_heard_in_pieces_without_losing_a_frame(samples, longest):
-    e, wav = E.LogMel(), torch.randn(1, samples, generator=torch.Generator().manual_seed(0))
+    e, wav = Z.LogMel(), torch.randn(1, samples, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(E.hear(e, wav, longest), e(wav), atol=1e-4, rtol=1e-4)
 
 def test_two_encoders_of_one_folder_name_are_two(runs, corpus, tmp_path):
     for n in "ab": hubert(ord(n)).save_pretrained(tmp_path/n/"final")
-    both = [E.open_encoder(str(tmp_path/n/"final")) for n in "ab"]
+    both = [Z.open_encoder(str(tmp_path/n/"final")) for n in "ab"]
     assert both[0].info["encoder"] == f"final-{both[0].hash[:8]}"
     d = P.probe(both, "pitch", seeds=1, root=str(corpus), out=[tmp_path/"out"/e.info["encoder"] for e in both])
     assert d.encoder.nunique() == 2 and len(list((tmp_path/"out").glob("*/scores.csv"))) == 2
@@ -545,5 +545,5 @@ def test_three_windows_are_mixed_at_one_level(runs, corpus):
     for i, a in zip([r[0] for r in w.rows], np.split(audio.astype(float), len(same))):
         want = E.mix(x[i]/32768, [y[i]/32768, z[i]/32768], 0.)
         np.testing.assert_allclose(a/32768, want, atol=1e-4)
-    assert len({E.features_key(E.LogMel(), v, corpus)
+    assert len({E.features_key(Z.LogMel(), v, corpus)
                 for v in (t, t.drop(columns=["also_file", "also_start"]), t.assign(also_start=t.start))}) == 3
