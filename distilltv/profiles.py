@@ -158,7 +158,7 @@ def _nearest(name, valid):
 
 # %% ../nbs/00b_profiles.ipynb #05c59785
 STAGES = ("distil", "merge", "probe", "results")
-# what a job asks for; nbs/06d_slurm.ipynb says what each means
+# what a job asks for; nbs/06d_jobs.ipynb says what each means
 NEEDS = dict(gpus=Integer(0, 1024), nodes=Integer(1, 10_000), cpus=Integer(1, 10_000), memory_gb=Number(.1, 1e6),
              hours=Number(.01, 1e4), partition=Text(), account=Text(), qos=Text(), constraint=Text(), setup=Text(),
              processes=Integer(0, 1024), share=Integer(1, 1000))
