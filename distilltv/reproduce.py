@@ -10,6 +10,7 @@ import argparse, json, os, signal, sys, threading
 from pathlib import Path
 # some of them for whoever asks about a run from Python
 from . import slurm
+from .jobs import needs_of
 from .grid import digest, fresh, grid, key, stamp, state
 from .profiles import STAGES, new_profile, profile as get_profile
 from .runner import run_stale, shown
@@ -156,7 +157,7 @@ def _by_jobs(p, runs, args):
     given = dict(partition=args.slurm_partition, account=args.slurm_account,
                  constraint=args.slurm_constraint, hours=args.slurm_time)
     given = {k: v for k, v in given.items() if v}
-    return slurm.drive(runs, {s: slurm.needs_of(p, s, **given) for s in STAGES}, args.slurm_jobs)
+    return slurm.drive(runs, {s: needs_of(p, s, **given) for s in STAGES}, args.slurm_jobs)
 
 def _print_results(out):
     import pandas as pd

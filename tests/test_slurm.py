@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 pytest.importorskip("submitit", reason="--slurm is an extra: pip install -e .[slurm]")
 from distilltv import slurm as s
+from distilltv.jobs import needs_of
 from distilltv.profiles import STAGES, profile
 from distilltv.grid import GridRun, fresh
 
@@ -141,7 +142,7 @@ def add(name, *of, stage="probe"):
     names, ids = " ".join(c.name for c in of), tuple(c.id for c in of)
     return GridRun(stage, name, at("add.ipynb"), dict(name=name, of=names), name, ids)
 
-NEEDS = {stage: s.needs_of(profile("mini"), stage) for stage in STAGES}
+NEEDS = {stage: needs_of(profile("mini"), stage) for stage in STAGES}
 def driver(runs, limit=0): return s.Driver(runs, NEEDS, limit, settle=1.)
 def rounds(d, until=lambda: False):
     "Go round until all is over, or something is so."
@@ -312,7 +313,7 @@ def test_a_drained_node_and_a_lost_one(repo, cluster):
     assert [line for line in lines("begun") if line[0] == "a"] == ["a 0", "a 4"] and s.latest(a).number == 1
 
 def test_a_wrong_partition_is_named(repo):
-    needs = {"distil": s.needs_of(profile("mini"), "distil", partition="gpus")}
+    needs = {"distil": needs_of(profile("mini"), "distil", partition="gpus")}
     says = "sbatch refused a job .*partition.*look at --slurm-partition"
     with pytest.raises(RuntimeError, match=says): s.Driver([make("a")], needs).step()
 
