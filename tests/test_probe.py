@@ -127,6 +127,17 @@ def test_pool_is_the_mean_of_frames_whose_centre_is_inside(frames, spans):
                   + 200 < b] or [min(range(frames), key=lambda t: abs(320*t + 200 - (a+b)/2))]
         torch.testing.assert_close(got[:, i], h[:, inside].mean(1))
 
+def test_probes_hear_in_single_precision_whatever_a_training_run_has_set(monkeypatch):
+    def precision(): return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    heard, real = [], Z.hidden_states
+    monkeypatch.setattr(Z, "hidden_states", lambda *a: (heard.append(precision()), real(*a))[1])
+    before = precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        Z.open_encoder("random")(torch.randn(1, 16000))
+        assert set(heard) == {("highest", False)} and precision() == ("high", before[1])
+    finally: torch.set_float32_matmul_precision(before[0])
+
 def test_batches_are_free_of_padding(runs, corpus):
     e, table = Z.check_encoder(Z.Transformer(hubert())), M.notes(corpus)
     together = E.extract(e, table, corpus)
