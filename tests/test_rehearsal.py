@@ -103,6 +103,6 @@ def test_the_gpu_script_has_no_typing_errors(tmp_path):
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     found = json.loads(out.read_text())
     assert found["failed"] == {} and found["card"]["name"].startswith("none") and found["seconds"] > 0
-    names = "product steps student teachers loop resume overflow features lambdas mini".split()
+    names = "product steps student peer teachers loop resume overflow features lambdas mini".split()
     checks = found["checks"]
     assert list(checks) == names and checks["resume"]["same"] and checks["overflow"]["handled"]
