@@ -632,22 +632,21 @@ def free_port():
 def train(tmp_path_factory):
     "Train in new processes, forked from one that has imported everything and done nothing: exit code, and the weights by process."
     env = dict(os.environ, OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true", HF_HUB_OFFLINE="1")
-    server = subprocess.Popen([sys.executable, "-c", SERVER.format(tests=os.path.dirname(__file__))], env=env,
-                              stdin=subprocess.PIPE,
-                              stdout=subprocess.PIPE, stderr=open(tmp_path_factory.mktemp("server")/"stderr", "w+"),
-                              text=True)
-    def train(folder, *audio, world, kill_at=-1, **job):
-        job = dict(loss="kd", still=False, seconds=.25, short="join", epoch=0) | job
-        server.stdin.write(json.dumps(job
-                                      | dict(folder=str(folder), audio=[str(a) for a in audio], world=world,
-                                             kill_at=int(kill_at)))+"\n")
-        server.stdin.flush()
-        code = int(server.stdout.readline())
-        return code, [torch.load(folder/f"weights-{r}.pt", weights_only=True)
-                      for r in range(world)] if code == 0 else None
-    yield train
-    server.stdin.close()
-    server.wait(60)
+    command = [sys.executable, "-c", SERVER.format(tests=os.path.dirname(__file__))]
+    log = tmp_path_factory.mktemp("server")/"stderr"
+    with open(log, "w+") as says, subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                                   stderr=says, text=True) as server:
+        def train(folder, *audio, world, kill_at=-1, **job):
+            job = dict(loss="kd", still=False, seconds=.25, short="join", epoch=0) | job
+            given = dict(folder=str(folder), audio=[str(a) for a in audio], world=world, kill_at=int(kill_at))
+            server.stdin.write(json.dumps(job | given)+"\n")
+            server.stdin.flush()
+            code = int(server.stdout.readline())
+            if code: return code, None
+            return code, [torch.load(folder/f"weights-{r}.pt", weights_only=True) for r in range(world)]
+        yield train
+        server.stdin.close()
+        server.wait(60)
 
 def noise(i): return np.random.default_rng(i).normal(0, .1, 6000)
 

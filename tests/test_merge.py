@@ -554,15 +554,17 @@ print("go", flush=True)
 u.save_pretrained(sys.argv[2])
 """
 
+def killed_while_writing(trio, to, after):
+    with subprocess.Popen([sys.executable, "-c", KILL, str(trio), str(to)], stdout=subprocess.PIPE, cwd=ROOT) as p:
+        p.stdout.readline()
+        time.sleep(after)
+        p.send_signal(signal.SIGKILL)
+
 @pytest.mark.parametrize("after", [0, .1, .3])
 def test_killed_while_writing_leaves_the_old_folder_whole(trio, tmp_path, after):
     base, s, m = algebra(trio)
     old = (base + .5*s + .5*m).save_pretrained(tmp_path/"u")["weights_hash"]
-    p = subprocess.Popen([sys.executable, "-c", KILL, str(trio), str(tmp_path/"u")], stdout=subprocess.PIPE, cwd=ROOT)
-    p.stdout.readline()
-    time.sleep(after)
-    p.send_signal(signal.SIGKILL)
-    p.wait()
+    killed_while_writing(trio, tmp_path/"u", after)
     new = (base + .25*s + .75*m).hash
     assert load_student(tmp_path/"u").hash in (old, new)
     (base + .25*s + .75*m).save_pretrained(tmp_path/"u") # what the killed run left is in nobody's way
@@ -570,11 +572,7 @@ def test_killed_while_writing_leaves_the_old_folder_whole(trio, tmp_path, after)
 
 @pytest.mark.parametrize("after", [0, .2])
 def test_killed_while_writing_where_nothing_was_leaves_nothing_or_all(trio, tmp_path, after):
-    p = subprocess.Popen([sys.executable, "-c", KILL, str(trio), str(tmp_path/"u")], stdout=subprocess.PIPE, cwd=ROOT)
-    p.stdout.readline()
-    time.sleep(after)
-    p.send_signal(signal.SIGKILL)
-    p.wait()
+    killed_while_writing(trio, tmp_path/"u", after)
     base, s, m = algebra(trio)
     assert not (tmp_path/"u").exists() or load_student(tmp_path/"u").hash == (base + .25*s + .75*m).hash
     (base + .25*s + .75*m).save_pretrained(tmp_path/"u")
