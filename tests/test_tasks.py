@@ -4,7 +4,8 @@ from dataclasses import replace
 from pathlib import Path
 import datasets, numpy as np, pandas as pd, pytest, soundfile as sf, torch
 from hypothesis import given, settings, strategies as st
-from distilltv import adapters as A, features as E, fit as F, letters as L, probe as P, published as B, tasks as T
+from distilltv import adapters as A, features as E, fit as F, frozen as Z, letters as L, probe as P, published as B
+from distilltv import tasks as T
 from distilltv.profiles import profile
 
 torch.set_num_threads(1)
@@ -183,7 +184,7 @@ def test_clips_of_a_track_are_one_group_and_artists_are_known(root):
 
 def test_a_missing_data_set_is_said_to_be_missing(root, tmp_path):
     esc50(root)
-    scores = P.probe(E.open_encoder("logmel"), "ks,esc50,ic", seeds=1, out=tmp_path/"out")
+    scores = P.probe(Z.open_encoder("logmel"), "ks,esc50,ic", seeds=1, out=tmp_path/"out")
     missing = scores[scores.score.isna()]
     assert missing.task.tolist() == ["ks", "ic"] and scores[scores.task == "esc50"].score.notna().all()
     assert missing.status.iloc[0].startswith("not run: Speech Commands v0.01 is not in data: fetch") and "1.5 GB, CC BY 4.0" in missing.status.iloc[0]
@@ -204,7 +205,7 @@ def test_a_solvable_task_is_solved(root, task, make):
 
 def test_folds_test_every_item_once(root):
     esc50(root)
-    rows, kept = P.score_task(E.LogMel(), "esc50", seeds=(0,))
+    rows, kept = P.score_task(Z.LogMel(), "esc50", seeds=(0,))
     assert rows[0]["n_test"] == 20 and sorted(kept["id"]) == sorted(B.esc50(root).id) and kept["pred"].shape == (1, 20)
     for k in range(5):
         d = T.task_table("esc50", fold=k)
@@ -212,7 +213,7 @@ def test_folds_test_every_item_once(root):
 
 def test_an_intent_is_right_when_all_slots_are(root):
     fluent_commands(root)
-    _, kept = P.score_task(E.LogMel(), "ic", seeds=(0,))
+    _, kept = P.score_task(Z.LogMel(), "ic", seeds=(0,))
     assert set(kept["classes"][kept["true"]]) == set(B.fluent_commands(root).label)
 
 def test_tags_and_numbers(root):
@@ -321,7 +322,7 @@ def test_letters_are_learnt():
 
 def test_letters_are_scored(root):
     librispeech(root)
-    rows, kept = L.score_letters(E.LogMel(), T.find_task("asr"), "last", (0, 1), steps=2, batch=2, width=8, every=1)
+    rows, kept = L.score_letters(Z.LogMel(), T.find_task("asr"), "last", (0, 1), steps=2, batch=2, width=8, every=1)
     assert [r["seed"] for r in rows] == [0, 1] and rows[0]["metric"] == "wer" and rows[0]["n_test"] == 2
     assert kept["edits"].shape == (2, 2) and kept["words"].tolist() == [1, 2] and rows[0]["score"] == kept["edits"][0].sum()/3
 
@@ -539,7 +540,7 @@ def test_word_errors(a, b):
 
 def test_xares_contract():
     "What X-ARES' checker asks: three attributes, and [batch, frames, dim] for a batch and for one long clip."
-    e = A.XaresEncoder(E.LogMel())
+    e = A.XaresEncoder(Z.LogMel())
     assert isinstance(e.sampling_rate, int) and isinstance(e.output_dim, int) and isinstance(e.hop_size_in_ms, float)
     for seconds in (1, 45):
         h = e(torch.randn(2, 16000*seconds))
@@ -548,7 +549,7 @@ def test_xares_contract():
 
 def test_s3prl_contract():
     wavs = [torch.randn(16000), torch.randn(4000)]
-    u = A.S3prlUpstream(E.LogMel())
+    u = A.S3prlUpstream(Z.LogMel())
     out = u(wavs)
     assert u.get_downsample_rates("hidden_states") == 320 and out["hidden_states"][0].shape == (2, 49, 80)
     torch.testing.assert_close(out["last_hidden_state"][1, :12], u([wavs[1]])["last_hidden_state"][0])
