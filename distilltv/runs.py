@@ -107,13 +107,38 @@ def write_atomic(path): # the file to write
     "Yield a temporary path beside `path`; on success flush it to disk and rename it over `path`. A link is followed."
     path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    tmp = path.with_name(f".{path.name}.{_part(path.parent)}")
     try:
         yield tmp
         with open(tmp, "rb") as f: os.fsync(f.fileno())
         os.replace(tmp, path)
     except Exception as e: raise _full(e, path)
     finally: tmp.unlink(missing_ok=True)
+
+@lru_cache(maxsize=None)
+def _machine():
+    "This machine, or this container: what counts its processes from 1."
+    try: counted = os.readlink("/proc/self/ns/pid")
+    except OSError: counted = ""    # not Linux
+    return f"{zlib.crc32(f'{platform.node()} {counted}'.encode()):08x}"
+
+def _part(folder):
+    "The end of a temporary name in a folder: this machine and process."
+    _sweep(folder)
+    return f"{_machine()}-{os.getpid()}.tmp"
+
+@lru_cache(maxsize=None)
+def _sweep(folder):
+    "Remove what processes of this machine were writing in a folder when they were killed; looked for once."
+    for f in folder.glob(f".*{_machine()}-*.tmp"):
+        try: os.kill(int(f.name.rpartition("-")[2].removesuffix(".tmp")), 0)
+        except ProcessLookupError: _remove(f)
+        except (ValueError, OverflowError, PermissionError): pass    # no number of a process; somebody else's
+
+def _remove(path):
+    "Remove a file, a link or a folder, whichever it is."
+    if path.is_dir() and not path.is_symlink(): shutil.rmtree(path, ignore_errors=True)
+    elif os.path.lexists(path): path.unlink()
 
 def _full(error, path):
     "The error, or if the disk is full, one that says so of `path` (libraries that write have their own words for it)."
@@ -150,16 +175,11 @@ def _exchange(a, b):
     here, exchange = -100, 2 # AT_FDCWD and RENAME_EXCHANGE of <fcntl.h> and <linux/fs.h>
     return not swap(here, os.fsencode(a), here, os.fsencode(b), exchange)
 
-def _remove(path):
-    "Remove a file, a link or a folder, whichever it is."
-    if path.is_dir() and not path.is_symlink(): shutil.rmtree(path, ignore_errors=True)
-    elif os.path.lexists(path): path.unlink()
-
 _CLOSED = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 def _new_folder(path):
     "A temporary folder beside `path`, or within it where only `path` itself can be written to, as in a container."
-    for tmp in (path.with_name(f".{path.name}.{os.getpid()}.tmp"), path/f".{os.getpid()}.tmp"):
+    for tmp in (path.with_name(f".{path.name}.{_part(path.parent)}"), path/f".{_part(path.parent)}"):
         _remove(tmp)
         try: tmp.mkdir()
         except OSError as e:

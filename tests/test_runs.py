@@ -170,3 +170,17 @@ def test_text_is_utf8_in_any_locale(tmp_path):
                            "-c", code, str(tmp_path/"a.json")], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path/"a.json").read_text(encoding="utf-8")) == dict(a="θ")
+
+def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path):
+    "A file and a folder that were being written; names of others and of running processes stay."
+    code = ("import os, signal, sys\nfrom distilltv.runs import atomic_folder, write_atomic\n"
+            "with atomic_folder(sys.argv[1] + '/model') as a, write_atomic(sys.argv[1] + '/log.csv') as b:\n"
+            "    (a/'config.json').write_text('{}'); b.write_text('half')\n"
+            "    os.kill(os.getpid(), signal.SIGKILL)")
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=root())
+    left = {f.name for f in tmp_path.iterdir()}
+    assert len(left) == 2 and all(n.endswith(".tmp") for n in left)
+    stay = {f".x.{runs._machine()}-{os.getppid()}.tmp", ".notes.tmp", f".y.{runs._machine()}-later.tmp"}
+    for name in stay: (tmp_path/name).write_text("theirs")
+    with write_atomic(tmp_path/"other.txt") as tmp: tmp.write_text("whole")
+    assert {f.name for f in tmp_path.iterdir()} == stay | {"other.txt"}
