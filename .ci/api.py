@@ -105,7 +105,8 @@ def function(m, f, level, owner=""):
     name = owner + ("" if f.name == "__init__" else f.name)
     rows = m.parameters(f.args)
     signature = ", ".join(n + (f"={d}" if d else "") for n, _, d, _ in rows)
-    return f"{'#'*level} {name} {{#{name.replace('.', '-')}}}\n\n```python\n{name}({signature})\n```\n\n{escape(doc)}\n\n{table(rows)}\n{m.returns(f)}\n"
+    return (f"{'#'*level} {name} {{#{name.replace('.', '-')}}}\n\n```python\n{name}({signature})\n```\n\n"
+            f"{escape(doc)}\n\n{table(rows)}\n{m.returns(f)}\n")
 
 def klass(m, c):
     doc = ast.get_docstring(c) or ""
@@ -126,11 +127,13 @@ def klass(m, c):
 def title_of(chapter):
     "The title of a notebook."
     cells = json.loads((root/"nbs"/chapter).read_text(encoding="utf-8"))["cells"]
-    return next(l[2:].strip() for c in cells for l in c["source"] if c["cell_type"] == "markdown" and l.startswith("# "))
+    return next(l[2:].strip() for c in cells for l in c["source"]
+                if c["cell_type"] == "markdown" and l.startswith("# "))
 
 def page(m):
     intro = ast.get_docstring(m.tree) or ""
-    head = f'---\ntitle: "{m.name.capitalize()} (distilltv.{m.name})"\ndescription: "{intro}"\n---\n\nThe chapter [{title_of(m.chapter)}](../{m.chapter}) explains and tests what is listed here.\n\n'
+    head = (f'---\ntitle: "{m.name.capitalize()} (distilltv.{m.name})"\ndescription: "{intro}"\n---\n\n'
+            f'The chapter [{title_of(m.chapter)}](../{m.chapter}) explains and tests what is listed here.\n\n')
     parts = [function(m, n, 2) if isinstance(n, ast.FunctionDef) else klass(m, n) for n in m.tree.body
              if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and n.name in m.public]
     return re.sub(r"\n{3,}", "\n\n", head + "".join(parts)).rstrip() + "\n"

@@ -1,6 +1,8 @@
-"""Fold what a reader of a chapter may skip: `python .ci/fold.py` gives boxes of imports and of private helpers a name and closes them on the site.
+"""Fold what a reader of a chapter may skip: `python .ci/fold.py` gives boxes of imports and of private helpers a name
+and closes them on the site.
 
-What is folded is the cell's own business in the notebook (`code-fold` and `code-summary` in its metadata); cells that say so already keep their words.
+What is folded is the cell's own business in the notebook (`code-fold` and `code-summary` in its metadata); cells that
+say so already keep their words.
 """
 import ast, json, re
 from pathlib import Path

@@ -1,21 +1,25 @@
-"""After `quarto render`, which runs this (see _quarto.yml): what Quarto loads from elsewhere leaves the pages, each page says what it is about, and search finds pages to read.
+"""After `quarto render`, which runs this (see _quarto.yml): what Quarto loads from elsewhere leaves the pages, each
+page says what it is about, and search finds pages to read.
 
-To any page with an HTML output, a table for one, Quarto adds require.js and jQuery from a CDN, for widgets; the only ones here are
-progress bars, which say nothing after the run. Without them the site asks nobody but its own origin, and a reader without a network sees no error.
-A notebook's second line becomes the description that search engines show, and a Markdown file's heading its title, where Quarto takes
-the words of the whole site and the name of the file. The index of the search loses the pages of runs, near-duplicates that are found
-from "Every run", and the TeX source that stands beside each formula of a page.
+To any page with an HTML output, a table for one, Quarto adds require.js and jQuery from a CDN, for widgets; the only
+ones here are progress bars, which say nothing after the run. Without them the site asks nobody but its own origin, and
+a reader without a network sees no error. A notebook's second line becomes the description that search engines show,
+and a Markdown file's heading its title, where Quarto takes the words of the whole site and the name of the file. The
+index of the search loses the pages of runs, near-duplicates that are found from "Every run", and the TeX source that
+stands beside each formula of a page.
 """
 import html, json, os, re
 from pathlib import Path
 
 # versions of Quarto differ in the host: cdn.jsdelivr.net, cdnjs.cloudflare.com
-REMOTE = re.compile(r"""<script\b[^>]*\bsrc="https://cdn[^">]*/(?:requirejs|require\.js|jquery|@jupyter-widgets/html-manager)[@/][^>]*></script>\s*"""
+REMOTE = re.compile(r"""<script\b[^>]*\bsrc="https://cdn[^">]*"""
+                    r"""/(?:requirejs|require\.js|jquery|@jupyter-widgets/html-manager)[@/][^>]*></script>\s*"""
                     r"""|<script\b[^>]*>define\('jquery'.*?</script>\s*""", re.S)
 TEX = re.compile(r"<annotation\b[^>]*>(.*?)</annotation>", re.S)
 
 HEADING, TITLE = re.compile(r"<h1\b[^>]*>(.*?)</h1>", re.S), re.compile(r"<title>(.*?)( – [^<]*)?</title>", re.S)
-SUBTITLE = re.compile(r"""<h1\b[^>]*>.{0,600}?(?:<div class="description">|<blockquote[^>]*>\s*<p>)\s*(.*?)\s*</(?:div|p)>""", re.S)
+SUBTITLE = re.compile(r"""<h1\b[^>]*>.{0,600}?(?:<div class="description">|<blockquote[^>]*>\s*<p>)"""
+                      r"""\s*(.*?)\s*</(?:div|p)>""", re.S)
 ABOUT = re.compile(r'(<meta name="description" content=")[^"]*(">)')
 
 def offline(page): return REMOTE.sub("", page)

@@ -1,8 +1,9 @@
-"""README.md from nbs/index.ipynb and, below it, nbs/use.ipynb, without Quarto: `python .ci/readme.py` writes it, `--check` fails if it is out of date.
+"""README.md from nbs/index.ipynb and, below it, nbs/use.ipynb, without Quarto: `python .ci/readme.py` writes it,
+`--check` fails if it is out of date.
 
 Prose is copied; a code cell shows its source unless it says `#| echo: false`, then its outputs; `#| hide` drops both.
-Links and pictures are relative to nbs/ in the notebook and to the repository in the README. A figure's caption, which only
-Quarto shows, becomes a line of its own; badges say what workflows, licence and citation file say.
+Links and pictures are relative to nbs/ in the notebook and to the repository in the README. A figure's caption, which
+only Quarto shows, becomes a line of its own; badges say what workflows, licence and citation file say.
 """
 import json, posixpath, re, sys
 from pathlib import Path
@@ -39,13 +40,16 @@ def badges():
     repo = found(r"repo-url: (\S+)", "_quarto.yml")
     pythons = re.findall(r"[\d.]+", found(r"python: \[(.*?)\]", ".github/workflows/test.yml"))
     licence, doi = found(r'\nlicense = "(.*)"', "pyproject.toml"), found(r"doi: (\S+)", "CITATION.cff")
-    static = lambda left, right, colour: f"https://img.shields.io/badge/{left}-{right.replace('-', '--').replace(' ', '_')}-{colour}"
+    static = lambda left, right, colour: (f"https://img.shields.io/badge/{left}-"
+                                          f"{right.replace('-', '--').replace(' ', '_')}-{colour}")
     flow = lambda name, to: f"[![{name}]({repo}/actions/workflows/{name}.yml/badge.svg)]({to})"
     return " ".join([flow("test", f"{repo}/actions/workflows/test.yml"),
                      flow("docs", found(r"site-url: (\S+)", "_quarto.yml")),
-                     f"[![Python {pythons[0]} to {pythons[-1]}]({static('python', f'{pythons[0]} to {pythons[-1]}', 'blue')})](pyproject.toml)",
+                     f"[![Python {pythons[0]} to {pythons[-1]}]"
+                     f"({static('python', f'{pythons[0]} to {pythons[-1]}', 'blue')})](pyproject.toml)",
                      f"[![licence {licence}]({static('licence', licence, 'green')})](LICENSE)",
-                     f"[![paper: Interspeech 2025]({static('paper', 'Interspeech 2025', 'b31b1b')})](https://doi.org/{doi})"])
+                     f"[![paper: Interspeech 2025]({static('paper', 'Interspeech 2025', 'b31b1b')})]"
+                     f"(https://doi.org/{doi})"])
 
 def prose(name):
     "A page as Markdown of the repository's root: without what only Quarto reads."
@@ -63,7 +67,8 @@ def readme():
     title, rest = prose("index").split("\n", 1)
     # the title and what it is about: its sections say no less
     use = re.sub(r"^# .*\n\n> .*\n", "", prose("use"), count=1)
-    return f"<!-- made from nbs/index.ipynb and nbs/use.ipynb by .ci/readme.py: edit those -->\n{title}\n\n{badges()}\n{rest}\n\n{use.strip()}\n"
+    return (f"<!-- made from nbs/index.ipynb and nbs/use.ipynb by .ci/readme.py: edit those -->\n{title}\n\n"
+            f"{badges()}\n{rest}\n\n{use.strip()}\n")
 
 if __name__ == "__main__":
     if "--check" not in sys.argv: (root/"README.md").write_text(readme(), encoding="utf-8")

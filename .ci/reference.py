@@ -1,8 +1,9 @@
 """Ship a finished `distilltv reproduce --seeds 3` as the reference run: `python .ci/reference.py`.
 
-Copies from runs/mini to data/mini: the results of all seeds, the students, and of every executed notebook of the first seed the parameters and the
-run itself, with links that work from its new place, so that each number on the site can be followed to the run that made it.
-The examples of the dial are chosen anew where the students are new. Then the pages that read the results are executed and cleaned, and README.md is made from one of them.
+Copies from runs/mini to data/mini: the results of all seeds, the students, and of every executed notebook of the first
+seed the parameters and the run itself, with links that work from its new place, so that each number on the site can be
+followed to the run that made it. The examples of the dial are chosen anew where the students are new. Then the pages
+that read the results are executed and cleaned, and README.md is made from one of them.
 """
 import argparse, base64, io, json, os, posixpath, re, shutil, subprocess, sys, tempfile
 from pathlib import Path
@@ -18,7 +19,8 @@ OWN = dict(distil="## This run", merge="## The equation", probe="## The run")
 WIDGET = "application/vnd.jupyter.widget-view+json"    # which a page could only draw with scripts from elsewhere
 
 def run_itself(cells, stage):
-    "Parameters, and the cells from the run's own heading on: without what defines the package or asks the reader, both are in the chapter."
+    """Parameters, and the cells from the run's own heading on: without what defines the package or asks the reader,
+    both are in the chapter."""
     says = ["".join(c["source"]) for c in cells]
     first = next((i for i, s in enumerate(says) if s.startswith(OWN[stage])), None) if stage in OWN else 0
     if first is None:
@@ -44,12 +46,15 @@ def notebook(run):
         for o in c.get("outputs", []):
             if "execution_count" in o: o["execution_count"] = None
             if "image/png" in o.get("data", {}): o["data"]["image/png"] = smaller(o["data"]["image/png"])
-    record = json.loads((run.folder/"result.json").read_text(encoding="utf-8")) if (run.folder/"result.json").exists() else {}
+    record = (json.loads((run.folder/"result.json").read_text(encoding="utf-8"))
+              if (run.folder/"result.json").exists() else {})
     says = " ".join(f"-p {k} {v}" for k, v in run.parameters.items() if k != "profile")
-    cost = f"{record['seconds']:.1f} s and {record['peak_memory_mb']:.0f} MB on {record['machine']}, commit {record['commit']}. " if record else ""
+    cost = (f"{record['seconds']:.1f} s and {record['peak_memory_mb']:.0f} MB on {record['machine']}, "
+            f"commit {record['commit']}. " if record else "")
     head = (f"# Run: {run.stage} {run.name}\n\n> `{f'papermill nbs/{run.notebook} out.ipynb {says}'.strip()}`\n\n"
             f"A run of the reference experiment, as papermill left it: its parameters, and what it did. {cost}"
-            f"The code that is used but not shown is explained in the chapter it ran, [nbs/{run.notebook}](../../../nbs/{run.notebook}).")
+            "The code that is used but not shown is explained in the chapter it ran, "
+            f"[nbs/{run.notebook}](../../../nbs/{run.notebook}).")
     cells.insert(0, dict(cell_type="markdown", id=nb["cells"][0]["id"], metadata={},
                          source=head.replace("{home}", "runs")))
     return dict(cells=cells, metadata=dict(kernelspec=dict(name="python3", display_name="python3", language="python")),
@@ -79,7 +84,8 @@ def execute(names, **env):
     for f in files: subprocess.run([bin/"nbdev_clean", "--fname", f], cwd=root(), check=True)
 
 def ship_students(runs, to):
-    "The students of the first seed, with the heads that the path is measured with; of the others the weights, while there is room."
+    """The students of the first seed, with the heads that the path is measured with; of the others the weights, while
+    there is room."""
     for r in runs:
         if r.stage != "distil": continue
         first, ensemble = not r.parameters["seed"], r.parameters["teacher"] == "ensemble"

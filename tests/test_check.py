@@ -22,7 +22,8 @@ def mine(tmp_path_factory):
         for split in ("train", "dev", "test"):
             (d/n/split).mkdir(parents=True)
             sf.write(d/n/split/"x.wav", np.random.default_rng(ord(n)).normal(0, .1, 36_000), 16_000)
-    text += '[audio]\na = "a"\nb = "b"\nc = "c"\n[student]\nlayers = 2\n[training]\npredict = [2, 3]\nsteps = 9\nbatch = 2\nseconds = 1\n'
+    text += ('[audio]\na = "a"\nb = "b"\nc = "c"\n[student]\nlayers = 2\n'
+             '[training]\npredict = [2, 3]\nsteps = 9\nbatch = 2\nseconds = 1\n')
     (d/"mine.toml").write_text(text, encoding="utf-8")
     return d/"mine.toml"
 

@@ -73,8 +73,10 @@ def test_no_identical_audio_anywhere(name):
         seen[h] = row["id"]
 
 def test_drums_are_credited_whole_and_apart():
-    "Each kit is one shard under its own licence, makers share no fold, nothing occurs twice, and no corpus that is trained on holds them."
-    d, folder, credits = pd.read_csv(data_dir()/"drums/metadata.csv"), data_dir()/"drums", (data_dir()/"ATTRIBUTION.md").read_text(encoding="utf8")
+    """Each kit is one shard under its own licence, makers share no fold, nothing occurs twice, and no corpus that is
+    trained on holds them."""
+    d, folder = pd.read_csv(data_dir()/"drums/metadata.csv"), data_dir()/"drums"
+    credits = (data_dir()/"ATTRIBUTION.md").read_text(encoding="utf8")
     assert {str(p.relative_to(folder)) for p in folder.rglob("*.ogg")} == set(d.file)
     assert (d.groupby("file").kit.nunique() == 1).all() and (d.groupby("kit").license.nunique() == 1).all()
     assert all(k in credits and m in credits for k, m in zip(d.kit, d.maker)) and "hydrogen-drumkits" in credits
@@ -594,7 +596,8 @@ def test_crops_of_a_stream_continue_and_their_shares_are_apart(parquet):
 
 @pytest.mark.parametrize("world, steps", [(1, 14), (2, 7)])
 def test_broken_examples_have_the_same_names_after_a_restart(tmp_path, world, steps):
-    "Two shards with a broken example of one name in each, met before the restart or after it, and again in later epochs."
+    """Two shards with a broken example of one name in each, met before the restart or after it, and again in later
+    epochs."""
     buffer = io.BytesIO()
     sf.write(buffer, np.random.default_rng(0).normal(0, .1, 6000), 16_000, format="WAV")
     for s in range(2):

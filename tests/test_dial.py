@@ -1,4 +1,5 @@
-"The dial, in a real browser: mouse and keyboard turn it, its numbers are the results', and it asks nobody for anything."
+"""The dial, in a real browser: mouse and keyboard turn it, its numbers are the results', and it asks nobody for
+anything."""
 import base64, io, json, re, shutil, subprocess, time, urllib.request
 from pathlib import Path
 import pandas as pd, pytest
@@ -33,7 +34,8 @@ def test_numbers_are_the_results():
 def test_examples_are_of_these_students_and_can_be_heard():
     from distilltv.runs import data_dir
     import soundfile
-    made, scores = json.loads((data_dir()/"results/dial/dial.json").read_text(encoding="utf-8")), pd.read_csv(data_dir()/"results/scores.csv")
+    made = json.loads((data_dir()/"results/dial/dial.json").read_text(encoding="utf-8"))
+    scores = pd.read_csv(data_dir()/"results/scores.csv")
     d, hashes = data(), scores.drop_duplicates("encoder").set_index("encoder").weights_hash
     assert made["hashes"] == {e["name"]: hashes[e["name"]]
                               for e in every(d)}, "other students: papermill nbs/dial.ipynb out.ipynb -p make full"
@@ -41,7 +43,8 @@ def test_examples_are_of_these_students_and_can_be_heard():
     for x in d["examples"]:
         assert set(x["answers"]) == {e["name"] for e in every(d)} and x["credit"] and "GPL" not in x["credit"]
         assert all(a["right"] == (a["heard"] == x["truth"]) for a in x["answers"].values())
-        assert x["answers"][d["sweep"][0]["name"]]["right"] != x["answers"][d["sweep"][-1]["name"]]["right"], f"{x['title']} does not flip"
+        assert (x["answers"][d["sweep"][0]["name"]]["right"]
+                != x["answers"][d["sweep"][-1]["name"]]["right"]), f"{x['title']} does not flip"
         wav, rate = soundfile.read(io.BytesIO(base64.b64decode(x["audio"])))
         assert rate == 16000 and abs(wav).max() > .001, x["title"]
 
@@ -104,7 +107,8 @@ class Browser:
 @pytest.mark.parametrize("size", ["1200,1000", "390,800"])
 def test_turning_it(tmp_path, size):
     pytest.importorskip("websocket")
-    (tmp_path/"dial.html").write_text(f'<!doctype html><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>dial</title><body>{page_html()}', encoding="utf-8")
+    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>dial</title>'
+    (tmp_path/"dial.html").write_text(f'<!doctype html>{head}<body>{page_html()}', encoding="utf-8")
     d, b = data(), Browser(tmp_path/"profile", size)
     try:
         b.open((tmp_path/"dial.html").as_uri(), "document.querySelectorAll('.dial .task').length")
@@ -112,13 +116,15 @@ def test_turning_it(tmp_path, size):
         def check(e):
             assert b.js('document.getElementById("dial-now").textContent') == ("ensemble student" if e["lam"] is None
                                                                                else f"λ = {e['lam']:.1f}")
-            shown = json.loads(b.js('JSON.stringify([...document.querySelectorAll(".dial .task")].map(r => [r.children[0].textContent, r.children[2].textContent]))'))
+            shown = json.loads(b.js('JSON.stringify([...document.querySelectorAll(".dial .task")]'
+                                    '.map(r => [r.children[0].textContent, r.children[2].textContent]))'))
             for task, text in shown:
                 value, half = map(float, text.split(" ± "))
                 estimate, lo, hi = e["scores"][task]
                 assert value == pytest.approx(100*estimate, abs=.051) and half == pytest.approx(50*(hi-lo), abs=.051)
             assert [t for t, _ in shown] == d["tasks"]
-            said = json.loads(b.js('JSON.stringify([...document.querySelectorAll(".dial .said")].map(p => p.textContent))'))
+            said = json.loads(b.js('JSON.stringify([...document.querySelectorAll(".dial .said")]'
+                                   '.map(p => p.textContent))'))
             assert [x["answers"][e["name"]]["right"] for x in d["examples"]] == [s.endswith("✓") for s in said]
             assert b.js('document.getElementById("dial-run").getAttribute("href")') == e["page"]
 
@@ -131,15 +137,18 @@ def test_turning_it(tmp_path, size):
                                ("End", 35, last)):
             b.key(name, code)
             check(sweep[at])
-            assert f"{sweep[at]['lam']:.1f}" in b.js('document.getElementById("dial-lam").getAttribute("aria-valuetext")')
+            assert f"{sweep[at]['lam']:.1f}" in b.js('document.getElementById("dial-lam")'
+                                                     '.getAttribute("aria-valuetext")')
         box = json.loads(b.js('JSON.stringify(document.getElementById("dial-lam").getBoundingClientRect())'))
         b.click(box["x"] + 4, box["y"] + box["height"]/2)
         check(sweep[0])
         for text, e in (("All speech", sweep[last]), ("All music", sweep[0]), ("Best mean", sweep[best]),
                         ("Ensemble", d["ensemble"])):
-            b.js(f'[...document.querySelectorAll("#dial-presets button")].find(x => x.textContent === "{text}").click()')
+            b.js('[...document.querySelectorAll("#dial-presets button")]'
+                 f'.find(x => x.textContent === "{text}").click()')
             check(e)
-            pressed = json.loads(b.js('JSON.stringify([...document.querySelectorAll("#dial-presets [aria-pressed=true]")].map(x => x.textContent))'))
+            pressed = json.loads(b.js('JSON.stringify([...document.querySelectorAll('
+                                      '"#dial-presets [aria-pressed=true]")].map(x => x.textContent))'))
             assert text in pressed
 
         assert b.js('document.querySelectorAll("audio").length') == len(d["examples"])
@@ -153,14 +162,16 @@ def test_turning_it(tmp_path, size):
 # where the browser finds a link at its own centre
 ON_TOP = """JSON.stringify([...document.querySelectorAll("SELECTOR")].map(a => {
     a.scrollIntoView({ block: "center" });
-    const r = a.getBoundingClientRect(), at = document.elementFromPoint(r.x + r.width/2, r.y + r.height/2)?.closest("a");
+    const r = a.getBoundingClientRect(),
+          at = document.elementFromPoint(r.x + r.width/2, r.y + r.height/2)?.closest("a");
     return [a.getAttribute("href"), at ? at.getAttribute("href") : null]; }))"""
 
 @pytest.mark.skipif(not CHROME, reason="no Chromium or Chrome here")
 @pytest.mark.parametrize("size", ["1200,1000", "390,800"])
 def test_every_point_opens_its_run(tmp_path, size):
     pytest.importorskip("websocket")
-    (tmp_path/"dial.html").write_text(f'<!doctype html><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>dial</title><body>{page_html()}', encoding="utf-8")
+    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>dial</title>'
+    (tmp_path/"dial.html").write_text(f'<!doctype html>{head}<body>{page_html()}', encoding="utf-8")
     b = Browser(tmp_path/"profile", size)
     try:
         b.open((tmp_path/"dial.html").as_uri(), "document.querySelectorAll('.dial .task').length")
@@ -172,7 +183,8 @@ def test_every_point_opens_its_run(tmp_path, size):
 @pytest.mark.skipif(not CHROME, reason="no Chromium or Chrome here")
 def test_the_marks_of_the_headline_figure_lead_to_their_runs(tmp_path):
     pytest.importorskip("websocket")
-    (tmp_path/"gallery.html").write_text(f'<!doctype html><meta charset="utf-8"><title>runs</title><body>{page_html("gallery", "runs-figure")}', encoding="utf-8")
+    (tmp_path/"gallery.html").write_text('<!doctype html><meta charset="utf-8"><title>runs</title>'
+                                         f'<body>{page_html("gallery", "runs-figure")}', encoding="utf-8")
     b = Browser(tmp_path/"profile", "1200,1000")
     try:
         b.open((tmp_path/"gallery.html").as_uri(), "document.querySelectorAll('#runs-figure a').length")
@@ -180,7 +192,9 @@ def test_the_marks_of_the_headline_figure_lead_to_their_runs(tmp_path):
         assert not b.js('document.querySelectorAll("svg a").length')
     finally: b.close()
     assert all(href == hit for href, hit in links), [l for l in links if l[0] != l[1]]
-    scored = pd.read_csv(ROOT/"data/mini/results/scores.csv").drop_duplicates("encoder").set_index("encoder").weights_hash
+    scored = pd.read_csv(ROOT/"data/mini/results/scores.csv").drop_duplicates("encoder")
+    scored = scored.set_index("encoder").weights_hash
     linked = {Path(href).stem.removeprefix("probe-") for href, _ in links}
-    assert linked <= set(scored.index) and set(scored[list(linked)]) == set(scored), "where marks coincide they are one encoder"
+    assert (linked <= set(scored.index)
+            and set(scored[list(linked)]) == set(scored)), "where marks coincide they are one encoder"
     for href, _ in links: assert (ROOT/"nbs"/href).resolve().with_suffix(".ipynb").exists(), href

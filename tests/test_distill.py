@@ -1,4 +1,5 @@
-"Distillation: objectives against numpy, gradients that reach the student only, and runs of one and two processes killed with SIGKILL."
+"""Distillation: objectives against numpy, gradients that reach the student only, and runs of one and two processes
+killed with SIGKILL."""
 import errno, io, json, os, signal, socket, sqlite3, subprocess, sys
 from dataclasses import replace
 import numpy as np, pandas as pd, pytest, soundfile as sf, torch
@@ -148,7 +149,8 @@ def test_a_teacher_at_another_rate_hears_that_rate():
     assert seen[0].shape == (2, 24_000) and seen[0].std() == pytest.approx(1, abs=.01) and loss.isfinite()
 
 def test_padding_would_leak_and_so_there_is_none():
-    "With a group norm, silence behind a clip changes the frames of the clip: equal-length crops are the only clean way."
+    """With a group norm, silence behind a clip changes the frames of the clip: equal-length crops are the only clean
+    way."""
     teacher, clip = HubertModel(HubertConfig(**TINY)).eval(), torch.randn(1, 8000)
     alone = teacher.feature_extractor(clip)
     padded = teacher.feature_extractor(torch.cat([clip, torch.zeros(1, 8000)], 1))[:, :, :alone.shape[2]]
@@ -159,8 +161,8 @@ def test_targets_are_the_teacher_layers_counted_from_one():
     teacher, wav = d._teachers["speech"], torch.randn(1, 4000)
     seen = {}
     for l in (4, 8, 12):
-        teacher.encoder.layers[l
-                               -1].register_forward_hook(lambda m, i, o, l=l: seen.update({l: o[0] if isinstance(o, tuple) else o}))
+        hook = lambda m, i, o, l=l: seen.update({l: o[0] if isinstance(o, tuple) else o})
+        teacher.encoder.layers[l-1].register_forward_hook(hook)
     assert torch.equal(d.targets(teacher, wav), torch.stack([seen[l] for l in (4, 8, 12)]))
 
 def test_a_teacher_makes_no_graph_and_drops_nothing_out_while_its_student_trains():
@@ -455,7 +457,8 @@ def test_trackio_holds_what_the_log_holds(tmp_path):
     pytest.importorskip("trackio",
                         reason="trackio brings many packages along and is not installed: pip install trackio")
     code = ("import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; import test_distill as t\n"
-            "t.fit(t.distiller(), t.batch_at, Path(sys.argv[2]), t.replace(t.P, log_with='trackio'), steps=3, log_every=1)")
+            "t.fit(t.distiller(), t.batch_at, Path(sys.argv[2]), t.replace(t.P, log_with='trackio'), "
+            "steps=3, log_every=1)")
     env = dict(os.environ, TRACKIO_DIR=str(tmp_path/"board"), HF_HUB_OFFLINE="1")
     done = subprocess.run([sys.executable, "-c", code, os.path.dirname(__file__), str(tmp_path/"run")], env=env,
                           capture_output=True, text=True)
@@ -574,7 +577,8 @@ def test_a_checkpoint_of_other_settings_is_refused_by_name(tmp_path, monkeypatch
 def test_the_command_takes_the_notebooks_parameters(monkeypatch, capsys):
     seen = []
     monkeypatch.setattr(distill, "distil", lambda *a: seen.append(a) or ("folder", None))
-    distill.main("--profile mini --teacher ensemble --corpus own --steps 3 --seed 1 --out here --set loss=cl accumulate=2".split())
+    distill.main("--profile mini --teacher ensemble --corpus own --steps 3 --seed 1 --out here "
+                 "--set loss=cl accumulate=2".split())
     assert seen == [(replace(profile("mini"), loss="cl", accumulate=2), "ensemble", "own", 3, 1, "here")]
     assert capsys.readouterr().out == "folder\n"
     distill.main([])
@@ -601,8 +605,11 @@ class Deadly(Crops):
         return super().items(step, part)
 
 def train(rank, world, port, job):
-    if world > 1: os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    for seed in (random.seed, np.random.seed, torch.manual_seed): seed(os.getpid())    # as in a new process: nothing may depend on it
+    if world > 1:
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world),
+                          MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    # as in a new process: nothing may depend on it
+    for seed in (random.seed, np.random.seed, torch.manual_seed): seed(os.getpid())
     p = replace(P, batch=4, seconds=job["seconds"])
     crops = Deadly(job["audio"], p.batch, p.seconds, short=job["short"], epoch=job["epoch"])
     if rank == 0: crops.kill_at = job["kill_at"]
@@ -630,7 +637,8 @@ def free_port():
 
 @pytest.fixture(scope="module")
 def train(tmp_path_factory):
-    "Train in new processes, forked from one that has imported everything and done nothing: exit code, and the weights by process."
+    """Train in new processes, forked from one that has imported everything and done nothing: exit code, and the
+    weights by process."""
     env = dict(os.environ, OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true", HF_HUB_OFFLINE="1")
     command = [sys.executable, "-c", SERVER.format(tests=os.path.dirname(__file__))]
     log = tmp_path_factory.mktemp("server")/"stderr"
@@ -689,7 +697,8 @@ def assert_close_runs(one, two, loss="kd"):
 
 @pytest.fixture(scope="module")
 def two_corpora(tmp_path_factory):
-    "Recordings of 1.1 s and 2.3 s, and of 5 s: in crops of two seconds, halves and wholes of the first and wholes of the second."
+    """Recordings of 1.1 s and 2.3 s, and of 5 s: in crops of two seconds, halves and wholes of the first and wholes of
+    the second."""
     folder = tmp_path_factory.mktemp("two")
     for name, lengths in dict(short=(1.1, 2.3, 1.1, 2.3), long=(5., 5.)).items():
         (folder/name).mkdir()
@@ -711,7 +720,8 @@ def test_batches_of_several_lengths_in_two_processes_and_killed(tmp_path, train,
 # --- at real size
 
 def test_the_command_distils_checkpoints_of_real_size(tmp_path):
-    "θ₀ of HuBERT Base, taught by MERT v0-public: random weights in the hub's own format, the hub profile, the command as a user types it (but for bfloat16, which few CPUs have)."
+    """θ₀ of HuBERT Base, taught by MERT v0-public: random weights in the hub's own format, the hub profile, the command
+    as a user types it (but for bfloat16, which few CPUs have)."""
     torch.manual_seed(0)
     mert = dict(model_type="mert_model", architectures=["MERTModel"], sample_rate=16_000, feature_extractor_cqt=False,
                 attention_relax=-1.0,
@@ -724,7 +734,8 @@ def test_the_command_distils_checkpoints_of_real_size(tmp_path):
         (tmp_path/name).mkdir()
         (tmp_path/name/file.name).hardlink_to(file)
         (tmp_path/name/"config.json").write_text(json.dumps(model.config.to_dict() | more))
-        (tmp_path/name/"preprocessor_config.json").write_text(json.dumps(dict(feature_extractor_type="Wav2Vec2FeatureExtractor", sampling_rate=16_000, do_normalize=True)))
+        extractor = dict(feature_extractor_type="Wav2Vec2FeatureExtractor", sampling_rate=16_000, do_normalize=True)
+        (tmp_path/name/"preprocessor_config.json").write_text(json.dumps(extractor))
     for split in ("train-clean-100", "dev-clean"):
         (tmp_path/"audio"/split).mkdir(parents=True)
         for i in range(2):
@@ -732,12 +743,14 @@ def test_the_command_distils_checkpoints_of_real_size(tmp_path):
     (tmp_path/"audio/train-clean-100/9.wav").write_text("Dear Sir or Madam")
     env = dict(os.environ, OMP_NUM_THREADS="2", ACCELERATE_USE_CPU="true", HF_HUB_OFFLINE="1",
                DISTILLTV_HOME=str(tmp_path/"runs"), DISTILLTV_SPEECH=str(tmp_path/"audio"))
-    command = "-m distilltv.distill --profile hub --teacher music --corpus speech --steps 2 --set batch=2 seconds=.5 short=alone precision=no validate_every=0"
+    command = ("-m distilltv.distill --profile hub --teacher music --corpus speech --steps 2 "
+               "--set batch=2 seconds=.5 short=alone precision=no validate_every=0")
     done = subprocess.run([sys.executable, *command.split(), f"teachers.speech={tmp_path}/hubert",
                            f"teachers.music={tmp_path}/mert"], env=env, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     folder = tmp_path/"runs/hub/students/speech/music-2steps"
-    record, log, plain = json.loads((folder/"result.json").read_text()), pd.read_csv(folder/"log.csv"), HubertModel.from_pretrained(folder)
+    record, log = json.loads((folder/"result.json").read_text()), pd.read_csv(folder/"log.csv")
+    plain = HubertModel.from_pretrained(folder)
     assert done.stdout.strip() == str(folder) and sum(p.numel() for p in plain.parameters()) == 23_491_200
     assert weights_hash(plain) != record["inputs"]["base"] == weights_hash(load_encoder(tmp_path/"runs/hub/base"))
     assert log.step.tolist() == [0, 1] and {"music_4", "music_8", "music_12", "gradient"} <= set(log)
@@ -763,7 +776,8 @@ def test_a_saved_base_of_another_shape_is_refused(tmp_path, monkeypatch):
     assert (wide.hidden_size, wide.num_attention_heads) == (96, 2)
 
 def test_a_base_belongs_to_its_teachers_weights_and_not_to_their_place(tmp_path, monkeypatch):
-    "A teacher that has moved is the same; another one in the same place is not. The mini profile has its θ₀ shipped, unless its teacher is another."
+    """A teacher that has moved is the same; another one in the same place is not. The mini profile has its θ₀ shipped,
+    unless its teacher is another."""
     monkeypatch.setenv("DISTILLTV_HOME", str(tmp_path))
     save_encoder(HubertModel(HubertConfig(**TINY)), tmp_path/"a/teacher")
     p = Profile("three", dict(sound=str(tmp_path/"a/teacher")), licence="CC-BY-4.0")
@@ -776,7 +790,8 @@ def test_a_base_belongs_to_its_teachers_weights_and_not_to_their_place(tmp_path,
     assert weights_hash(base_of(profile("mini"))) == weights_hash(load_encoder(data_dir()/"base"))
     assert not (tmp_path/"mini").exists()
     other = replace(profile("mini"), init="music")
-    assert weights_hash(base_of(other)) == weights_hash(load_encoder(tmp_path/"mini/base")) != weights_hash(load_encoder(data_dir()/"base"))
+    assert (weights_hash(base_of(other)) == weights_hash(load_encoder(tmp_path/"mini/base"))
+            != weights_hash(load_encoder(data_dir()/"base")))
 
 @pytest.fixture(scope="module")
 def tiny_three(tmp_path_factory):
@@ -824,17 +839,20 @@ def test_a_teacher_that_is_refused_leaves_nothing_behind(tmp_path, monkeypatch, 
         distil(replace(p, predict=(4, 13)), "speech")
     monkeypatch.setattr(training.importlib.util, "find_spec", lambda name: None)
     for change, says in ((dict(short="alone", batch=4), "4 crops cannot be divided .* 3 corpora .* a multiple of 3"),
-                         (dict(loss="cl", accumulate=2), "use accumulate=1"), (dict(log_with="trackio"), "pip install trackio"),
+                         (dict(loss="cl", accumulate=2), "use accumulate=1"),
+                         (dict(log_with="trackio"), "pip install trackio"),
                          (dict(cache="float16"), "set epoch to a number of steps")):
         with pytest.raises(ValueError, match=says): distil(replace(tiny_three, **change), "ensemble")
     assert not list((tmp_path/"home").glob("three/**/*"))
 
 def test_a_seed_is_one_thing_and_is_recorded_as_used(tmp_path, monkeypatch, tiny_three):
-    "From the profile, from a call or from `--set`: the same student, in a folder of its own; records say what was used."
+    """From the profile, from a call or from `--set`: the same student, in a folder of its own; records say what was
+    used."""
     monkeypatch.setenv("DISTILLTV_HOME", str(tmp_path))
     monkeypatch.setattr(distill, "get_profile", lambda name: tiny_three)
     def made(folder):
-        return json.loads((folder/"distilltv.json").read_text()), json.loads((folder/"result.json").read_text())["parameters"]
+        return (json.loads((folder/"distilltv.json").read_text()),
+                json.loads((folder/"result.json").read_text())["parameters"])
     ways = [distil(tiny_three, "sound", seed=3, out=tmp_path/"a")[0],
             distil(replace(tiny_three, seed=3), "sound", out=tmp_path/"b")[0]]
     for out, more in dict(c=["--seed", "3"], d=["--set", "seed=3", "lr=1e-3"]).items():
@@ -851,7 +869,8 @@ def test_a_seed_is_one_thing_and_is_recorded_as_used(tmp_path, monkeypatch, tiny
     assert distil(tiny_three, "sound", seed=3)[0].name == "sound-seed3"
 
 def test_two_runs_side_by_side_share_a_cache_that_is_bounded(tmp_path, tiny_three):
-    "Students of one seed need each other's targets; each is what it would be alone, and the folder stays within its bound."
+    """Students of one seed need each other's targets; each is what it would be alone, and the folder stays within its
+    bound."""
     p = replace(tiny_three, epoch=3, steps=9, cache="float16", cache_gb=5e-5)
     code = ("import sys; sys.path.insert(0, sys.argv[1]); from test_distill import *\n"
             "distil(Profile(**json.loads(sys.argv[2])), 'ensemble', out=sys.argv[3])")

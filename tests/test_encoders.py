@@ -6,7 +6,8 @@ from transformers import (Data2VecAudioConfig, Data2VecAudioForCTC, HubertConfig
                           Wav2Vec2Config,
                           Wav2Vec2ForPreTraining, WavLMConfig, WavLMModel)
 from distilltv.frozen import open_encoder
-from distilltv.encoders import Heads, frames, hidden_states, load_encoder, make_base, random_student, receptive, save_encoder, student_config, weights_hash
+from distilltv.encoders import (Heads, frames, hidden_states, load_encoder, make_base, random_student, receptive,
+                                save_encoder, student_config, weights_hash)
 
 logging.getLogger("torchaudio").setLevel("ERROR")
 
@@ -41,7 +42,8 @@ def test_a_padded_batch_through_the_saved_feature_extractor_is_each_clip_alone(t
                           do_stable_layer_norm=norm == "layer", num_conv_pos_embeddings=16,
                           num_conv_pos_embedding_groups=4)
     save_encoder(HubertModel(config), tmp_path/"m")
-    extract, model = AutoFeatureExtractor.from_pretrained(tmp_path/"m"), HubertModel.from_pretrained(tmp_path/"m").eval()
+    extract = AutoFeatureExtractor.from_pretrained(tmp_path/"m")
+    model = HubertModel.from_pretrained(tmp_path/"m").eval()
     assert extract.return_attention_mask is (norm == "layer")
     # zeros are part of what such an encoder hears: no mask can take them back
     if norm == "group": return
@@ -86,7 +88,8 @@ def test_old_weight_norm_names_load_to_the_same_encoder(folder):
     before = weights_hash(load_encoder(folder))
     def rename(t):
         for old, new in (("original0", "weight_g"), ("original1", "weight_v")):
-            t[f"encoder.pos_conv_embed.conv.{new}"] = t.pop(f"encoder.pos_conv_embed.conv.parametrizations.weight.{old}")
+            t[f"encoder.pos_conv_embed.conv.{new}"] = t.pop("encoder.pos_conv_embed.conv."
+                                                            f"parametrizations.weight.{old}")
     edit(folder, rename)
     assert weights_hash(load_encoder(folder)) == before
 
@@ -275,7 +278,8 @@ def publish_mert(folder, version, **more):
     model = seeded(HubertModel, HubertConfig(**config))
     publish(model, folder, config=model.config.to_dict() | MERT[version] | more, names=old_names)
     for file in ("configuration_MERT.py", "modeling_MERT.py", "__init__.py"):
-        (folder/file).write_text(f"open({str(folder/'was_run')!r}, 'w')\nclass MERTConfig: pass\nclass MERTModel: pass\n")
+        (folder/file).write_text(f"open({str(folder/'was_run')!r}, 'w')\n"
+                                 "class MERTConfig: pass\nclass MERTModel: pass\n")
     rate = MERT[version]["sample_rate"]
     (folder/"preprocessor_config.json").write_text(json.dumps(dict(feature_extractor_type="Wav2Vec2FeatureExtractor",
                                                                    sampling_rate=rate, do_normalize=True)))
@@ -353,7 +357,8 @@ def test_a_folder_without_weights_is_a_sentence(tmp_path):
         load_encoder(folder)
 
 def test_a_checkpoint_of_real_size(tmp_path):
-    "HuBERT Base, MERT v0-public and MERT v1-95M: 211 tensors and 94 371 712 numbers, of which layers above 4 are not kept."
+    """HuBERT Base, MERT v0-public and MERT v1-95M: 211 tensors and 94 371 712 numbers, of which layers above 4 are not
+    kept."""
     with torch.device("meta"): shapes = {k: v.shape for k, v in HubertModel(HubertConfig()).state_dict().items()}
     assert len(shapes) == 211 and sum(s.numel() for s in shapes.values()) == 94_371_712
     (tmp_path/"config.json").write_text(json.dumps(HubertConfig().to_dict() | MERT["v1_95M"]))
@@ -372,8 +377,8 @@ def test_the_published_distilhubert_opens(tmp_path):
     for weights in ("bin", "safetensors"):
         model = seeded(HubertModel, HubertConfig(**SMALL | shape))
         folder = publish(model, tmp_path/weights, weights=weights, names=old_names)
-        (folder/"preprocessor_config.json").write_text(json.dumps(dict(do_normalize=False, sampling_rate=16_000,
-                                                                       feature_extractor_type="Wav2Vec2FeatureExtractor")))
+        extractor = dict(do_normalize=False, sampling_rate=16_000, feature_extractor_type="Wav2Vec2FeatureExtractor")
+        (folder/"preprocessor_config.json").write_text(json.dumps(extractor))
         student = load_encoder(folder)
         assert weights_hash(student) == weights_hash(model) and student.sample_rate == 16_000 and student.left_out == []
 

@@ -128,7 +128,8 @@ def test_hash_is_the_encoders_hash(trio, tmp_path):
     base, s, m = algebra(trio)
     u = base + .3*s + .7*m
     u.save_pretrained(tmp_path/"u")
-    assert encoders.weights_hash(encoders.load_encoder(tmp_path/"u")) == load_student(tmp_path/"u").hash == encoders.weights_hash(u.model())
+    assert (encoders.weights_hash(encoders.load_encoder(tmp_path/"u")) == load_student(tmp_path/"u").hash
+            == encoders.weights_hash(u.model()))
 
 def test_loaded_models_merge_like_their_folders(trio, tmp_path):
     base, s, m = algebra(trio)
@@ -327,8 +328,8 @@ def test_card_names_licences_and_scores(mine, tmp_path):
                                                          | dict(licence="CC-BY-4.0")))
     base, s, m = algebra(mine)
     first = (base + .3*s + .7*m).save_pretrained(tmp_path/"u", lam=.3)
-    assert {Path(i["path"]).name: i["licence"] for i in first["inputs"]} == dict(base="not recorded",
-                                                                                 speech="CC-BY-4.0", music="not recorded")
+    licences = {Path(i["path"]).name: i["licence"] for i in first["inputs"]}
+    assert licences == dict(base="not recorded", speech="CC-BY-4.0", music="not recorded")
     assert "score" not in (tmp_path/"u/README.md").read_text()
     record = add_scores(tmp_path/"u", dict(phones=np.float64(.5)))
     record = add_scores(tmp_path/"u", dict(pitch=.75))
@@ -451,7 +452,8 @@ def test_preprocessors_must_agree(mine, tmp_path):
     with pytest.raises(ValueError, match="preprocessor_config.json differs"):
         (base + s + m).save_pretrained(tmp_path/"out")
     (base + s).save_pretrained(tmp_path/"out")
-    assert json.loads((tmp_path/"out/preprocessor_config.json").read_text()) == dict(do_normalize=True, return_attention_mask=False)
+    assert (json.loads((tmp_path/"out/preprocessor_config.json").read_text())
+            == dict(do_normalize=True, return_attention_mask=False))
 
 def test_mask_embedding_goes_with_the_config(tmp_path):
     save(tmp_path/"a", tiny(0, mask_time_prob=.05))
@@ -641,7 +643,8 @@ def test_notebook_uses_the_lam_it_is_given(trio, tmp_path):
     base, s, m = algebra(trio)
     made = load_student(tmp_path/"made")
     assert all(np.array_equal(made[n], np.asarray((base + .4*s + .6*m)[n]).astype(np.float32)) for n in made.names)
-    assert json.loads((tmp_path/"made/distilltv.json").read_text())["lam"] == .4 == json.loads((tmp_path/"made/result.json").read_text())["parameters"]["lam"]
+    assert (json.loads((tmp_path/"made/distilltv.json").read_text())["lam"] == .4
+            == json.loads((tmp_path/"made/result.json").read_text())["parameters"]["lam"])
 
 def test_which_students_are_found(trio, tmp_path, monkeypatch):
     monkeypatch.setenv("DISTILLTV_HOME", str(tmp_path/"runs")); monkeypatch.setenv("DISTILLTV_DATA",
@@ -650,8 +653,8 @@ def test_which_students_are_found(trio, tmp_path, monkeypatch):
         for d in ("speech", "music"):
             shutil.copytree(trio/d, top/d)
             (top/d/"distilltv.json").write_text(json.dumps(dict(base_hash="x", corpus=corpus)))
-    with pytest.raises(FileNotFoundError,
-                       match="not all students of profile mini distilled on 'both'.*-p teacher speech.*again with music"):
+    with pytest.raises(FileNotFoundError, match="not all students of profile mini distilled on 'both'.*"
+                                                "-p teacher speech.*again with music"):
         find_students()
     shutil.copytree(trio/"base", tmp_path/"data/base")
     put(tmp_path/"data/students", "both")

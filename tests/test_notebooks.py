@@ -55,7 +55,8 @@ def test_notebook_is_executed_without_noise(path):
     text = json.dumps(outputs)
     assert not re.search(r"Warning:|\[IPKernelApp\]|it/s\]|s/it\]|step/s\]|jupyter.widget-view",
                          text), "warnings or progress bars in outputs"
-    assert "widgets" not in json.loads(path.read_text())["metadata"], "the state of progress bars is left in the metadata: delete `widgets` there"
+    assert "widgets" not in json.loads(path.read_text())["metadata"], ("the state of progress bars is left in the "
+                                                                       "metadata: delete `widgets` there")
     assert not re.search(r"(?<![\w.])/(home|root|tmp|work|Users|opt|data)/\w",
                          re.sub(r'"image/[a-z+]*": ("[^"]*"|\[[^\]]*\])', "", text)), "an absolute path in outputs"
 
@@ -93,7 +94,8 @@ def test_prose_numbers_are_computed(tmp_path):
         done = tool("jupyter", "nbconvert", "--to", "notebook", "--execute", "--output-dir", tmp_path, path)
         assert done.returncode == 0, done.stdout[-3000:]
         shown = lambda p: [o.get("data", {}).get("text/markdown") for c in code_cells(p) for o in c["outputs"]]
-        assert shown(tmp_path/path.name) == shown(path), f"{name}.ipynb shows old numbers: run and save it, then .ci/readme.py"
+        assert shown(tmp_path/path.name) == shown(path), (f"{name}.ipynb shows old numbers: run and save it, "
+                                                          "then .ci/readme.py")
 
 # --- papermill
 

@@ -58,10 +58,12 @@ def test_three_domains_from_teachers_to_the_results(mine, tmp_path):
     found = find_students(mine)
     vectors = {d: TaskVector.between(found["base"], found[d]) for d in ALL}
     merges = [r for r in grid(mine) if r.stage == "merge"]
-    assert [r.parameters["weights"] for r in merges] == [said["weights"] for said in merge_weights(ALL)] and len(merges) == 15
+    assert [r.parameters["weights"] for r in merges] == [said["weights"] for said in merge_weights(ALL)]
+    assert len(merges) == 15
     for r in merges:
         student = merge(found["base"], vectors, r.parameters["weights"])
-        student.save_pretrained(r.folder, method="linear", weights=r.parameters["weights"], corpus="both", profile="mine")
+        student.save_pretrained(r.folder, method="linear", weights=r.parameters["weights"], corpus="both",
+                                profile="mine")
     some = merges[7]
     before, weights = weights_hash(load_encoder(some.folder)), json.dumps(some.parameters["weights"])
     papermill("03_merge.ipynb", tmp_path/"03.ipynb", profile=str(mine), weights=weights, out=str(tmp_path/"again"))

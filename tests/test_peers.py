@@ -67,7 +67,8 @@ class DownstreamExpert(nn.Module):
     def get_dataloader(self, split):
         g = torch.Generator().manual_seed(0)
         t = torch.arange(16000)/16000
-        return [([torch.sin(2*torch.pi*f*t[:n]) + .1*torch.randn(n, generator=g) for f, n in ((200, 16000), (2000, 9000))], [0, 1])]
+        return [([torch.sin(2*torch.pi*f*t[:n]) + .1*torch.randn(n, generator=g)
+                  for f, n in ((200, 16000), (2000, 9000))], [0, 1])]
     def forward(self, split, features, labels, records, **_):
         said, _ = self.model(pad_sequence(features, batch_first=True), torch.tensor([len(f) for f in features]))
         records["right"] += (said.argmax(-1) == torch.tensor(labels)).tolist()
@@ -75,8 +76,8 @@ class DownstreamExpert(nn.Module):
     def log_records(self, split, records, **_): self.seen.append(sum(records["right"])/len(records["right"]))
 """
 
-# s3prl's runner imports what the hub's client dropped in its release 1, so its environment holds `transformers` 4, where one class that we
-# import has its older name; nothing else differs
+# s3prl's runner imports what the hub's client dropped in its release 1, so its environment holds `transformers` 4,
+# where one class that we import has its older name; nothing else differs
 TRAINED = """
 import json, sys, transformers
 import huggingface_hub, torchaudio, datasets
@@ -93,14 +94,17 @@ from distilltv.adapters import S3prlUpstream
 hub.distilltv = lambda ckpt, **_: S3prlUpstream(open_encoder(ckpt))
 s3prl.downstream.__path__.append(sys.argv[2])
 torch.manual_seed(0)
-args = Namespace(init_ckpt=None, upstream="distilltv", upstream_ckpt=sys.argv[1], upstream_model_config=None, upstream_refresh=False,
-                 upstream_trainable=False, upstream_feature_selection="hidden_states", upstream_layer_selection=None, upstream_feature_normalize=False,
+args = Namespace(init_ckpt=None, upstream="distilltv", upstream_ckpt=sys.argv[1], upstream_model_config=None,
+                 upstream_refresh=False, upstream_trainable=False, upstream_feature_selection="hidden_states",
+                 upstream_layer_selection=None, upstream_feature_normalize=False,
                  downstream="tones", device="cpu", seed=0, expdir=sys.argv[2], push_to_hf_hub=False)
-config = dict(runner=dict(total_steps=20, gradient_clipping=1, gradient_accumulate_steps=1, log_step=100, eval_step=20, save_step=100, max_keep=1,
-                          eval_dataloaders=["test"]), optimizer=dict(name="TorchOptim", torch_optim_name="Adam", lr=1e-2))
+config = dict(runner=dict(total_steps=20, gradient_clipping=1, gradient_accumulate_steps=1, log_step=100, eval_step=20,
+                          save_step=100, max_keep=1, eval_dataloaders=["test"]),
+              optimizer=dict(name="TorchOptim", torch_optim_name="Adam", lr=1e-2))
 runner = Runner(args, config)
 runner.train()
-print(json.dumps(dict(right=runner.downstream.model.seen, layers=runner.featurizer.model.layer_num, moved=float(runner.featurizer.model.weights.abs().sum()))))
+print(json.dumps(dict(right=runner.downstream.model.seen, layers=runner.featurizer.model.layer_num,
+                      moved=float(runner.featurizer.model.weights.abs().sum()))))
 """
 
 def test_s3prl_runner_trains_on_our_upstream(tmp_path):
@@ -111,7 +115,8 @@ def test_s3prl_runner_trains_on_our_upstream(tmp_path):
     assert found["right"] == [1.] and found["layers"] == 3 and found["moved"] > 0
 
 def test_a_step_equals_s3prls(tmp_path):
-    "The benchmark of distillation asserts that hidden states and losses agree with s3prl's HuBERT and distiller from the same weights."
+    """The benchmark of distillation asserts that hidden states and losses agree with s3prl's HuBERT and distiller from
+    the same weights."""
     command = [Path(sys.executable).parent/"papermill", ROOT/"nbs/appendix/a5_distill_benchmark.ipynb",
                tmp_path/"out.ipynb", "-p", "peer", peer("S3PRL"), "-p", "rounds", "1"]
     done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True,

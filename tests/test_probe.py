@@ -81,9 +81,8 @@ def test_one_copy_equals_torch_adamw():
 def test_attention_starts_as_the_mean_and_weights_frames_by_a_softmax(layers):
     x, y = toy(n=40, layers=layers)
     f, g = framed(x, y), torch.Generator().manual_seed(1)
-    W, b, q, a = torch.randn(2, 1, 6, 3, generator=g), torch.zeros(2, 1, 1,
-                                                                   3), torch.zeros(2, 1,
-                                                                                   6), torch.randn(2, 1, layers, generator=g) if layers > 1 else None
+    W, b, q = torch.randn(2, 1, 6, 3, generator=g), torch.zeros(2, 1, 1, 3), torch.zeros(2, 1, 6)
+    a = torch.randn(2, 1, layers, generator=g) if layers > 1 else None
     torch.testing.assert_close(F.logits(f[:, None], W, b, a, q=q), F.logits(f.nanmean(2)[:, None], W, b, a), atol=1e-5,
                                rtol=1e-4)
     q = torch.randn(2, 1, 6, generator=g)
@@ -198,8 +197,8 @@ def test_a_row_names_what_it_was_made_from(runs, corpus, tmp_path):
     assert d.commit.notna().all() and d.versions.str.contains("torch ").all() and (d.peak_mb > 10).all()
     assert (d.weights_hash == "logmel-80").all()
     rewrite(corpus, end=lambda m: m.end.astype(int) - 320)
-    assert P.probe("logmel", "pitch", seeds=1,
-                   root=str(corpus)).data_hash[0] != d.data_hash[0] == pd.read_csv(tmp_path/"out/scores.csv").data_hash[0]
+    again = P.probe("logmel", "pitch", seeds=1, root=str(corpus))
+    assert again.data_hash[0] != d.data_hash[0] == pd.read_csv(tmp_path/"out/scores.csv").data_hash[0]
 
 def test_frames_are_those_that_are_averaged(runs, corpus):
     e, table = Z.Transformer(hubert()), M.notes(corpus)
@@ -268,8 +267,8 @@ def test_labels_that_are_not_there_at_all(corpus):
         T.task_table("instrument", str(corpus))
 
 def test_nan_is_no_label(corpus):
-    t = dataclasses.replace(T.find_task("instrument"),
-                            load=lambda root: M.notes(root).assign(family=lambda d: d.family.where(d.id != "n0", np.nan)))
+    load = lambda root: M.notes(root).assign(family=lambda d: d.family.where(d.id != "n0", np.nan))
+    t = dataclasses.replace(T.find_task("instrument"), load=load)
     assert M.notes(corpus).id[0] == "n0" and not t.split(corpus).usable[0]
 
 def test_a_task_that_the_recording_chain_gives_away_is_refused(corpus):
@@ -550,8 +549,8 @@ def test_three_windows_are_mixed_at_one_level(runs, corpus):
     w, audio = E.windows(t, corpus)
     cut = lambda table: [a.astype(float) for a in np.split(E.windows(table, corpus)[1], len(table))]
     same = t.assign(end=t.start + 4000)
-    x, y, z = cut(d.assign(end=d.start + 4000)), cut(d.assign(start=same.with_start,
-                                                              end=same.with_start + 4000)), cut(d.assign(start=same.also_start, end=same.also_start + 4000))
+    x, y = cut(d.assign(end=d.start + 4000)), cut(d.assign(start=same.with_start, end=same.with_start + 4000))
+    z = cut(d.assign(start=same.also_start, end=same.also_start + 4000))
     w, audio = E.windows(same, corpus)
     for i, a in zip([r[0] for r in w.rows], np.split(audio.astype(float), len(same))):
         want = E.mix(x[i]/32768, [y[i]/32768, z[i]/32768], 0.)

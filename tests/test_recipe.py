@@ -11,7 +11,8 @@ from distilltv.encoders import save_encoder, weights_hash
 from distilltv.merge import TaskVector, load_student, merge
 from distilltv.path import Dial, choose_by_part, choose_lam, pareto, slider, sweep
 from distilltv.recipes import merge_recipe, push_to_hub, recipe_student
-from distilltv.rules import RULES, add, apply_rule, blocks, breadcrumbs, dare, elect, fisher, magprune, model_stock, regmean, slerp, trim, vote
+from distilltv.rules import (RULES, add, apply_rule, blocks, breadcrumbs, dare, elect, fisher, magprune, model_stock,
+                             regmean, slerp, trim, vote)
 from distilltv.runs import file_hash
 from distilltv.weights import ByName, Checkpoint
 
@@ -63,8 +64,8 @@ def test_replay_gives_the_same_bytes(mine, rule):
 def test_replay_of_weights_by_part(mine, lam):
     base, v = vectors(mine)
     (base + lam*v["speech"] + (1-lam)*v["music"]).save_pretrained(mine/"made")
-    assert merge_recipe(mine/"made/recipe.yaml",
-                        mine/"again")["weights_hash"] == json.loads((mine/"made/distilltv.json").read_text())["weights_hash"]
+    again = merge_recipe(mine/"made/recipe.yaml", mine/"again")
+    assert again["weights_hash"] == json.loads((mine/"made/distilltv.json").read_text())["weights_hash"]
 
 def test_replay_of_weights_that_no_decimal_says(mine):
     base, v = vectors(mine)
@@ -133,7 +134,8 @@ BAD = {"density: 50": ("ties", "parameters: {density: 50}"),
 @pytest.mark.parametrize("says, how", BAD.items(), ids=list(BAD))
 def test_values_of_a_recipe_that_are_refused(mine, says, how):
     method, more, weight = (*how, ".3")[:3]
-    (mine/"r.yaml").write_text(f"merge_method: {method}\nbase_model: base\nmodels:\n- {{model: speech, parameters: {{weight: {weight}}}}}\n"
+    (mine/"r.yaml").write_text(f"merge_method: {method}\nbase_model: base\nmodels:\n"
+                               f"- {{model: speech, parameters: {{weight: {weight}}}}}\n"
                                f"- {{model: music, parameters: {{weight: .5}}}}\n{more}\n")
     with pytest.raises(ValueError, match="r.yaml: .*" + says.replace(": 50", " is 50")):
         merge_recipe(mine/"r.yaml", mine/"out")
@@ -153,7 +155,9 @@ def test_recipes_of_the_wrong_kind_are_refused(tmp_path, text, says):
     with pytest.raises(ValueError, match=says): recipe_student(tmp_path/"r.yaml")
 
 def test_numbers_that_yaml_takes_for_text(mine):
-    (mine/"r.yaml").write_text("merge_method: ties\nbase_model: base\nmodels: [{model: speech, parameters: {weight: 5e-1}}, {model: music}]\nparameters: {density: 3e-1, lambda: 1/2}\n")
+    (mine/"r.yaml").write_text("merge_method: ties\nbase_model: base\n"
+                               "models: [{model: speech, parameters: {weight: 5e-1}}, {model: music}]\n"
+                               "parameters: {density: 3e-1, lambda: 1/2}\n")
     base, v = vectors(mine)
     assert recipe_student(mine/"r.yaml")[0].hash == merge(base, v, dict(speech=.5, music=1), "ties", density=.3,
                                                           scale=.5).hash
@@ -335,20 +339,23 @@ def test_shared_rules_agree_with_peft():
     # peft takes the mean of the winners here, mergekit and our dare_ties the sum
     near(elect(pruned, [1, 1, 1]), want["dare_ties"])
 
-# What mergekit 0.1.5 with torch 2.14.1 makes of three files of random numbers by these recipes. These lines made it, run as
-# `mk/bin/python made.py FOLDER recipes.yaml` where mergekit is installed:
+# What mergekit 0.1.5 with torch 2.14.1 makes of three files of random numbers by these recipes. These lines made it,
+# run as `mk/bin/python made.py FOLDER recipes.yaml` where mergekit is installed:
 MERGEKIT_MADE_BY = """
 import subprocess, sys, numpy as np, torch, yaml
 from pathlib import Path
 from safetensors.numpy import load_file, save_file
 from mergekit.sparsify import bernoulli, della_magprune
 rng, top = np.random.default_rng(11), Path(sys.argv[1])
-for m in ("base", "a", "c"): save_file({n: rng.normal(size=s).round(2).astype("float32") for n, s in dict(b=(5,), w=(3, 4)).items()}, top/f"{m}.safetensors")
+for m in ("base", "a", "c"):
+    save_file({n: rng.normal(size=s).round(2).astype("float32") for n, s in dict(b=(5,), w=(3, 4)).items()},
+              top/f"{m}.safetensors")
 for name, r in yaml.safe_load(Path(sys.argv[2]).read_text()).items():
     for m in [r, *r["models"]]:
         for k in {"base_model", "model"} & set(m): m[k] = f"{top/m[k]}.safetensors"
     (top/"r.yaml").write_text(yaml.safe_dump(r | dict(merge_method=name, dtype="float32")))
-    subprocess.run([str(Path(sys.executable).with_name("mergekit-pytorch")), top/"r.yaml", top/name], check=True, capture_output=True)
+    subprocess.run([str(Path(sys.executable).with_name("mergekit-pytorch")), top/"r.yaml", top/name], check=True,
+                   capture_output=True)
     t = load_file(next((top/name).glob("*.safetensors")))
     print(f"    {name}={[round(float(x), 5) for x in [*t['b'], *t['w'].ravel()]]},")
 t = torch.from_numpy(np.random.default_rng(7).normal(size=(3, 4)).round(3).astype("float32"))
@@ -359,13 +366,20 @@ for name, f in dict(dropped=lambda: bernoulli(t, .6), magpruned=lambda: della_ma
 """
 MERGEKIT_RECIPES = """
 linear: {models: [{model: a, parameters: {weight: 3}}, {model: c, parameters: {weight: 1}}]}
-task_arithmetic: {base_model: base, models: [{model: a, parameters: {weight: 0.7}}, {model: c, parameters: {weight: -0.4}}], parameters: {lambda: 1.5}}
-ties: {base_model: base, models: [{model: a, parameters: {weight: 0.4}}, {model: c, parameters: {weight: 0.6}}], parameters: {density: 0.5}}
-breadcrumbs: {base_model: base, models: [{model: a, parameters: {weight: 0.4}}, {model: c, parameters: {weight: 0.6}}], parameters: {density: 0.5, gamma: 0.2}}
-breadcrumbs_ties: {base_model: base, models: [{model: a, parameters: {weight: 0.4}}, {model: c, parameters: {weight: 0.6}}], parameters: {density: 0.5, gamma: 0.2}}
-dare_linear: {base_model: base, models: [{model: a, parameters: {weight: 0.4}}, {model: c, parameters: {weight: 0.6}}], parameters: {density: 1.0}}
-dare_ties: {base_model: base, models: [{model: a, parameters: {weight: 0.4}}, {model: c, parameters: {weight: 0.6}}], parameters: {density: 1.0}}
-della: {base_model: base, models: [{model: a, parameters: {weight: 0.4}}, {model: c, parameters: {weight: 0.6}}], parameters: {density: 1.0, epsilon: 0.0}}
+task_arithmetic: {base_model: base, parameters: {lambda: 1.5},
+                  models: [{model: a, parameters: {weight: 0.7}}, {model: c, parameters: {weight: -0.4}}]}
+ties: {base_model: base, parameters: {density: 0.5},
+       models: [{model: a, parameters: {weight: 0.4}}, {model: c, parameters: {weight: 0.6}}]}
+breadcrumbs: {base_model: base, parameters: {density: 0.5, gamma: 0.2},
+              models: [{model: a, parameters: {weight: 0.4}}, {model: c, parameters: {weight: 0.6}}]}
+breadcrumbs_ties: {base_model: base, parameters: {density: 0.5, gamma: 0.2},
+                   models: [{model: a, parameters: {weight: 0.4}}, {model: c, parameters: {weight: 0.6}}]}
+dare_linear: {base_model: base, parameters: {density: 1.0},
+              models: [{model: a, parameters: {weight: 0.4}}, {model: c, parameters: {weight: 0.6}}]}
+dare_ties: {base_model: base, parameters: {density: 1.0},
+            models: [{model: a, parameters: {weight: 0.4}}, {model: c, parameters: {weight: 0.6}}]}
+della: {base_model: base, parameters: {density: 1.0, epsilon: 0.0},
+        models: [{model: a, parameters: {weight: 0.4}}, {model: c, parameters: {weight: 0.6}}]}
 slerp: {base_model: a, models: [{model: a}, {model: c}], parameters: {t: 0.3}}
 model_stock: {base_model: base, models: [{model: a}, {model: c}]}
 """
@@ -408,7 +422,8 @@ def test_recipes_agree_with_mergekit(tmp_path, rule):
     np.testing.assert_allclose(np.concatenate([t["b"].numpy(), t["w"].numpy().ravel()]), MERGEKIT[rule], atol=2e-5)
 
 def test_random_rules_keep_what_mergekit_keeps():
-    "The same draws keep the same entries; mergekit then rescales to the L1 norm of before, we by the chance, as the papers do."
+    """The same draws keep the same entries; mergekit then rescales to the L1 norm of before, we by the chance, as the
+    papers do."""
     t = np.random.default_rng(7).normal(size=(3, 4)).round(3)
     for ours, theirs in ((dare(t, .6, np.random.default_rng(0)), "dropped"),
                          (magprune(t, .6, .3, np.random.default_rng(0)), "magpruned")):
@@ -456,7 +471,8 @@ def test_slerp_turns_evenly(ts, lam):
     assert np.linalg.norm(m) == pytest.approx(1) and angle(m, b) == pytest.approx(lam*angle(a, b), abs=1e-6)
 
 def test_model_stock_is_nearest_to_the_centre():
-    "On the plane through θ₀ and two vectors of one length, the point of the line θ₀–mean that is perpendicular, as in the paper's figure."
+    """On the plane through θ₀ and two vectors of one length, the point of the line θ₀–mean that is perpendicular, as in
+    the paper's figure."""
     for cos in (.2, .5, .9):
         a, b = np.array([1., 0]), np.array([cos, (1-cos**2)**.5])
         np.testing.assert_allclose(model_stock([a, b]), (a+b)/2 * 2*cos/(1+cos))

@@ -1,4 +1,5 @@
-"What a reader sees beside the code: the site, its links and pictures, licences, sizes, and nothing of the build machine."
+"""What a reader sees beside the code: the site, its links and pictures, licences, sizes, and nothing of the build
+machine."""
 import ast, importlib.util, json, os, re, shutil, subprocess, sys
 from html.parser import HTMLParser
 from pathlib import Path
@@ -63,7 +64,8 @@ def test_cross_references_and_citations_resolve():
                                 prose(p))) | set(re.findall(r"#\|\s*label:\s*((?:fig|tbl)-[\w-]+)", everything(p)))
         prose_only = re.sub(r"`[^`]*`", "", prose(p))
         for ref in re.findall(r"(?<![\w.`/])@([A-Za-z][\w-]*[\w])", prose_only):
-            assert ref in labels or ref in keys, f"{p.name}: @{ref} is neither a label of this page nor in the bibliography"
+            assert ref in labels or ref in keys, (f"{p.name}: @{ref} is neither a label of this page "
+                                                  "nor in the bibliography")
 
 def test_labels_and_headings_are_unique_on_a_page():
     "Both become ids."
@@ -97,7 +99,8 @@ def test_links_and_pictures(path):
         file, _, anchor = unquote(target).partition("#")
         to = (path.parent/file).resolve() if file else path
         assert to.exists(), f"{path.name} links to {target}, which is not there"
-        assert picture or path.name == "README.md" or to in SITE_PAGES, f"{path.name} links to {target}, which is no page of the site"
+        assert picture or path.name == "README.md" or to in SITE_PAGES, (f"{path.name} links to {target}, "
+                                                                         "which is no page of the site")
         if anchor and to.suffix in (".md", ".qmd", ".ipynb"):
             assert anchor in anchors(to), f"{path.name}: no heading #{anchor} in {to.name}"
 
@@ -174,7 +177,8 @@ def test_built_pages_are_whole(site):
         for ref in page.refs:
             u = urlsplit(ref)
             if u.scheme or ref.startswith("//"): continue
-            to = (f.parent/unquote(u.path)).resolve() if u.path and not u.path.startswith("/") else site/unquote(u.path.lstrip("/")) if u.path else f
+            to = ((f.parent/unquote(u.path)).resolve() if u.path and not u.path.startswith("/")
+                  else site/unquote(u.path.lstrip("/")) if u.path else f)
             to = to/"index.html" if to.is_dir() else to
             assert to.exists(), f"{f.relative_to(site)}: {ref} is not there"
             if u.fragment and to in parsed:
@@ -185,7 +189,8 @@ def test_built_pages_are_whole(site):
 @pytest.mark.skipif(not shutil.which("quarto"), reason="Quarto is not installed")
 def test_quarto_renders_without_warnings(tmp_path):
     done = subprocess.run(["quarto", "render", "--output-dir", tmp_path], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and "Unable to resolve" not in done.stderr and "WARN" not in done.stderr, done.stderr[-4000:]
+    assert (done.returncode == 0 and "Unable to resolve" not in done.stderr
+            and "WARN" not in done.stderr), done.stderr[-4000:]
     for f in tmp_path.rglob("*.html"):
         assert not (m := elsewhere(f.read_text())), f"{f.relative_to(tmp_path)} loads {m}"
     for f in tmp_path.rglob("*.css"):
@@ -198,7 +203,8 @@ def elsewhere(html):
                       html) + re.findall(r"<link\b[^>]*rel=[\"']stylesheet[\"'][^>]*href=[\"']((?:https?:)?//[^\"']*)",
                                          html)
 
-# what Quarto 1.10 puts into the head of a page whose notebook has a table among its outputs (src/core/jupyter/widgets.ts)
+# what Quarto 1.10 puts into the head of a page whose notebook has a table among its outputs
+# (src/core/jupyter/widgets.ts)
 WIDGETS = """<head><script src="site_libs/clipboard/clipboard.min.js"></script>
 <script src="https://cdn.jsdelivr.net/npm/requirejs@2.3.6/require.min.js" integrity="sha384-c9c+" crossorigin="anonymous"></script>
 <script src="https://cdn.jsdelivr.net/npm/jquery@3.5.1/dist/jquery.min.js" integrity="sha384-ZvpU" crossorigin="anonymous" data-relocate-top="true"></script>
@@ -247,7 +253,8 @@ def test_badges_are_true():
     flows = [re.search(r"/actions/workflows/(.*?)/badge", image)[1] for _, image, _ in shown if "/actions/" in image]
     assert flows and all((ROOT/".github/workflows"/f).exists() for f in flows)
     said = " ".join(alt for alt, *_ in shown)
-    tested = yaml.safe_load((ROOT/".github/workflows/test.yml").read_text())["jobs"]["test"]["strategy"]["matrix"]["python"]
+    jobs = yaml.safe_load((ROOT/".github/workflows/test.yml").read_text())["jobs"]
+    tested = jobs["test"]["strategy"]["matrix"]["python"]
     project = (ROOT/"pyproject.toml").read_text()
     assert f"Python {tested[0]} to {tested[-1]}" in said and f'requires-python = ">={tested[0]}"' in project
     assert re.search(r'^license = "(.*)"', project, re.M)[1] in said
@@ -266,9 +273,9 @@ def test_ci_runs_the_same_script_everywhere():
 # --- the rooms
 
 # each module may import only those before it; a new one finds its place here
-ROOMS = """style runs profiles audio corpora scale cards encoders public objective training distill weights rules merge geometry recipes
-           path align frozen features adapters fit tasks words letters mini published check probe statistics results figures paper findings grid runner
-           queueing jobs slurm reproduce""".split()
+ROOMS = """style runs profiles audio corpora scale cards encoders public objective training distill weights rules merge
+           geometry recipes path align frozen features adapters fit tasks words letters mini published check probe
+           statistics results figures paper findings grid runner queueing jobs slurm reproduce""".split()
 
 def imports(path):
     "(module of this package, names taken from it) of each import, wherever it stands in the file."

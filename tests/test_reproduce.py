@@ -107,7 +107,8 @@ def test_modules_and_data_are_inputs(repo, monkeypatch):
 @pytest.mark.parametrize("after", [.5, 2.5, 4.])
 def test_killed_and_started_again(repo, after):
     "SIGKILL leaves no kernel behind, and the same command ends with the same numbers."
-    code = f"import sys; sys.path[:0] = [{str(Path(__file__).parent)!r}]\nfrom test_reproduce import *\nrun_stale(small())"
+    code = (f"import sys; sys.path[:0] = [{str(Path(__file__).parent)!r}]\n"
+            "from test_reproduce import *\nrun_stale(small())")
     run = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(root_of_package())},
                            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     time.sleep(after)
@@ -141,8 +142,8 @@ def test_a_bare_assert_shows_its_line(repo):
     assert "AssertionError: assert value > 5" in run_stale(small((1,)))["make/m0"]
 
 def test_nothing_made_is_a_failure(repo):
-    (repo/"nbs/make.ipynb").write_text((repo/"nbs/total.ipynb").read_text().replace("(out/'number.txt')",
-                                                                                    "(out/'.hidden')").replace("of.split()", "[]").replace("of = ", "x = "))
+    code = (repo/"nbs/total.ipynb").read_text().replace("(out/'number.txt')", "(out/'.hidden')")
+    (repo/"nbs/make.ipynb").write_text(code.replace("of.split()", "[]").replace("of = ", "x = "))
     assert "left nothing in runs/m0" in run_stale(small((1,)))["make/m0"]
 
 def test_leftovers_of_other_code_are_cleared_but_a_killed_run_may_continue(repo):
@@ -177,12 +178,14 @@ def test_command_line(tmp_path, repo):
 
 def test_without_notebooks_it_says_what_to_do(tmp_path):
     "A package installed from a wheel, away from any clone."
-    code = f"import os; os.chdir({str(tmp_path)!r})\nfrom distilltv import reproduce as r\nr.root = lambda: r.Path({str(tmp_path)!r})\nr.main(['reproduce'])"
+    code = (f"import os; os.chdir({str(tmp_path)!r})\nfrom distilltv import reproduce as r\n"
+            f"r.root = lambda: r.Path({str(tmp_path)!r})\nr.main(['reproduce'])")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root_of_package())
     assert done.returncode == 2 and "clone it and give the command inside" in done.stderr
 
 def test_checking_imports_nothing_heavy():
-    code = "import sys, distilltv.reproduce; print([m for m in ('torch', 'transformers', 'pandas', 'papermill') if m in sys.modules])"
+    code = ("import sys, distilltv.reproduce; "
+            "print([m for m in ('torch', 'transformers', 'pandas', 'papermill') if m in sys.modules])")
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
                           cwd=root_of_package()).stdout.strip() == "[]"
 
@@ -248,7 +251,8 @@ def test_profile_audio_and_teachers_are_in_the_key(tmp_path, monkeypatch):
     for d in ("a", "b", "c"):
         (tmp_path/d).mkdir()
         (tmp_path/d/"x.wav").write_bytes(b"one")
-    text = 'name = "three"\n[teachers]\na = "./a"\nb = "./b"\nc = "./c"\n[audio]\na = "./a"\nb = "${OTHER}"\nc = "./c"\n[training]\nsteps = 7\n[slurm.distil]\nhours = 2\n'
+    text = ('name = "three"\n[teachers]\na = "./a"\nb = "./b"\nc = "./c"\n[audio]\na = "./a"\nb = "${OTHER}"\n'
+            'c = "./c"\n[training]\nsteps = 7\n[slurm.distil]\nhours = 2\n')
     (tmp_path/"three.toml").write_text(text, encoding="utf-8")
     monkeypatch.setenv("OTHER", str(tmp_path/"b"))
     runs = {r.id: r for r in grid(tmp_path/"three.toml", seeds=2)}
@@ -270,7 +274,8 @@ def test_profile_audio_and_teachers_are_in_the_key(tmp_path, monkeypatch):
 def test_a_profiles_question_makes_probes_stale_and_no_student(tmp_path):
     (tmp_path/"q").mkdir()
     (tmp_path/"q/t.csv").write_text("file,split,what,who\n", encoding="utf-8")
-    text = 'name = "one"\n[teachers]\na = "x/y"\n[tasks.high]\ntable = "q/t.csv"\nlabel = "what"\ngroup = "who"\ndomain = "a"\n'
+    text = ('name = "one"\n[teachers]\na = "x/y"\n'
+            '[tasks.high]\ntable = "q/t.csv"\nlabel = "what"\ngroup = "who"\ndomain = "a"\n')
     def keys():
         runs = {r.id: r for r in grid(tmp_path/"one.toml")}
         return [key(runs[r], runs) for r in ("distil/a", "probe/logmel")]
@@ -289,7 +294,8 @@ def test_a_student_is_stale_with_what_it_reads_and_nothing_else(tmp_path, monkey
     for d in ("a", "b", "c", "heard"):
         (tmp_path/d).mkdir()
         (tmp_path/d/"x").write_bytes(b"one")
-    text = ('name = "three"\n[teachers]\na = "./a"\nb = "./b"\nc = "${C}"\n[audio]\na = "./heard"\nb = "stream:x:y:train"\nc = "${STREAM}"\n'
+    text = ('name = "three"\n[teachers]\na = "./a"\nb = "./b"\nc = "${C}"\n'
+            '[audio]\na = "./heard"\nb = "stream:x:y:train"\nc = "${STREAM}"\n'
             '[student]\ninit = "a"\n[training]\ncorpus = "own"\n')
     (tmp_path/"three.toml").write_text(text, encoding="utf-8")
     monkeypatch.setenv("C", str(tmp_path/"c"))
@@ -342,7 +348,8 @@ def test_grid_of_three_domains_and_two_seeds(tmp_path):
                                        encoding="utf-8")
     runs = grid(tmp_path/"three.toml", seeds=2)
     names = {s: [r.name for r in runs if r.stage == s] for s in STAGES}
-    assert names["distil"] == "a b c ensemble ensemble-3x a-seed1 b-seed1 c-seed1 ensemble-seed1 ensemble-3x-seed1".split()
+    assert names["distil"] == ("a b c ensemble ensemble-3x a-seed1 b-seed1 c-seed1 ensemble-seed1 "
+                               "ensemble-3x-seed1").split()
     longer = next(r for r in runs if r.name == "ensemble-3x")
     assert longer.parameters["steps"] == 3*20_000 and longer.out == "three/students/both/ensemble-3x"
     assert longer.parameters["profile"] == str(tmp_path/"three.toml")
@@ -387,7 +394,8 @@ def test_time_left_is_a_rehearsal(repo):
 
 def test_time_left_of_a_profile_of_few_steps(tmp_path, monkeypatch):
     "Four steps take seconds, and what opening their notebook took says nothing about hours of probes."
-    (tmp_path/"few.toml").write_text('name = "few"\n[teachers]\na = "x/a"\nb = "x/b"\n[training]\nsteps = 4\nbatch = 2\n', encoding="utf-8")
+    (tmp_path/"few.toml").write_text('name = "few"\n[teachers]\na = "x/a"\nb = "x/b"\n'
+                                     '[training]\nsteps = 4\nbatch = 2\n', encoding="utf-8")
     monkeypatch.setenv("DISTILLTV_HOME", str(tmp_path/"runs"))
     p = Progress(grid(tmp_path/"few.toml"), 2)
     p.pace = 1.                                                    # as if this were the reference machine
@@ -395,7 +403,7 @@ def test_time_left_of_a_profile_of_few_steps(tmp_path, monkeypatch):
     p.start(student)
     p.done(student)
     p.took[student.id] = 30.                                       # twice as long as expected
-    assert 5*60 < first < p.time_left() < 2.1*first < 60*60         # the probes' and merges' time, by the shipped record
+    assert 5*60 < first < p.time_left() < 2.1*first < 60*60        # the probes' and merges' time, by the shipped record
     p.close()
 
 def test_time_left_of_a_distillation_by_its_own_steps(tmp_path, monkeypatch):
@@ -415,6 +423,7 @@ def test_time_left_of_a_distillation_by_its_own_steps(tmp_path, monkeypatch):
     assert p.time_left() == pytest.approx(100, rel=.05)            # a second a step
     log(400)                                                       # it began afresh
     assert p.time_left() == pytest.approx(.75*600, rel=.05)
-    log(2)                                                         # so far it has loaded, which says little of its steps
+    # so far it has loaded, which says little of its steps
+    log(2)
     assert p.time_left() < p.expected[student.id] + 5*300 < 300/2*1000
     p.close()

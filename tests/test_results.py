@@ -107,7 +107,8 @@ def test_a_trade_off_is_found_where_there_is_one_and_only_there(full, tmp_path):
     assert any("speech teacher is clearly above" in s for s in says)
     assert any(s.startswith("Significantly better than the ensemble student: ")
                and "match at 7 of 11 λ (+20.7 points at λ = 1)" in s for s in says)
-    assert "\n- **The music teacher is clearly above log-mel, random, speech teacher on the music mean:** 9" in R.bullets(says)
+    assert ("\n- **The music teacher is clearly above log-mel, random, speech teacher on the music mean:** 9"
+            in R.bullets(says))
     ahead = next(s for s in says if "ahead of the ensemble" in s)
     assert ahead.startswith("3 of 11 λ are ahead") and "(λ = 0.4, 0.5, 0.6)" in ahead
     study(tmp_path, slope=0.)
@@ -115,7 +116,8 @@ def test_a_trade_off_is_found_where_there_is_one_and_only_there(full, tmp_path):
     assert "A trade-off is not shown" in W.findings(R.with_means(S.bootstrap(h2, 300), s2), s2)[0]
 
 def seeded(root, gains):
-    "The study with a distillation seed for each gain, by which the merge at λ = ½ differs from the ensemble in accuracy."
+    """The study with a distillation seed for each gain, by which the merge at λ = ½ differs from the ensemble in
+    accuracy."""
     for e, r, s, m in (("logmel", "logmel", .2, .2), ("random", "random", .1, .1),
                        ("teacher-speech", "teacher", .9, .4), ("teacher-music", "teacher", .4, .9)):
         write_encoder(root, e, r, dict(speech=s, music=m))
@@ -138,7 +140,8 @@ def test_a_claim_needs_every_distillation_seed(tmp_path):
     scores, hits, draws, each, says = seeded(tmp_path/"same", (.12, .15, .18))
     assert set(scores.encoder) >= {"speech-both", "ensemble-both", "ensemble-2x-both", "lam-0.50-both"}
     assert set(each) == {0, 1, 2}
-    assert scores.groupby("encoder").distil_seed.nunique()["lam-0.50-both"] == 3 and draws["phones", "lam-0.50-both"].iloc[0] == pytest.approx(
+    assert scores.groupby("encoder").distil_seed.nunique()["lam-0.50-both"] == 3
+    assert draws["phones", "lam-0.50-both"].iloc[0] == pytest.approx(
         scores[(scores.task == "phones") & (scores.encoder == "lam-0.50-both")].score.mean())
     assert says[1].startswith("The merge at λ = 0.5 is better than the ensemble student on both means.")
     assert "3 distillation seeds" in says[1]
@@ -246,7 +249,8 @@ def test_a_row_without_a_run_says_command_audio_and_time(beside):
     assert rest[rest.command.str.startswith("none: ")].time.eq("").all()
     ic = run[(run.model == "HuBERT base (teacher)") & (run.task == "IC")].iloc[0]
     assert ic["first"] == ""
-    assert ic.command == "papermill nbs/04_probe.ipynb probe.ipynb -p profile paper -p tasks ic -p encoder teacher-speech"
+    assert ic.command == ("papermill nbs/04_probe.ipynb probe.ipynb -p profile paper -p tasks ic "
+                          "-p encoder teacher-speech")
     assert ic.audio == "Fluent Speech Commands: 19 h"
     # by hand: a HuBERT Base is 14.8 GFLOP a second of audio, 19 h are 68 400 s, and an H100 did 105 TFLOP/s
     assert 68400*14.813e9/105e12 < 60 and ic.time == "less than a minute"
@@ -267,7 +271,8 @@ def test_the_counted_operations_are_those_of_the_layers():
     assert abs(P.operations(c, seconds)*seconds/total - 1) < 1e-3
 
 def test_commands_of_rows_are_accepted(beside, monkeypatch):
-    "Each command's notebook takes its parameters, each distillation its settings, and each encoder is where they write it."
+    """Each command's notebook takes its parameters, each distillation its settings, and each encoder is where they
+    write it."""
     import nbformat
     from distilltv import distill as D, reproduce, runs
     t = beside.query("ours == 'not run' and not command.str.startswith('none')")
@@ -294,7 +299,8 @@ def test_commands_of_rows_are_accepted(beside, monkeypatch):
             exec(cells[nb][0], scope)
             assert set(given) <= set(scope)
             scope |= {k: type(scope[k])(v) for k, v in given.items()}
-            exec("from distilltv.runs import Choice, Integer, Text, check_parameters\nfrom distilltv.rules import RULES\nuse_threads = lambda: None\n" + cells[nb][1], scope)
+            exec("from distilltv.runs import Choice, Integer, Text, check_parameters\n"
+                 "from distilltv.rules import RULES\nuse_threads = lambda: None\n" + cells[nb][1], scope)
         encoder, tasks = given["encoder"].removeprefix("$DISTILLTV_HOME/"), given["tasks"]
         assert encoder in merged | students | {"teacher-speech", "teacher-music"}
         assert set(tasks.split(",")) <= set(published.PUBLISHED)
@@ -303,8 +309,8 @@ def test_what_ours_does_is_read_and_not_typed(monkeypatch, tmp_path):
     t = P.code_table().set_index("what")
     assert t.loc["batch", "ours"] == "24 for both" and t.loc["tasks in the average", "ours"].startswith("9: asr")
     monkeypatch.setattr(P, "get_profile", lambda name: dataclasses.replace(profile(name), batch=7, short="alone"))
-    assert P.code_table().set_index("what").ours[["batch",
-                                                  "audio shorter than a crop"]].tolist() == ["7 for both", "shorter crops; no padding"]
+    ours = P.code_table().set_index("what").ours
+    assert ours[["batch", "audio shorter than a crop"]].tolist() == ["7 for both", "shorter crops; no padding"]
     (tmp_path/"x.csv").write_text("what,theirs,source\nbeauty,none,me\n")
     with pytest.raises(ValueError, match="nothing of ours is read for beauty"): P.code_table(tmp_path/"x.csv")
 
@@ -324,7 +330,8 @@ def test_report_writes_everything(full, tmp_path):
 # --- tasks whose answers are not just right or wrong
 
 def write_unlike(root, encoder, role, skill, lam=None, corpus=None, n=120, **more):
-    "A probe folder with transcripts, numbers and tags whose error falls with skill; the noise is shared by all encoders."
+    """A probe folder with transcripts, numbers and tags whose error falls with skill; the noise is shared by all
+    encoders."""
     rng, keep, rows = np.random.default_rng(3), {}, []
     ids = dict(id=np.array([f"i{i}" for i in range(n)]), group=np.array([f"g{i}" for i in range(n)]))
     words = rng.integers(3, 20, n)

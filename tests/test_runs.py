@@ -95,8 +95,10 @@ def test_a_folder_that_cannot_be_renamed_is_filled(tmp_path, monkeypatch, code):
 
 MOUNTS = """
 cd {0} && mkdir -p lower/lam upper work merged mp && touch lower/lam/distilltv.json
-mount -t overlay overlay -o lowerdir={0}/lower,upperdir={0}/upper,workdir={0}/work merged && mount -t tmpfs none mp || exit 77
-mkdir sealed sealed/out && mount -t tmpfs none sealed && mkdir sealed/out && mount -t tmpfs none sealed/out && mount -o remount,ro sealed || exit 77
+mount -t overlay overlay -o lowerdir={0}/lower,upperdir={0}/upper,workdir={0}/work merged &&
+  mount -t tmpfs none mp || exit 77
+mkdir sealed sealed/out && mount -t tmpfs none sealed && mkdir sealed/out && mount -t tmpfs none sealed/out &&
+  mount -o remount,ro sealed || exit 77
 for out in merged/lam mp sealed/out; do
   {1} -c 'import sys; from distilltv.runs import atomic_folder
 with atomic_folder(sys.argv[1]) as t: (t/"distilltv.json").write_text("new", encoding="utf-8")' $out || exit 1
@@ -164,7 +166,8 @@ def test_home_is_what_was_asked_for(tmp_path, monkeypatch):
         assert f() == root()/dict(DISTILLTV_HOME="runs", DISTILLTV_DATA="data/mini")[name]
 
 def test_text_is_utf8_in_any_locale(tmp_path):
-    code = "import sys; from distilltv.runs import atomic_folder, root, write_json; write_json(sys.argv[1], dict(a='\\u03b8')); print(ascii(str(root())))"
+    code = ("import sys; from distilltv.runs import atomic_folder, root, write_json; "
+            "write_json(sys.argv[1], dict(a='\\u03b8')); print(ascii(str(root())))")
     env = os.environ | dict(PYTHONPATH=str(ROOT), LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
     done = subprocess.run([sys.executable, "-X", "warn_default_encoding", "-W", "error::EncodingWarning:distilltv.runs",
                            "-c", code, str(tmp_path/"a.json")], env=env, capture_output=True, text=True)

@@ -1,6 +1,8 @@
-"""The site as a reader meets it: contrast in both modes, no sideways sliding on a phone, no error in the console, titles, captions and references.
+"""The site as a reader meets it: contrast in both modes, no sideways sliding on a phone, no error in the console,
+titles, captions and references.
 
-What a browser must tell is asked on the pages that smalldocs makes, in headless Chromium; the rest is read from the sources.
+What a browser must tell is asked on the pages that smalldocs makes, in headless Chromium; the rest is read from the
+sources.
 """
 import functools, http.server, importlib.util, json, re, threading
 import pytest
@@ -152,7 +154,8 @@ def test_boxes_of_imports_and_helpers_are_folded_with_a_name(path):
     notebook = json.loads(path.read_text(encoding="utf-8"))
     assert not (open_ := [name for _, name in script("fold").unfolded(notebook)]), f"run `python .ci/fold.py`: {open_}"
     for c in notebook["cells"]:
-        assert not c["metadata"].get("code-fold") or c["metadata"].get("code-summary"), f"without a name:\n{''.join(c['source'])}"
+        assert (not c["metadata"].get("code-fold")
+                or c["metadata"].get("code-summary")), f"without a name:\n{''.join(c['source'])}"
 
 # --- where things are
 
@@ -166,7 +169,8 @@ def test_one_search_box_and_home_marked_on_home_alone():
     assert [t[0] for t in numbered] == list("0123456")
 
 def test_search_finds_pages_to_read():
-    page = r'<math>…<annotation encoding="application/x-tex">\theta_0 &lt; 1</annotation></math><math><annotation encoding="application/x-tex">a</annotation></math>'
+    page = (r'<math>…<annotation encoding="application/x-tex">\theta_0 &lt; 1</annotation></math>'
+            r'<math><annotation encoding="application/x-tex">a</annotation></math>')
     entries = [dict(href="nbs/a.html#x", title="A", text="the start θ0 < 1\\theta_0 < 1 of a student"),
                dict(href="data/mini/runs/merge-lam-0.50.html", title="Run", text="…")]
     assert script("offline").searched(entries,
@@ -176,7 +180,8 @@ def test_search_finds_pages_to_read():
 def test_a_page_has_its_own_title_and_description_and_asks_nobody():
     module = script("offline")
     page = ('<title>contributing – Distilltv</title><meta name="description" content="of the site">'
-            '<h1 class="title">Contributing</h1><blockquote class="blockquote">\n<p>From <em>one</em> "line"</p></blockquote>')
+            '<h1 class="title">Contributing</h1>'
+            '<blockquote class="blockquote">\n<p>From <em>one</em> "line"</p></blockquote>')
     assert module.described(page).startswith('<title>Contributing – Distilltv</title><meta name="description" '
                                              'content="From one &quot;line&quot;">')
     bare = '<title>Home</title><meta name="description" content="of the site"><h1>Home</h1><p>' + 700*"x" + "</p>"
@@ -195,22 +200,33 @@ def test_the_promises_name_tests_that_are_there():
 
 # text whose contrast with what lies behind it is below 4.5, first of each kind
 FAINT = """(() => {
-  const rgb = s => { const m = s.match(/[\\d.]+/g).map(Number), k = s.startsWith("color(srgb") ? 255 : 1; return [k*m[0], k*m[1], k*m[2], m[3] ?? 1]; };
-  const light = c => [.2126, .7152, .0722].reduce((s, w, i) => { const v = c[i]/255; return s + w*(v <= .04045 ? v/12.92 : ((v + .055)/1.055)**2.4); }, 0);
+  const rgb = s => {
+    const m = s.match(/[\\d.]+/g).map(Number), k = s.startsWith("color(srgb") ? 255 : 1;
+    return [k*m[0], k*m[1], k*m[2], m[3] ?? 1];
+  };
+  const light = c => [.2126, .7152, .0722].reduce((s, w, i) => {
+    const v = c[i]/255;
+    return s + w*(v <= .04045 ? v/12.92 : ((v + .055)/1.055)**2.4);
+  }, 0);
   const over = (a, b) => [0, 1, 2].map(i => a[i]*a[3] + b[i]*(1 - a[3])).concat(1);
   const ground = e => {
     const found = [];
-    for (let n = e; n; n = n.parentElement) { found.push(rgb(getComputedStyle(n).backgroundColor)); if (found.at(-1)[3] === 1) break; }
+    for (let n = e; n; n = n.parentElement) {
+      found.push(rgb(getComputedStyle(n).backgroundColor));
+      if (found.at(-1)[3] === 1) break;
+    }
     return found.reverse().reduce((g, c) => over(c, g), [255, 255, 255, 1]);
   };
   const seen = {}, walk = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
   while (walk.nextNode()) {
     const e = walk.currentNode.parentElement, box = e.getBoundingClientRect(), style = getComputedStyle(e);
-    if (!walk.currentNode.data.trim() || !box.width || style.visibility === "hidden" || e.closest("script, style, svg, .visually-hidden")) continue;
+    if (!walk.currentNode.data.trim() || !box.width || style.visibility === "hidden"
+        || e.closest("script, style, svg, .visually-hidden")) continue;
     const g = ground(e), c = rgb(style.color);
     for (let n = e; n; n = n.parentElement) c[3] *= +getComputedStyle(n).opacity;
     const [low, high] = [light(over(c, g)), light(g)].sort((a, b) => a - b), ratio = (high + .05)/(low + .05);
-    if (ratio < 4.5) seen[e.tagName + "." + e.className] ??= ratio.toFixed(2) + " " + walk.currentNode.data.trim().slice(0, 30);
+    if (ratio < 4.5)
+      seen[e.tagName + "." + e.className] ??= ratio.toFixed(2) + " " + walk.currentNode.data.trim().slice(0, 30);
   }
   return JSON.stringify(seen);
 })()"""
@@ -244,10 +260,12 @@ def test_a_page_on_a_phone(browser, address, path, mode):
     browser.call("Emulation.setDeviceMetricsOverride", width=390, height=844, deviceScaleFactor=1, mobile=True)
     browser.open(f"{address}/{path.relative_to(ROOT).with_suffix('.html').as_posix()}",
                  "document.querySelector('main')")
-    assert browser.js("document.querySelectorAll('.skip-link').length >= 1 && !!document.querySelector(document.querySelector('.skip-link').getAttribute('href'))")
+    assert browser.js("document.querySelectorAll('.skip-link').length >= 1 && "
+                      "!!document.querySelector(document.querySelector('.skip-link').getAttribute('href'))")
     assert browser.js("document.documentElement.scrollWidth") <= 390
     assert json.loads(browser.js(FAINT)) == {}
-    assert browser.js("[...document.querySelectorAll('a')].every(a => typeof a.href === 'string')"), "Quarto's script fails on links inside of SVG"
+    assert browser.js("[...document.querySelectorAll('a')]"
+                      ".every(a => typeof a.href === 'string')"), "Quarto's script fails on links inside of SVG"
     failed = [e for e in browser.errors() if "Failed to load resource" not in json.dumps(e)
               and "ERR_BLOCKED" not in json.dumps(e)]
     assert not failed, failed
