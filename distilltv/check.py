@@ -12,12 +12,13 @@ from dataclasses import dataclass, field
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import HubertModel, PreTrainedConfig
-from .profiles import listens_to, profile as get_profile, taught_by
 from .audio import SAMPLE_RATE
 from .corpora import load_corpus
-from .scale import Stream
 from .encoders import FAMILIES, Heads, load_encoder, student_config
 from .objective import check_teachers
+from .profiles import profile as get_profile
+from .scale import Stream
+from .students import listens_to, taught_by
 from .tasks import table_task
 from .training import check_training
 

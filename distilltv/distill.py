@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from .encoders import Heads, load_encoder, make_base, save_encoder, weights_hash
 from .objective import Distiller, check_teachers
-from .profiles import (Profile, as_asked, listens_to, profile as get_profile, record, student_folder, taught_by,
-                       with_settings)
+from .profiles import Profile, profile as get_profile, record, with_settings
 from .runs import Run, data_dir, use_threads, write_atomic
 from .scale import Crops, merge_quarantines, processes, write_quarantine
+from .students import as_asked, listens_to, student_folder, taught_by
 from .training import TargetCache, check_training, fit
 
 # %% ../nbs/02_distill.ipynb #4f99e060

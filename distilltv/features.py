@@ -11,11 +11,11 @@ import hashlib, json, os, warnings
 from functools import lru_cache
 from pathlib import Path
 import numpy as np, pandas as pd, torch
-from .runs import cached, file_hash, home, write_json
 from .audio import SAMPLE_RATE, AudioError, audible, load_part, normalise
 from .corpora import read_shard
 from .encoders import HOP, WINDOW
 from .frozen import view_layers
+from .runs import cached, file_hash, home, write_json
 
 # %% ../nbs/04b_features.ipynb #f78c2781
 def whole_frames(df, seconds:float=None) -> pd.DataFrame: # rows with start and end; longest window

@@ -11,12 +11,12 @@ import json, os, re
 from contextlib import contextmanager
 from pathlib import Path
 import numpy as np, torch, torchaudio
-from .cards import merged_name
-from .profiles import SHIPPED, profile as get_profile
-from .runs import data_dir, home
 from .audio import SAMPLE_RATE
+from .cards import merged_name
 from .encoders import FAMILIES, HOP, WINDOW, hidden_states, load_encoder, random_student
 from .encoders import read_config, read_preprocessor, weights_hash
+from .profiles import SHIPPED, profile as get_profile
+from .runs import data_dir, home
 
 # %% ../nbs/04a_frozen.ipynb #f3432492
 class LogMel:

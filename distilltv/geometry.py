@@ -8,7 +8,7 @@ __all__ = ['geometry', 'kernel_gap']
 # %% ../nbs/03_merge.ipynb #bbd55bf9
 import math
 import numpy as np
-from .weights import parts
+from .parts import parts
 
 # %% ../nbs/03_merge.ipynb #2d5bcd50
 def geometry(vectors:dict,     # `{"speech": vector, "music": vector, …}`

@@ -15,10 +15,11 @@ from pathlib import Path
 import numpy as np
 import yaml
 from .cards import licence_of, model_card, provenance
+from .parts import ByName, finite, parts, spread
 from .rules import RULES, apply_rule, check_options
 from .runs import Fingerprint, atomic_folder, commit, write_atomic
-from .weights import (ByName, Checkpoint, Loaded, blocks, check_dtype, check_same, finite, gathered, parts,
-                               pieces, read_json, spread, write_weights)
+from .weights import (Checkpoint, Loaded, blocks, check_dtype, check_same, gathered, pieces, read_json,
+                               write_weights)
 
 # %% ../nbs/03e_algebra.ipynb #2f81a052
 class Combination:

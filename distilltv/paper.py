@@ -11,16 +11,17 @@ from functools import lru_cache
 from types import SimpleNamespace
 import pandas as pd
 from transformers import HubertConfig
-from .check import gpu_time, operations
+from .answers import LRS
 from .audio import SAMPLE_RATE
+from .check import gpu_time, operations
 from .distill import distil
 from .encoders import student_config
-from .frozen import choose_view
 from .features import PREPROCESSING, features
-from .fit import LRS, fit_probes
+from .fit import fit_probes
+from .frozen import choose_view
 from .letters import Letters, Words
-from .published import PUBLISHED, REFERENCE, SOURCES
 from .profiles import profile as get_profile, with_settings
+from .published import PUBLISHED, REFERENCE, SOURCES
 from .results import NINE, OVERALL, missing, scale
 from .runs import data_dir
 from .statistics import bootstrap, mcnemar

@@ -10,7 +10,7 @@ import os, time
 from pathlib import Path
 import numpy as np
 from .merge import save_all
-from .weights import ByName
+from .parts import ByName
 
 # %% ../nbs/03c_path.ipynb #2bfcf7a5
 def sweep(make,    # function: λ → student, such as `lambda l: base + l*speech + (1-l)*music`

@@ -9,10 +9,11 @@ __all__ = ['COLUMNS', 'score_task', 'score_encoders', 'probe', 'quick_probe']
 import time
 from pathlib import Path
 import numpy as np, pandas as pd, torch
-from .runs import Run, commit, peak_memory, versions, write_atomic
-from .frozen import Transformer, check_encoder, choose_view, open_encoder
+from .answers import LRS
 from .features import features, table_hash
-from .fit import LRS, fit_probes
+from .fit import fit_probes
+from .frozen import Transformer, check_encoder, choose_view, open_encoder
+from .runs import Run, commit, peak_memory, versions, write_atomic
 from .tasks import TASKS, Leak, TableError, check_leakage, duplicates, find_task
 from .tasks import leakage, task_names, task_table
 from . import mini, published     # they enter their tasks

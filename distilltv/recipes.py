@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 import yaml
 from .merge import TaskVector, load_student, merge
+from .parts import ByName, finite
 from .rules import FAMILY, RULES, options_of
-from .weights import ByName, check_dtype, finite, read_json
+from .weights import check_dtype, read_json
 
 # %% ../nbs/03b_recipes.ipynb #1c4d57ce
 _KEYS = {"merge_method", "base_model", "models", "parameters", "dtype", "out_dtype", "hashes", "facts"}

@@ -10,8 +10,8 @@ import argparse, json, os, signal, sys, threading
 from pathlib import Path
 # some of them for whoever asks about a run from Python
 from . import slurm
-from .jobs import needs_of
 from .grid import digest, fresh, grid, key, stamp, state
+from .jobs import needs_of
 from .profiles import STAGES, new_profile, profile as get_profile
 from .runner import run_stale, shown
 from .runs import home, keep_memory, root

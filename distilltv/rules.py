@@ -9,7 +9,8 @@ __all__ = ['FAMILY', 'RULES', 'check_share', 'trim', 'breadcrumbs', 'dare', 'mag
 # %% ../nbs/03a_rules.ipynb #fced2d9b
 import inspect, zlib
 import numpy as np
-from .weights import blocks, gathered, spread
+from .parts import spread
+from .weights import blocks, gathered
 
 # %% ../nbs/03a_rules.ipynb #060cc078
 def _ranks(t):

@@ -4,14 +4,13 @@
 
 # %% auto #0
 __all__ = ['STORED', 'read_json', 'blocks', 'pieces', 'gathered', 'Aside', 'numbers', 'all_finite', 'Checkpoint', 'Loaded',
-           'check_same', 'part', 'parts', 'ByName', 'finite', 'spread', 'check_dtype', 'write_weights']
+           'check_same', 'check_dtype', 'write_weights']
 
 # %% ../nbs/03f_weights.ipynb #a278b86f
 import json, math, os, re, weakref
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from fractions import Fraction
 from pathlib import Path
 import numpy as np
 from safetensors import safe_open
@@ -234,77 +233,6 @@ def check_same(a, b):
             raise ValueError(f"config.json: {k} is {x} in {a} but {y} in {b}; these are not the same architecture")
 
 def _listed(value): return list(value) if isinstance(value, tuple) else value # a file has no tuples
-
-# %% ../nbs/03f_weights.ipynb #c2cc232b
-_PARTS = dict(feature_projection="projection", pos_conv="position", layer_norm="input norm", masked="mask")
-
-def part(name # a tensor's name
-        ) -> str: # such as `conv 0`, `projection` or `layer 2`; its own name where it belongs to none
-    "The part of the encoder that a tensor belongs to; layers are counted from 1."
-    if m := re.search(r"conv_layers\.(\d+)", name): return f"conv {m[1]}"
-    if m := re.search(r"encoder\.layers\.(\d+)", name): return f"layer {int(m[1])+1}"
-    for key, p in _PARTS.items():
-        if key in name: return p
-    return name
-
-_ORDER = "conv projection position input mask layer".split()
-
-def parts(names # tensor names
-         ) -> dict: # `{part: names}`
-    "Tensor names by part, in the order of the forward pass."
-    def key(p):
-        kind, _, number = p.partition(" ")
-        return _ORDER.index(kind) if kind in _ORDER else 99, int(number) if number.isdigit() else 0
-    return {p: [n for n in names if part(n) == p] for p in sorted({part(n) for n in names}, key=key)}
-
-# %% ../nbs/03f_weights.ipynb #c5d2a2fb
-class ByName(dict):
-    "Weights by name: `ByName({'conv': .9, 'layer 2': .2, '': .5})`; the empty key is the rest."
-    def __rsub__(self, one): return ByName({k: one - v for k, v in self.items()})
-
-    def key(self, name # a tensor's name
-           ) -> str:
-        "The first key that fits a tensor; a `ValueError` if none does."
-        for k in self:
-            if k and (k in name or k == part(name)): return k
-        if "" not in self: raise ValueError(f"no weight is given for {name}; add an empty key for the rest")
-        return ""
-
-    def of(self, name):
-        "The weight of a tensor."
-        return self[self.key(name)]
-
-def finite(weight,         # a number
-           what="a weight" # what it is, for the error
-          ) -> Fraction:
-    "A number as an exact fraction; a `ValueError` if it is none, or not finite."
-    if isinstance(weight, Fraction): return weight
-    try:
-        if not isinstance(weight, (bool, str)): return Fraction(float(weight))
-    except (TypeError, ValueError, OverflowError): pass # no number, NaN, infinity
-    raise ValueError(f"{what} is {weight!r}; give a finite number")
-
-def spread(weight, # a number, a list over depth, or a `ByName`
-           names   # tensor names
-          ) -> dict: # `{tensor name: fraction}`
-    "The weight of every tensor, as an exact fraction; a `ValueError` for a key that decides none."
-    if isinstance(weight, ByName):
-        keys = {n: weight.key(n) for n in names}
-        for k in weight:
-            if k and k not in keys.values():
-                fits = [n for n in names if k in n or k == part(n)]
-                why = f"no tensor has that in its name; parts are {', '.join(parts(names))}"
-                if fits: why = f"an earlier key fits {fits[0]}; put it first"
-                raise ValueError(f"the weight for {k!r} is never used: {why}")
-        exact = {k: finite(w, f"the weight for {k!r}") for k, w in weight.items()}
-        return {n: exact[k] for n, k in keys.items()}
-    if not isinstance(weight, (list, tuple, np.ndarray)) or np.ndim(weight) == 0:
-        return dict.fromkeys(names, finite(weight))
-    values = [float(finite(w)) for w in weight]
-    if not values: raise ValueError("the list of weights is empty; give at least one number")
-    depth = {n: int(p.split()[1]) if (p := part(n)).startswith("layer ") else 0 for n in names}
-    at = np.linspace(0, max(depth.values()), len(values))
-    return {n: finite(np.interp(depth[n], at, values)) for n in names}
 
 # %% ../nbs/03f_weights.ipynb #f0f215a4
 # code, bytes of an entry

@@ -12,7 +12,8 @@ from distilltv.distill import base_of, crops_of, distil, load_heads, validate, v
 from distilltv.encoders import load_encoder, make_base, save_encoder, weights_hash
 from distilltv.grid import grid
 from distilltv.objective import Distiller, cl_loss, frame_clock, kd_loss, match_frames
-from distilltv.profiles import Profile, listens_to, profile, record, student_folder
+from distilltv.profiles import Profile, profile, record
+from distilltv.students import listens_to, student_folder
 from distilltv.runs import data_dir
 from distilltv.scale import Crops
 from distilltv.training import TargetCache, TimeLeft, fit, lr_at

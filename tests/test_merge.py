@@ -8,10 +8,11 @@ from transformers import HubertConfig, HubertModel
 from distilltv.geometry import geometry
 from distilltv.cards import merged_name
 from distilltv.merge import Student, TaskVector, add_scores, load_student, merge
-from distilltv.profiles import find_students
+from distilltv.students import find_students
 from distilltv.recipes import domain_weights, merge_recipe
 from distilltv.rules import RULES, apply_rule
-from distilltv.weights import ByName, Checkpoint, part, parts
+from distilltv.weights import Checkpoint
+from distilltv.parts import ByName, part, parts
 from distilltv import encoders
 from distilltv.runs import atomic_folder
 

@@ -11,7 +11,8 @@ from distilltv.findings import report
 from distilltv.grid import grid, merge_weights
 from distilltv.merge import TaskVector, merge
 from distilltv.probe import probe
-from distilltv.profiles import find_students, profile
+from distilltv.profiles import profile
+from distilltv.students import find_students
 from distilltv.results import gather
 from distilltv.runs import root
 

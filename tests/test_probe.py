@@ -3,7 +3,7 @@ import dataclasses, json, re
 import numpy as np, pandas as pd, pytest, soundfile as sf, torch
 from hypothesis import given, settings, strategies as st
 from transformers import HubertConfig, HubertModel
-from distilltv import features as E, fit as F, frozen as Z, mini as M, probe as P, tasks as T
+from distilltv import answers as N, features as E, fit as F, frozen as Z, mini as M, probe as P, tasks as T
 from distilltv.runs import _trim, data_dir
 
 torch.set_num_threads(1)
@@ -304,10 +304,10 @@ def test_leakage_of_numbers_and_tags(monkeypatch):
     splits = ["train"]*4 + ["valid"] + ["test"]*4
     t = pd.DataFrame(dict(label=["1|0", "1|0", "0|1", "0|1", "1|0", "1|0", "0|1", "1|0", "0|1"], c=list("xxyyxxyxy"),
                           split=splits))
-    tags, blind = leaky(monkeypatch, t, answer=F.Tags(), metric="roc-auc"), leaky(monkeypatch, t.assign(c="x"),
-                                                                                  answer=F.Tags(), metric="roc-auc")
+    tags, blind = leaky(monkeypatch, t, answer=N.Tags(), metric="roc-auc"), leaky(monkeypatch, t.assign(c="x"),
+                                                                                  answer=N.Tags(), metric="roc-auc")
     assert (tags["majority"], tags["chain"]) == (.5, 1.) and blind["chain"] == .5
-    numbers = leaky(monkeypatch, t, answer=F.Numbers(), metric="r2")
+    numbers = leaky(monkeypatch, t, answer=N.Numbers(), metric="r2")
     assert (numbers["majority"], numbers["chain"]) == (0., 1.)
     with pytest.raises(T.Leak, match="c alone predict label at 1.00, the majority at 0.00"):
         T.check_leakage("leaky", "nowhere")

@@ -14,7 +14,8 @@ from distilltv.recipes import merge_recipe, push_to_hub, recipe_student
 from distilltv.rules import (RULES, add, apply_rule, blocks, breadcrumbs, dare, elect, fisher, magprune, model_stock,
                              regmean, slerp, trim, vote)
 from distilltv.runs import file_hash
-from distilltv.weights import ByName, Checkpoint
+from distilltv.weights import Checkpoint
+from distilltv.parts import ByName
 
 def tiny(seed, **kw):
     torch.manual_seed(seed)

@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 import datasets, numpy as np, pandas as pd, pytest, soundfile as sf, torch
 from hypothesis import given, settings, strategies as st
-from distilltv import adapters as A, features as E, fit as F, frozen as Z, letters as L, probe as P, published as B
+from distilltv import adapters as A, answers as N, features as E, fit as F, frozen as Z, letters as L, probe as P, published as B
 from distilltv import tasks as T
 from distilltv.profiles import profile
 
@@ -245,8 +245,8 @@ def test_tags_and_numbers(root):
 
 def test_number_scores_against_hand_worked():
     true, said = np.array([[1, 0, 0], [0, 1, 0], [1, 1, 0]]), np.array([[.9, .2, .5], [.1, .8, .5], [.05, .9, .5]])
-    assert F.number_score("roc-auc", true, said) == (.5 + 1)/2        # the third tag never occurs
-    assert F.number_score("r2:1", np.array([[0, 1.], [0, 3.]]), np.array([[9, 1.], [9, 2.]])) == .5
+    assert N.number_score("roc-auc", true, said) == (.5 + 1)/2        # the third tag never occurs
+    assert N.number_score("r2:1", np.array([[0, 1.], [0, 3.]]), np.array([[9, 1.], [9, 2.]])) == .5
 
 def test_a_corrupt_file_costs_a_row_not_the_run(root):
     esc50(root)
