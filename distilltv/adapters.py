@@ -33,7 +33,7 @@ class XaresEncoder(nn.Module):
 
 # %% ../nbs/04i_adapters.ipynb #869555ae
 class S3prlUpstream(nn.Module):
-    "An encoder as s3prl's runner calls an upstream: a list of waveforms in, `hidden_states` out; each is heard alone, then padded."
+    "An encoder as an s3prl upstream: a list of waveforms in, `hidden_states` out; each is heard alone, then padded."
     def __init__(self, encoder):     # see `check_encoder`
         super().__init__()
         self.encoder = check_encoder(encoder)

@@ -16,7 +16,7 @@ from .frozen import view_layers
 
 # %% ../nbs/04d_answers.ipynb #82a06cd9
 class Answer:
-    "What a task asks for: which rows have an answer, what a guess without listening scores, and how encoders are scored."
+    "What a task asks for: which rows have an answer, what a guess without listening scores, how encoders are scored."
     def usable(self, label, trained) -> pd.Series: # answers; those that training has
         "Which rows can be scored."
         return label != ""
@@ -76,11 +76,11 @@ def _mean_of_folds(folds):
     return out, joined | {k: v for k, v in kept[0].items() if k == "classes"}
 
 # %% ../nbs/04d_answers.ipynb #ab488f6f
-def prepared(x,   # features [encoders, layers, items, dim], or [… items, frames, dim] with `nan` where there are no frames
+def prepared(x,   # features [encoders, layers, items, dim], or [… items, frames, dim] with `nan` where no frame is
              df,  # rows with `label`, `split` and `usable`
              t    # a `Task`
             ):
-    "Standardised features, the rows that can be used, where each split is, what to keep of the test items, and the status."
+    "Standardised features, the usable rows, where each split is, what to keep of the test items, and the status."
     heard = torch.isfinite(x if x.ndim == 4 else x[:, :, :, 0]).all(-1).all(0).all(0).numpy()
     status = shortfall(int((~heard).sum()), len(df), int((~df.usable).sum()))
     use = df.usable.to_numpy(copy=True) & heard

@@ -72,8 +72,9 @@ def _open(path, data=None):
 
 class _Bytes(io.BytesIO):
     def seek(self, offset, whence=0):
+        # a broken header points out of the file: libsndfile sees it
         try: return super().seek(offset, whence)
-        except (ValueError, OverflowError): return self.tell()    # a broken header points out of the file: libsndfile sees it
+        except (ValueError, OverflowError): return self.tell()
 
 def _source(path, data): return str(path) if data is None else _Bytes(data)
 

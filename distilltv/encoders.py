@@ -71,7 +71,8 @@ def read_config(path # model folder or hub name
     except (AttributeError, TypeError): raw = None
     if not isinstance(raw, dict): raise ValueError(f"{path}: config.json holds no names with values; download it again")
     if not isinstance(raw.get("model_type", ""), str):
-        raise ValueError(f"{path} holds a model of type {raw['model_type']!r}; an encoder is one of {', '.join(FAMILIES)}")
+        raise ValueError(f"{path} holds a model of type {raw['model_type']!r}; "
+                         f"an encoder is one of {', '.join(FAMILIES)}")
     return raw
 
 def _config(path, layers):
@@ -105,7 +106,8 @@ def _open(cls, path, config):
     except pickle.UnpicklingError as e:
         wants = re.search(r"GLOBAL (\S+)", str(e))
         says = "is not a file of tensors; download it again"
-        if wants: says = f"holds more than tensors: it wants {wants[1]}. It was not run; ask its author for model.safetensors"
+        if wants: says = (f"holds more than tensors: it wants {wants[1]}. It was not run; "
+                          "ask its author for model.safetensors")
         raise ValueError(f"{path}: pytorch_model.bin {says}") from e
     except (SafetensorError, RuntimeError, EOFError, OSError) as e:
         raise ValueError(f"{path}: the weights cannot be read ({_first_line(e)}); download or make them again") from e

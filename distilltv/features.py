@@ -19,7 +19,7 @@ from .runs import cached, file_hash, home, write_json
 
 # %% ../nbs/04b_features.ipynb #f78c2781
 def whole_frames(df, seconds:float=None) -> pd.DataFrame: # rows with start and end; longest window
-    "The rows cut to `seconds` and to whole frames, so that equal frame counts mean equal lengths and no batch needs padding."
+    "Rows cut to `seconds` and to whole frames: equal frame counts mean equal lengths, and no batch needs padding."
     length = (df.end - df.start).clip(upper=int(SAMPLE_RATE*seconds) if seconds else None)
     length = (length.clip(lower=WINDOW) - WINDOW)//HOP*HOP + WINDOW
     return df.assign(end=df.start + length, lo=0, hi=length)
@@ -31,7 +31,7 @@ PREPROCESSING = "zero mean, unit variance per window; no padding; frame centres;
 def _audio_hash(path, size, mtime): return file_hash(path)
 
 def audio_hashes(files, root) -> dict: # paths below the folder; the folder
-    "SHA-256 of each file, `unreadable` where it cannot be read; large sets are remembered between runs by size and time of change."
+    "SHA-256 of each file, or `unreadable`; large sets are remembered between runs by size and time of change."
     folder = hashlib.sha256(os.fsencode(Path(root).absolute())).hexdigest()[:16]
     known, out = home()/"cache"/"hashes"/f"{folder}.json", {}
     held = json.loads(known.read_text(encoding="utf-8")) if len(files) > 256 and known.exists() else {}
@@ -214,9 +214,9 @@ def _same_ears(encoder, table, root, x, f):
     now, then = extract(encoder, table, root, only=row), x[:, row]
     if now is None or now.shape[0] == len(then) and np.abs(now[:, row] - then).max() <= .001*np.abs(then).max() + 1e-6:
         return
-    raise ValueError(f"encoder {type(encoder).__name__} does not compute the features that the cache holds under its hash "
-                     f"{encoder.hash[:12]}: its weights were changed after it was wrapped, or `hash` is not a hash of them; "
-                     f"wrap it again, or delete {f.name} from the cache folder of your runs")
+    raise ValueError(f"encoder {type(encoder).__name__} does not compute the features that the cache holds under its "
+                     f"hash {encoder.hash[:12]}: its weights were changed after it was wrapped, or `hash` is not a "
+                     f"hash of them; wrap it again, or delete {f.name} from the cache folder of your runs")
 
 # %% ../nbs/04b_features.ipynb #7f11a6a9
 def frame_features(encoder, table, root,   # see `check_encoder`; as for `features`; folder of the corpora
@@ -227,8 +227,9 @@ def frame_features(encoder, table, root,   # see `check_encoder`; as for `featur
     "The frames of each segment, from the cache or computed and put there; a `ValueError` where they would be too many."
     layers, frames = encoder.depth if view == "sum" else 1, int((table.hi - table.lo).max())//encoder.hop + 1
     if (size := 4.*layers*len(table)*frames*encoder.dim) > largest:
-        raise ValueError(f"the frames of {len(table)} segments would take {size/1e9:.1f} GB, more than {largest/1e9:g}: "
-                         "use the head `linear` or `mlp`, which need their mean only, or one layer as `view`")
+        raise ValueError(f"the frames of {len(table)} segments would take {size/1e9:.1f} GB, "
+                         f"more than {largest/1e9:g}: use the head `linear` or `mlp`, which need their mean only, "
+                         "or one layer as `view`")
     make, shape = lambda: _framed(encoder, table, root, view, frames), (layers, len(table), frames, encoder.dim)
     if not getattr(encoder, "hash", None): return make()
     f = home()/"cache"/f"{table_hash(table, root, features_key(encoder, table, root), 'frames', view)}.npy"

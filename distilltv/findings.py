@@ -106,7 +106,8 @@ def _dial(ev, es, how):
     steps = ", ".join(f"{d} from λ = {lam[lo]:.2g} to {lam[hi]:.2g}" for d, lo, hi in wrong)
     steps = (f"; beyond its interval, the wrong way goes {steps}" if wrong else
              "; no step between neighbouring λ goes the wrong way beyond its interval")
-    return (f"{verdict} From λ = {lam[es[0]]:.2g} to {lam[es[-1]]:.2g} ({how}) the {a} mean changes by {ev.points(a, es[-1], es[0])}, "
+    return (f"{verdict} From λ = {lam[es[0]]:.2g} to {lam[es[-1]]:.2g} ({how}) "
+            f"the {a} mean changes by {ev.points(a, es[-1], es[0])}, "
             f"the {b} mean by {ev.points(b, es[-1], es[0])}{steps} ({_seeds(ev)}).")
 
 _WORDS = {1: "better", 0: "not clearly different", -1: "worse"}
@@ -114,7 +115,8 @@ _WORDS = {1: "better", 0: "not clearly different", -1: "worse"}
 def _against_ensemble(ev, half, ref):
     got, lam = {d: ev.counts(d, half, ref) for d in ev.domains}, f"at λ = {ev.info.lam[half]:.2g}"
     if len(set(got.values())) > 1:
-        says = f"against the ensemble student, the merge {lam} is {' and '.join(f'{_WORDS[g]} on {d}' for d, g in got.items())}."
+        says = (f"against the ensemble student, the merge {lam} is "
+                f"{' and '.join(f'{_WORDS[g]} on {d}' for d, g in got.items())}.")
     elif 0 in got.values(): says = f"the merge {lam} is not clearly different from the ensemble student on either mean."
     else: says = f"the merge {lam} is {_WORDS[got[ev.domains[0]]]} than the ensemble student on both means."
     if ev.seeds == 1:
@@ -133,7 +135,8 @@ def _over_logmel(ev):
         far = f"; its teacher {ev.points(d, teacher, zero)}{_share(ev, d, s, teacher, zero)}" if teacher else ""
         rows.append(f"the {d} student is at {ev.points(d, s, zero)}{far}")
     verdict = ("Each student knows more than log-mel features in its own domain." if len(above) == len(students) else
-               f"Of the students, only that of {' and '.join(above)} is clearly above log-mel features in its own domain." if above else
+               f"Of the students, only that of {' and '.join(above)} is clearly above log-mel features in its own "
+               "domain." if above else
                "No student is clearly above log-mel features in its own domain.")
     return [f"{verdict} Over log-mel, {', '.join(rows)} ({_seeds(ev)})."]
 
@@ -149,14 +152,15 @@ def _both_means(ev, es, ref):
     sure = [e for e in es if all(ev.counts(d, e, ref) == 1 for d in ev.domains)]
     says = lambda l: ", ".join(f"{ev.info.lam[e]:.2g}" for e in l) or "none"
     if not ahead: return [f"No λ of {len(es)} is ahead of the ensemble student on both domain means."]
-    return [f"{len(ahead)} of {len(es)} λ {'is' if len(ahead) == 1 else 'are'} ahead of the ensemble student on both domain means "
-            f"(λ = {says(ahead)}). Beyond intervals and with each seed: {says(sure)}."]
+    return [f"{len(ahead)} of {len(es)} λ {'is' if len(ahead) == 1 else 'are'} ahead of the ensemble student on both "
+            f"domain means (λ = {says(ahead)}). Beyond intervals and with each seed: {says(sure)}."]
 
 def _longer(ev, half, ref):
     "The ensemble of as many updates as all endpoints together, where it was made."
     more = [e for e in ev.info.index if ev.info.role[e] == "ensemble" and e != ref and ev.means(e)
             and ev.info.corpus[e] == ev.info.corpus[ref]]
-    def says(e): return ", ".join(f"{_WORDS[ev.counts(d, half, e)]} on {d} ({ev.points(d, half, e)})" for d in ev.domains)
+    def says(e):
+        return ", ".join(f"{_WORDS[ev.counts(d, half, e)]} on {d} ({ev.points(d, half, e)})" for d in ev.domains)
     return [f"Against {label_of(e, ev.info)}: λ = {ev.info.lam[half]:.2g} is {says(e)}." for e in more]
 
 def _where(tests, ahead, lams):
@@ -197,9 +201,10 @@ def claims(draws,        # from `with_means`
     es = [e for d in first for e in d.encoder if ev.means(e)]
     found = dict(both=_keeps_both(ev, es), dial=_dial_claim(ev, es), ensemble=_ensemble_claim(ev, es))
     cost = gpu_time(2*distil_flop("2") + distil_flop("2", 2))
-    full = f"`distilltv reproduce --profile paper --seeds 3`; about {cost} of an H100 for the students of each seed, then the paper's tasks"
-    told = dict(both=("Task vectors of separately distilled students, interpolated linearly, give one encoder for speech "
-                      "and music.", "05_results.ipynb#the-trade-off"),
+    full = (f"`distilltv reproduce --profile paper --seeds 3`; about {cost} of an H100 for the students of each seed, "
+            "then the paper's tasks")
+    told = dict(both=("Task vectors of separately distilled students, interpolated linearly, give one encoder for "
+                      "speech and music.", "05_results.ipynb#the-trade-off"),
                 dial=("The weights of the interpolation set the emphasis on a domain, without training anew.",
                       "05_results.ipynb#the-trade-off"),
                 ensemble=("The merged encoder is better overall than the student of ensemble distillation.",
@@ -211,7 +216,8 @@ def claims(draws,        # from `with_means`
                         "scale.ipynb"),
                 correlation=("Students of the correlation loss merge as those of L1 and cosine do.",
                              "02a_objective.ipynb"))
-    why = "The miniature has its own tasks, teachers and students; this part of the released code's experiments was not run."
+    why = ("The miniature has its own tasks, teachers and students; "
+           "this part of the released code's experiments was not run.")
     return rows + [dict(id=k, claim=c, source=_CODE, verdict="not tested here", evidence=why, where=w, full_scale=full)
                    for k, (c, w) in rest.items()]
 
@@ -268,7 +274,8 @@ def report(profile="mini", # name or path of a profile, or a folder that `gather
 _CAPTIONS = dict(tradeoff="Mean accuracy on the tasks of one domain against the other along λ.",
                  tasks="Each task along λ.",
                  learning="Distillation loss of each student over the steps, by teacher and layer.",
-                 differences="Merged minus ensemble on the same items; filled: significant at q = .05 (Benjamini–Hochberg), with the same sign for each distillation seed.")
+                 differences="Merged minus ensemble on the same items; filled: significant at q = .05 "
+                             "(Benjamini–Hochberg), with the same sign for each distillation seed.")
 
 def _figures(out, draws, scores, tests, curves, profile):
     "Each figure as SVG and PNG, and what stands below it."

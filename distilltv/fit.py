@@ -13,7 +13,7 @@ import torch.nn.functional as F
 LOSSES = dict(classify=F.cross_entropy, tags=F.binary_cross_entropy_with_logits,
               numbers=F.mse_loss)  # by the kind of task
 
-def fit_probes(x,                   # training features [layers, n, dim], of several encoders [E, layers, n, dim], with `attend` [… n, frames, dim]
+def fit_probes(x,                   # training features [(encoders,) layers, n, dim], with `attend` [… n, frames, dim]
                y,                   # labels [n], or targets [n, outputs]
                xv, yv,              # as `x`, for validation; as `y`, for validation
                classes:int,         # number of classes or outputs
@@ -23,8 +23,8 @@ def fit_probes(x,                   # training features [layers, n, dim], of sev
                every:int=20,        # steps between looks at the validation set
                hidden:int=0,        # units of a hidden layer (MARBLE's probe: 512); 0: purely linear
                kind:str="classify", # the loss, a key of `LOSSES`
-               attend:bool=False    # learn how to weight the frames of an item, instead of taking their mean; `nan` frames are not there
-              ) -> dict:            # `p`: weights [S, R, …] of the best step of each copy, for `logits`; `valid` [S, R]; with several encoders [E, S, R]
+               attend:bool=False    # learn weights of an item's frames instead of their mean; `nan` frames are missing
+              ) -> dict:            # `p`: weights [(encoders,) S, R, …] of the best step; `valid` [(encoders,) S, R]
     "Probes of all encoders, seeds and learning rates, trained as one batched computation."
     if x.ndim == 3 + attend:
         fit = fit_probes(x[None], y, xv[None], yv, classes, lrs, seeds, steps, batch, decay, every, hidden, kind,
@@ -44,7 +44,7 @@ def fit_probes(x,                   # training features [layers, n, dim], of sev
 def train_copies(p,                  # weights of all copies, each [S, R, …], changed in place
                  g,                  # a generator of the order of items for each seed
                  n,                  # number of training items
-                 loss,               # gives the sum of the copies' losses on the items whose numbers it is given, [seeds, batch]
+                 loss,               # gives the sum of the copies' losses on items, from their numbers [seeds, batch]
                  good,               # gives how good each copy is on the validation set, [S, R]
                  lrs,                # learning rates [R]
                  steps:int, batch:int, # of training; items in a batch

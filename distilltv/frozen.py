@@ -41,7 +41,8 @@ def single_precision():
         torch.backends.cudnn.allow_tf32 = convolutions
 
 class Transformer:
-    "A `transformers` audio model as an encoder, on the GPU if there is one: all hidden states, from the first layer's input to the last output."
+    """A `transformers` audio model as an encoder, on the GPU if there is one: all hidden states, from the first
+    layer's input to the last output."""
     def __init__(self, model,             # for example a `HubertModel`
                  sample_rate:int=SAMPLE_RATE):  # what the model was trained on
         self.model, self.sample_rate = model.eval(), sample_rate
@@ -70,12 +71,15 @@ def check_encoder(encoder):
                          "wrap it with torchaudio.functional.resample in its call")
     with torch.inference_mode(): h = encoder(torch.randn(2, 16000, generator=torch.Generator().manual_seed(0)))
     if h.ndim != 4 or h.shape[1] != 2:
-        raise ValueError(f"encoder {name} returns shape {tuple(h.shape)} for 2 clips, expected [layers, 2, frames, dim]")
+        raise ValueError(f"encoder {name} returns shape {tuple(h.shape)} for 2 clips, "
+                         "expected [layers, 2, frames, dim]")
     if h.shape[3] != encoder.dim:
-        raise ValueError(f"encoder {name} says dim = {encoder.dim} and returns {h.shape[3]} features per frame; correct `dim`")
+        raise ValueError(f"encoder {name} says dim = {encoder.dim} and returns {h.shape[3]} features per frame; "
+                         "correct `dim`")
     if abs(h.shape[2]*encoder.hop - 16000) > 2*encoder.hop:
-        raise ValueError(f"encoder {name} says hop = {encoder.hop} samples and returns {h.shape[2]} frames for one second, "
-                         f"so its hop is about {16000/h.shape[2]:.0f} samples ({1000/h.shape[2]:.0f} ms); correct `hop`")
+        raise ValueError(f"encoder {name} says hop = {encoder.hop} samples and returns {h.shape[2]} frames for one "
+                         f"second, so its hop is about {16000/h.shape[2]:.0f} samples "
+                         f"({1000/h.shape[2]:.0f} ms); correct `hop`")
     if not torch.isfinite(h).all():
         raise ValueError(f"encoder {name} returns values that are not finite; check its weights")
     return encoder
@@ -104,15 +108,15 @@ def open_encoder(name:str,            # a model folder, a hub name, `logmel`, `r
 
 # %% ../nbs/04a_frozen.ipynb #8fd828fd
 def _opened(path, name):
-    # HuBERT's kin as everywhere in this project, without their authors' code; what else `transformers` knows, by its own class
+    # HuBERT's kin as everywhere here, without their authors' code; what else `transformers` knows, by its own class
     from transformers import AutoModel
     if read_config(path).get("model_type") in FAMILIES:
         return (model := load_encoder(path)), model.sample_rate
     model, info = AutoModel.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
     lost = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
     if lost:
-        raise ValueError(f"encoder {name!r}: {len(lost)} tensors are missing or of another shape, the first is {lost[0]}; "
-                         "they would be random, so this is not the model its config.json describes")
+        raise ValueError(f"encoder {name!r}: {len(lost)} tensors are missing or of another shape, the first is "
+                         f"{lost[0]}; they would be random, so this is not the model its config.json describes")
     return model, read_preprocessor(path).get("sampling_rate", SAMPLE_RATE)
 
 # %% ../nbs/04a_frozen.ipynb #7ad9c9eb

@@ -198,7 +198,7 @@ def _files(folder):
 def digest(path:Path,          # a file or a folder; it may be missing
            contents:bool=True  # hash contents, else size and time of change
           ) -> str:            # SHA-256 as hex, or `absent`
-    "Hash of a file or of a folder's files, without notebooks, cards, records and hidden files; `absent` if there are none."
+    "Hash of a file or of a folder's files, without notebooks, cards, records and hidden files, or `absent`."
     kept = lambda f: f.suffix not in (".ipynb", ".md") and f.name not in _RECORDS
     files = [path] if path.is_file() else list(filter(kept, _files(path)))
     def line(f):

@@ -131,20 +131,20 @@ def _spelt(x, p):
     return s.flatten(0, 2).transpose(0, 1)
 
 def _ctc(x, n, y, u, p):
-    # loss per letter of each copy and text, [S, R, B]; frames there are [S, B], letters [S, B, longest], and how many [S, B]
+    # loss per letter of each copy and text, [S, R, B]; n: frames [S, B], y: letters [S, B, longest], u: how many [S, B]
     S, R = p["W"].shape[:2]
     each = lambda v: v[:, None].expand(S, R, *v.shape[1:]).flatten(0, 2)
     loss = F.ctc_loss(_spelt(x, p), each(y), each(n), each(u), reduction="none", zero_infinity=True)
     return (loss/each(u)).unflatten(0, (S, R, -1))
 
 # %% ../nbs/04e_letters.ipynb #ae377a0d
-def fit_spelling(train,               # (frames [layers, n, T, D], how many are there [n], letters [n, longest], how many [n])
+def fit_spelling(train,               # (frames [layers, n, T, D], how many [n], letters [n, longest], how many [n])
                  valid,               # the same for validation
                  alphabet:str,        # blank first
                  lrs=(1e-2, 3e-2), seeds=(0, 1, 2), # learning rates; of weights and order
                  steps:int=300, batch:int=16,       # of training; utterances in a batch
                  decay:float=1e-2, every:int=30     # decoupled weight decay; steps between looks at the validation set
-                ) -> tuple:           # weights [S, R, …] of the best step of each copy, for `logits`; its validation character error rate [S, R]
+                ) -> tuple:           # weights [S, R, …] of the best step; its validation character error rate [S, R]
     "Linear CTC probes of all seeds and learning rates, trained as one batched computation."
     (x, n, y, u), S, R = train, len(seeds), len(lrs)
     g = [torch.Generator().manual_seed(s) for s in seeds]
@@ -177,7 +177,7 @@ def score_spelling(encoder, t,   # a task with the answer `Spelling`
                    view, seeds, root=None, # see `choose_view`; of the probes; folder of the corpora
                    lrs=(1e-2, 3e-2) # learning rates of `fit_spelling`
                   ) -> tuple:
-    "Rows and predictions of a spelling task, like `score_task`; the predictions are the texts that were heard, and their edits."
+    "Rows and predictions of a spelling task, like `score_task`; predictions are the texts heard, and their edits."
     df = t.split(root)
     x = torch.as_tensor(np.array(frame_features(encoder, t.table(root), t.root(root), view)))
     x, df, at, kept, status = prepared(x[None], df, t)

@@ -92,7 +92,7 @@ def choose_lam(score,        # function: λ → `{domain: validation score}`
 
 def choose_by_part(score,         # function: `ByName` → `{domain: validation score}`
                    lam:float,     # where to begin, from `choose_lam`
-                   parts,         # what may leave it: names as in a `ByName`, or `{"front": ["conv_layers", "projection"]}`
+                   parts,         # what may move: names as in a `ByName`, or `{"front": ["conv_layers", "projection"]}`
                    wish="mean",   # see `objective`
                    steps=(-.2, .2), # moves to try
                    margin:float=0., # gain below which a move is not kept

@@ -59,8 +59,8 @@ def _heard_twice(t, root):
     return f"{len(d)} rows have the audio of a row in another split, such as {d.id[0]} and {d.id[1]}"
 
 # %% ../nbs/04_probe.ipynb #df0c6563
-COLUMNS = ("encoder role lam weights method corpus distil_seed steps taught_by task domain probe seed view layer metric score "
-           "n_test valid lr weights_hash data_hash seconds peak_mb commit versions status").split()
+COLUMNS = ("encoder role lam weights method corpus distil_seed steps taught_by task domain probe seed view layer "
+           "metric score n_test valid lr weights_hash data_hash seconds peak_mb commit versions status").split()
 
 def probe(encoder,                   # an encoder, or a name for `open_encoder`; several in a list
           tasks="all",               # `all` (the default eight), `more`, `paper`, names with commas, or a list
@@ -121,8 +121,8 @@ def _told_apart(encoders, infos):
     for e, i in zip(encoders, infos):
         mark = getattr(e, "hash", None) or id(e)
         if seen.setdefault(i["encoder"], mark) != mark:
-            raise ValueError(f"two encoders of different weights are called {i['encoder']!r}, and their scores would be "
-                             "taken for one's: rename a folder, or set `encoder.info[\"encoder\"]`")
+            raise ValueError(f"two encoders of different weights are called {i['encoder']!r}, and their scores would "
+                             "be taken for one's: rename a folder, or set `encoder.info[\"encoder\"]`")
 
 # %% ../nbs/04_probe.ipynb #277dd883
 def _write(run, out, scores, kept, encoder):

@@ -48,11 +48,13 @@ def _read_sources():
 SOURCES = _read_sources()
 
 # %% ../nbs/04h_published.ipynb #689f2f94
-class MissingData(FileNotFoundError): "A published data set, or a part of it, that is not on this machine; the message says what to fetch."
+class MissingData(FileNotFoundError):
+    "A published data set, or a part of it, that is not on this machine; the message says what to fetch."
 
 def _missing(s, root, what=None):
     why = f"lacks {what}" if what else f"is not in {Path(root).name or root}"
-    return MissingData(f"{s.name} {why}: fetch {s.fetch} ({s.size}, {s.licence}) into {s.folders[0]} of $DISTILLTV_DATASETS")
+    return MissingData(f"{s.name} {why}: fetch {s.fetch} ({s.size}, {s.licence}) "
+                       f"into {s.folders[0]} of $DISTILLTV_DATASETS")
 
 def _folder(key, root, *needed):
     # the data set's folder, in which every path of `needed` must be; of a tuple, one
@@ -75,7 +77,8 @@ def _clips(rows, root, seconds=None):
     # rows with `path`, and optionally `start` and `end` in samples at 16 kHz; windows of at most `seconds`
     df = pd.DataFrame([r if "start" in r else dict(r, start=0, end=samples_of(r["path"])) for r in rows])
     if not len(df):
-        raise MissingData(f"no labelled audio file in {Path(root).name}: the archive is not unpacked as its authors ship it; unpack it again")
+        raise MissingData(f"no labelled audio file in {Path(root).name}: the archive is not unpacked as its authors "
+                          "ship it; unpack it again")
     df["file"] = [str(Path(p).relative_to(root)) for p in df.path]
     if "id" not in df: df["id"] = df.file + np.where(df.start > 0, ":" + df.start.astype(str), "")
     return whole_frames(df.drop(columns="path"), seconds)
@@ -270,7 +273,8 @@ def magnatagatune(root):
                    for p, t in zip(m.mp3_path, tags.to_numpy()) if t.any()], root)
 
 def emomusic(root):
-    "Songs with arousal and valence, as two numbers with a bar between; the artist and genre where the authors' `annotations/songs_info.csv` is there too."
+    """Songs with arousal and valence, as two numbers with a bar between; the artist and genre where the authors'
+    `annotations/songs_info.csv` is there too."""
     at = _folder("emomusic", root, "meta.json", "wav")
     meta, known, info = json.loads(_text(at/"meta.json")), at/"annotations/songs_info.csv", {}
     if known.exists(): info = {r["song_id"]: r for r in csv.DictReader(_text(known).splitlines())}
@@ -315,7 +319,8 @@ PUBLISHED = {t.name: t for t in (
 add_task(*PUBLISHED.values())
 
 # %% ../nbs/04h_published.ipynb #ea5874cc
-REFERENCE = pd.DataFrame([      # width of the projection, learning rate, steps, batch; from the reference code, see the paper's notes
+# width of the projection, learning rate, steps, batch; from the reference code, see the paper's notes
+REFERENCE = pd.DataFrame([
     ("asr", "2-layer BLSTM 1024, CTC", 1024, 1e-4, 200_000, 32), ("ks", "linear", 256, 1e-4, 200_000, 32),
     ("ic", "linear", 256, 1e-4, 200_000, 32),
     ("sid", "linear", 256, 1e-2, 200_000, 32), ("er", "linear", 256, 1e-4, 30_000, 32),

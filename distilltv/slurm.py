@@ -10,7 +10,8 @@ import subprocess, time
 from dataclasses import replace
 from pathlib import Path
 from .grid import GridRun, fresh, key, stamp, state
-from .jobs import Attempt, Job, QueueFull, claim, ended, job_name, jobs_dir, latest, log_of, note, queue, submit, word
+from .jobs import (Attempt, Job, QueueFull, claim, ended, job_name, jobs_dir, latest, log_of, note, queue,
+                   submit, word)
 from .runner import Progress, alone, steps_done
 from .runs import home, write_json
 

@@ -30,7 +30,7 @@ def _sums(w, x):
 def weighted_score(h,  # a task's entry in `hits`
                    w   # weight of each item in each draw, [draws, n]
                   ) -> np.ndarray: # [draws, R, S]
-    "Accuracy, word error rate, R² or area under the ROC curve of every row (encoder and distillation seed) and probe seed."
+    "Accuracy, word error rate, R² or area under the ROC curve by row (encoder and distillation seed) and probe seed."
     if "correct" in h: return _sums(w, h["correct"])/w.sum(1)[:, None, None]
     if "edits" in h: return _sums(w, h["edits"])/(w @ h["words"])[:, None, None]
     true = h["true_values"].astype(float)
@@ -58,7 +58,7 @@ def bootstrap(hits,            # from `gather`
               draws:int=2000,  # redrawn test sets
               seed:int=0       # of the draws
              ) -> pd.DataFrame: # columns (task, encoder); row 0 is the estimate, the others are draws
-    "Scores of every encoder on redrawn test items (by group, the same for all encoders), probe seeds and distillation seeds."
+    "Scores of every encoder on redrawn test items (by group, the same for all), probe seeds and distillation seeds."
     rng, out = np.random.default_rng(seed), {}
     for task, h in hits.items():
         group = np.unique(h["group"], return_inverse=True)[1]
@@ -74,7 +74,7 @@ def bootstrap(hits,            # from `gather`
     return pd.DataFrame(out)
 
 def _seed_weights(n, draws, seed):
-    "Weight of each of n distillation seeds, [draws+1, n]: the same for all tasks, since a student is one for all of them."
+    "Weight of each of n distillation seeds, [draws+1, n]: the same for all tasks, which share the students."
     drawn = np.random.default_rng([seed, n]).multinomial(n, np.full(n, 1/n), draws) if n > 1 else np.ones((draws, 1))
     return np.vstack([np.ones((1, n)), drawn])/n
 
@@ -113,7 +113,7 @@ def cohen_h(p:float, q:float) -> float: # one proportion; the other
     return 2*math.asin(math.sqrt(p)) - 2*math.asin(math.sqrt(q))
 
 def cohen_dz(d, n:int) -> float: # draws of a paired difference; how many groups were redrawn
-    "Effect size of a paired difference in standard deviations of one item: a mean's spread over draws is that, divided by √n."
+    "Effect size of a paired difference in standard deviations of one item, √n times a mean's spread over draws."
     return float(d[0]/(d[1:].std()*math.sqrt(n))) if d[1:].std() else 0.
 
 # %% ../nbs/05a_statistics.ipynb #3fd8e850
@@ -152,7 +152,7 @@ def beats(d) -> float: # draws of a difference, row 0 the estimate
     "Probability that the difference is above zero; a draw without a difference counts half."
     return float((d[1:] > 0).mean() + .5*(d[1:] == 0).mean())
 
-def chances(draws, column, encoders) -> pd.DataFrame: # from `with_means`; a mean, or a task of which more is better; names
+def chances(draws, column, encoders) -> pd.DataFrame: # from `with_means`; a mean, or a task where more is better; names
     "Probability that the encoder of a row beats the one of a column."
     return pd.DataFrame({b: {a: beats(draws[column, a] - draws[column, b]) if a != b else np.nan for a in encoders}
                          for b in encoders})

@@ -59,7 +59,7 @@ class Task:
             why = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
             raise TableError(f"task {self.name}: its table cannot be read from {self.root(root)} ({why}); "
                              "unpack or download the files again, as their authors ship them") from e
-    def split(self, root=None, fold:int=0) -> pd.DataFrame: # the corpora's folder; the fold that is tested: the next one validates
+    def split(self, root=None, fold:int=0) -> pd.DataFrame: # the corpora's folder; the tested fold: the next validates
         "The segments with `label`, checked: splits present, no group in two; `usable` marks those that can be scored."
         df, name = self.table(root), f"task {self.name}"
         for column, what in ((self.label, "label"), (self.group, "group")):
@@ -83,8 +83,8 @@ class Task:
         df["usable"] = self.answer.usable(df.label, df.label[df.split == "train"])
         poor = [s for s, d in df.groupby("split") if not d.usable.any()]
         if poor:
-            raise ValueError(f"{name}: no {self.label} in the {' and '.join(poor)} split is labelled and occurs in training; "
-                             f"check that column of table {self.segments}")
+            raise ValueError(f"{name}: no {self.label} in the {' and '.join(poor)} split is labelled and occurs in "
+                             f"training; check that column of table {self.segments}")
         return df
     def described(self, df) -> list:
         "The columns of the recording chain that are here and say something."
@@ -147,7 +147,7 @@ class Leak(ValueError): "A task whose label the recording chain predicts; the me
 
 def leakage(task,      # see `find_task`
             root=None  # the corpora's folder
-           ) -> dict:  # `majority` and `chain`: test scores of the two guesses; `chain` is nan where no column describes the recording
+           ) -> dict:  # test scores of `majority` and of `chain`, which is nan where no column describes the recording
     "How well the recording chain alone predicts the task's label."
     t, folds = find_task(task), []
     for k in range(t.folds or 1):
@@ -163,7 +163,7 @@ def check_leakage(task,           # see `find_task`
                   root=None,      # the corpora's folder
                   margin:float=.1 # how much better than the majority the chain may be
                  ) -> dict:
-    "`leakage` with its `state` in words, or a `Leak` if the chain is better by more than `margin` and the split is ours to mend."
+    "`leakage`, its `state` in words; a `Leak` if the chain is better by over `margin` and the split is ours to mend."
     t, found = find_task(task), leakage(task, root)
     chain, majority, names = found["chain"], found["majority"], ", ".join(t.described(t.table(root)))
     if np.isnan(chain): state = "leakage not checked: the files here say nothing of where a recording is from"
@@ -176,7 +176,7 @@ def check_leakage(task,           # see `find_task`
 
 # %% ../nbs/04f_tasks.ipynb #821c4423
 def duplicates(table, root) -> pd.DataFrame: # rows with file, start, split, id; folder of the files
-    "Rows whose audio is also in another split, with the hash they share; a data set that is whole gives an empty table."
+    "Rows whose audio is also in another split, with the hash they share; a data set that is whole gives no rows."
     h = audio_hashes(list(table.file.unique()), root)
     audio = table.file.map(h)
     d = table.assign(audio=audio + ":" + table.start.astype(str))[audio != "unreadable"]
@@ -185,7 +185,7 @@ def duplicates(table, root) -> pd.DataFrame: # rows with file, start, split, id;
 
 # %% ../nbs/04f_tasks.ipynb #7a0b3c11
 def table_task(name:str,   # of the task
-               table,      # a CSV file with columns `file`, `split`, the label and the group; `start` and `end` in seconds if wanted
+               table,      # CSV file with `file`, `split`, label and group; if wanted `start` and `end` in seconds
                label:str,  # column to predict
                group:str,  # column whose values stay within a split
                domain:str  # whose mean the task counts in
@@ -307,7 +307,8 @@ def samples_of(path) -> int:
 # %% ../nbs/04f_tasks.ipynb #2c9631ab
 def from_datasets(data,                # a `DatasetDict` of splits, or a `Dataset` with a column of splits
                   folder,              # where the recordings are written, once
-                  audio:str="audio", label:str="label", split:str="split", # column of the audio; of the label; of the split
+                  audio:str="audio", label:str="label", # column of the audio; of the label
+                  split:str="split",   # column of the split
                   seconds:float=None,  # longest window; default whole recordings
                   **columns            # further ones to keep, by the name they shall have: `speaker="speaker_id"`
                  ) -> pd.DataFrame:    # a segment table with `label`

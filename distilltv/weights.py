@@ -24,8 +24,8 @@ _NEW_NAMES = {".weight_g": ".parametrizations.weight.original0", ".weight_v": ".
 def _check_tensor(where, name, dtype):
     "Raise a `ValueError` if a tensor of that name and type cannot be merged."
     if _STATISTIC.search(name):
-        raise ValueError(f"{where}: {name} is a running statistic (batch normalisation): the mean of two is not that of "
-                         "the merged model; fold the normalisation into the weights first")
+        raise ValueError(f"{where}: {name} is a running statistic (batch normalisation): the mean of two is not that "
+                         "of the merged model; fold the normalisation into the weights first")
     if dtype not in _DTYPES: raise ValueError(f"{where}: {name} is {dtype}; only float tensors can be merged")
 
 def _layout(file):
