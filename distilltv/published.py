@@ -118,9 +118,9 @@ def fluent_commands(root):
     at, rows = _folder("fluent_speech_commands_dataset", root,
                        *(f"data/{s}_data.csv" for s in ("train", "valid", "test"))), []
     for split in ("train", "valid", "test"):
-        for r in csv.DictReader(open(at/f"data/{split}_data.csv", newline="", encoding="utf-8")):
-            rows.append(dict(path=at/r["path"], split=split,
-                             label="|".join(r[k] for k in ("action", "object", "location")), speaker=r["speakerId"]))
+        with open(at/f"data/{split}_data.csv", newline="", encoding="utf-8") as f: said = list(csv.DictReader(f))
+        rows += [dict(path=at/r["path"], split=split, speaker=r["speakerId"],
+                      label="|".join(r[k] for k in ("action", "object", "location"))) for r in said]
     return _clips(rows, root)
 
 def voxceleb1(root):
