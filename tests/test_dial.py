@@ -61,8 +61,8 @@ class Browser:
             assert time.time() < until, "the browser did not start"
             time.sleep(.1)
         port = file.read_text().split()[0]
-        target = next(t for t in json.load(urllib.request.urlopen(f"http://127.0.0.1:{port}/json"))
-                      if t["type"] == "page")
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/json") as answer: tabs = json.load(answer)
+        target = next(t for t in tabs if t["type"] == "page")
         self.socket, self.id, self.events = websocket.create_connection(target["webSocketDebuggerUrl"],
                                                                         timeout=60), 0, []
         for domain in ("Page", "Runtime", "Network", "Log"): self.call(f"{domain}.enable")
@@ -100,6 +100,7 @@ class Browser:
             self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
 
     def close(self):
+        self.socket.close()
         self.process.terminate()
         self.process.wait(20)
 

@@ -231,7 +231,8 @@ sys.exit(bool(s.drive({runs}, NEEDS, every=.2, settle=30.)))
 def other_driver(runs):
     code = DRIVE.format(tests=str(Path(__file__).parent), runs=runs)
     quiet = subprocess.DEVNULL
-    return subprocess.Popen([sys.executable, "-c", code], stdin=quiet, stdout=quiet, stderr=subprocess.PIPE)
+    with open("driver.log", "ab") as log:
+        return subprocess.Popen([sys.executable, "-c", code], stdin=quiet, stdout=quiet, stderr=log)
 
 def test_a_killed_driver_finds_its_jobs(repo):
     (repo/"runs/hold").touch()
@@ -254,7 +255,7 @@ def test_a_driver_killed_between_claim_and_submission(repo):
 def test_two_drivers(repo):
     text = "[a := make('a', 2, steps=9), add('sum', a)]"
     drivers = [other_driver(text) for _ in range(2)]
-    for d in drivers: assert d.wait(240) == 0, d.stderr.read().decode()[-2000:]
+    for d in drivers: assert d.wait(240) == 0, Path("driver.log").read_text()[-2000:]
     assert number("sum") == 2 and lines("log") == ["a", "sum"]
     assert len(list(Path("runs/slurm-jobs").rglob("000[0-9].json"))) == 2
 
