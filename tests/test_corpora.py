@@ -491,6 +491,22 @@ def test_folder_corpus_leaves_bad_files_out_by_name(tmp_path):
     with pytest.warns(UserWarning): batch = crop_batch(str(tmp_path), 0, 2, 1.)
     assert batch.shape == (2, 16_000)
 
+@pytest.mark.parametrize("shut", ["shut", ""])
+def test_a_folder_of_which_one_may_see_only_the_names_is_left_out(tmp_path, monkeypatch, shut):
+    "Mode 0444: its files are listed, but neither described nor opened."
+    audio_in(tmp_path/"c/shut", tmp_path/"c/open")
+    stat = os.stat
+    def refusing(path, *args, **kw):
+        if str(path).startswith(os.path.join(tmp_path/"c", shut, "")): raise PermissionError(13, "Permission denied")
+        return stat(path, *args, **kw)
+    monkeypatch.setattr(os, "stat", refusing)
+    says = r"shut.x.wav cannot be opened \(Permission denied\)"
+    if not shut:
+        with pytest.raises(ValueError, match=f"no readable audio file: 2 of 2 .*{says}"): load_corpus(tmp_path/"c")
+        return
+    with pytest.warns(UserWarning, match=f"1 of 2 files left out: .*{says}"):
+        assert load_corpus(tmp_path/"c")["id"][:] == ["open/x"]
+
 def test_unknown_corpus_and_split_are_refused(tmp_path):
     with pytest.raises(ValueError, match="neither speech nor music"): load_corpus("sppech")
     with pytest.raises(ValueError, match="split 'dev'"): load_corpus("speech", "dev")
@@ -516,6 +532,31 @@ def test_test_segments_are_never_cropped():
     with pytest.raises(ValueError, match="probes only"): crop_batch("speech", 0, split="test")
     for name in ("speech", "music"):
         assert {r["split"] for r in corpora.open_segments(name, "train").rows} == {"train"}
+
+@pytest.mark.parametrize("wrong", [dict(batch_size=0), dict(seconds=0), dict(seconds=-1.), dict(seconds=np.nan),
+                                   dict(seconds=np.inf)])
+def test_a_batch_of_nothing_is_refused(wrong):
+    with pytest.raises(ValueError, match=f"^{list(wrong)[0]} = .* is not a"): crop_batch("speech", 0, **wrong)
+
+def test_a_shard_that_is_no_audio_is_named(tmp_path):
+    rows = [f"{name},{name}.wav,0,99,train,CC0\n" for name in "ab"]
+    (tmp_path/"metadata.csv").write_text("id,file,start,end,split,license\n" + "".join(rows))
+    (tmp_path/"a.wav").write_bytes(b"garbage"*99)
+    for row, says in zip(load_corpus(tmp_path), ("a.wav cannot be read as audio", "b.wav is not a file")):
+        with pytest.raises(AudioError, match=says): segment_audio(row)
+
+@pytest.mark.parametrize("keep", [0, 50, 1000])
+def test_a_damaged_cache_of_a_shard_is_made_again(tmp_path, monkeypatch, keep):
+    monkeypatch.setenv("DISTILLTV_HOME", str(tmp_path))
+    sf.write(tmp_path/"a.wav", tone(1), SAMPLE_RATE)
+    whole = corpora.read_shard(tmp_path/"a.wav")
+    cached, = (tmp_path/"cache/audio").glob("*.npy")
+    cached.unlink()    # what is mapped must not shrink
+    corpora._shard.cache_clear()
+    corpora.read_shard(tmp_path/"a.wav")
+    corpora._shard.cache_clear()
+    cut(cached, keep/cached.stat().st_size)
+    assert np.array_equal(corpora.read_shard(tmp_path/"a.wav"), whole)
 
 def test_segment_audio_gives_the_samples_of_its_row(music):
     row = music[music.source == "fretsonfire-songs-sectoid"].iloc[3].to_dict()
