@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np, soundfile as sf, torch
 from datasets import Dataset
 from torch import nn
-from .audio import SAMPLE_RATE, AudioError, audible, audio_length, load_part, normalise
+from .audio import SAMPLE_RATE, AudioError, audible, audio_length, decoding, load_part, normalise
 from .runs import data_dir, file_hash, home, write_atomic, write_json
 
 # %% ../nbs/00_corpora.ipynb #77e5c4cc
@@ -54,7 +54,7 @@ _COLUMNS = ("id", "file", "start", "end", "split")    # that a table must have; 
 
 def _is_table(file):
     "Whether a metadata.csv is a table of segments; other projects have files of that name too."
-    if not file.is_file(): return False
+    if not os.path.isfile(file): return False    # nor where one may not look
     with open(file, "rb") as f: head = f.readline(2**16).decode("utf-8", "replace").lstrip("\ufeff")
     try: return set(_COLUMNS) <= set(next(csv.reader([head]), []))
     except csv.Error: return False
@@ -150,7 +150,7 @@ def _scan(folder):
 
 def _headers(files):
     "Of each file its samples at 16 kHz, or why it cannot be used; read once per state of the folder."
-    stamps = ["headers 2", *map(_stamp, files)]    # counted up when what a header must be changes
+    stamps = ["headers 3", *map(_stamp, files)]    # counted up when what a header must be changes
     kept = home()/"cache/scan"/f"{hashlib.sha256(json.dumps(stamps).encode()).hexdigest()[:32]}.json"
     try: headers = json.loads(kept.read_text(encoding="utf-8"))
     except (OSError, ValueError): headers = None
@@ -173,17 +173,18 @@ def _header(path):
 @lru_cache(maxsize=64)
 def _shard(path):
     "All samples of a 16 kHz mono file, int16, decoded at most once per machine."
-    cached = home()/"cache/audio"/f"{file_hash(path)[:32]}.npy"
-    if not cached.is_file():
-        x, rate = sf.read(path, dtype="int16")
-        if rate != SAMPLE_RATE or x.ndim != 1:
-            raise AudioError(path, "is not 16 kHz mono: it is no shard of this project")
-        with write_atomic(cached) as tmp, open(tmp, "wb") as f: np.save(f, x)
+    audio_length(path)    # refuses what is missing, no audio, or cut off
+    with decoding(path): cached = home()/"cache/audio"/f"{file_hash(path)[:32]}.npy"
+    try: return np.load(cached, mmap_mode="r")
+    except (OSError, ValueError, EOFError): pass    # not there yet, or damaged
+    with decoding(path): x, rate = sf.read(path, dtype="int16")
+    if rate != SAMPLE_RATE or x.ndim != 1: raise AudioError(path, "is not 16 kHz mono: it is no shard of this project")
+    with write_atomic(cached) as tmp, open(tmp, "wb") as f: np.save(f, x)
     return np.load(cached, mmap_mode="r")
 
 def read_shard(path, start:int=0, end:int=None # a shard; first sample; sample after the last, by default of all
               ) -> np.ndarray: # float32 [end - start]
-    "A part of a shard, which is decoded once per machine; an `AudioError` if it is not 16 kHz mono."
+    "A part of a shard, which is decoded once per machine; an `AudioError` if it is no audio, or not 16 kHz mono."
     return _shard(str(path))[start:end].astype(np.float32)/32768
 
 # %% ../nbs/00_corpora.ipynb #0dc60d03
@@ -283,6 +284,9 @@ def crop_batch(corpus,              # `speech`, `music`, a folder, a list of the
                split:str="train"    # `test` is refused: it is for probes only
               ) -> torch.Tensor: # float32 [batch_size, seconds*16000], each crop normalised
     "The training batch of one step: depends on the arguments and nothing else."
+    if batch_size < 1: raise ValueError(f"batch_size = {batch_size!r} is not a whole number of at least 1")
+    if not 1 <= seconds*SAMPLE_RATE < np.inf:
+        raise ValueError(f"seconds = {seconds!r} is not a number of at least 1/16000")
     if str(corpus) == "both": corpus = ["speech", "music"]
     if not isinstance(corpus, (list, tuple)): corpus = [corpus]
     pools = [open_segments(str(n), split) for n in corpus]

@@ -1,5 +1,5 @@
 """The shipped corpora keep their promises, and bad audio is refused by name."""
-import hashlib, io, os, re, resource, unicodedata
+import hashlib, io, os, re, resource, tracemalloc, unicodedata
 from collections import defaultdict
 import numpy as np, pandas as pd, pyarrow as pa, pytest, soundfile as sf, torch
 from datasets import Audio, Dataset
@@ -203,6 +203,7 @@ def test_truncated_wav_is_named(tmp_path):
 def test_missing_file_and_folder_are_named(tmp_path):
     with pytest.raises(AudioError, match="nothing.wav"): load_audio(tmp_path/"nothing.wav")
     with pytest.raises(AudioError): load_audio(tmp_path)
+    with pytest.raises(AudioError, match="cannot be opened .File name too long"): load_audio(tmp_path/f"{'a'*300}.wav")
 
 def test_too_long_is_refused_before_decoding(tmp_path, monkeypatch):
     sf.write(tmp_path/"long.wav", tone(4), SAMPLE_RATE)
@@ -233,6 +234,86 @@ def test_half_a_file_is_not_heard_as_a_whole(tmp_path, kind, rate, channels, sub
         for data in (None, half):
             if data is None: (tmp_path/f"cut.{HALVES[kind]}").write_bytes(half)
             with pytest.raises(AudioError, match="truncated"): load_audio(tmp_path/f"cut.{HALVES[kind]}", data=data)
+
+@pytest.mark.parametrize("kind, subtype", [("OGG", "OPUS"), ("OGG", "VORBIS"), ("NIST", "ULAW"), ("NIST", "ALAW")])
+def test_a_file_without_its_last_byte_is_truncated(kind, subtype):
+    b = encoded(np.random.default_rng(0).normal(0, .1, 48_000), SAMPLE_RATE, format=kind, subtype=subtype)
+    assert len(load_audio("x", data=b)) == 48_000
+    damaged = b[:-50] + bytes([b[-50] ^ 1]) + b[-49:]    # a page of Ogg has a checksum
+    for bad in (b[:-1], b[:3268], *[damaged]*(kind == "OGG")):
+        with pytest.raises(AudioError, match="truncated"): load_audio("x", data=bad)
+
+def encoded(x, rate, **how):
+    f = io.BytesIO()
+    sf.write(f, x, rate, **how)
+    return f.getvalue()
+
+def mp3(x, rate, tag=True, **how):
+    "An MP3, with or without its first frame: the tag that says how many frames follow."
+    b = encoded(x, rate, format="MP3", **how)
+    return b if tag else b[audio._frame(b[:4])[0]:]
+
+MODES = dict(constant=dict(bitrate_mode="CONSTANT", compression_level=.5), variable=dict(bitrate_mode="VARIABLE"))
+
+@pytest.mark.parametrize("rate", [8_000, 16_000, 22_050, 44_100, 48_000])
+@pytest.mark.parametrize("mode", MODES)
+def test_an_mp3_without_a_tag_is_read_whole_or_refused(mode, rate):
+    x = np.random.default_rng(0).normal(0, .1, 2*rate)
+    tagged, b = (mp3(x, rate, tag, **MODES[mode]) for tag in (True, False))
+    at = tagged.find(b"Info" if mode == "constant" else b"Xing") + 8
+    frames = int.from_bytes(tagged[at:at+4], "big")
+    samples = frames*(1152 if rate > 24_000 else 576)
+    for data in (b, b"ID3\4\0\0\0\0\1\0" + bytes(128) + b, b + b"TAG" + b"x"*125, b + bytes(999)):
+        try: assert len(load_audio("x", data=data)) == -(-samples*SAMPLE_RATE//rate)
+        except AudioError as e: assert mode == "variable" and "convert it to FLAC" in str(e)
+    for bad in (b[:-1], b[:len(b)//2 + 5], b[:-audio._frame(b[:4])[0]//2]):
+        with pytest.raises(AudioError, match="truncated"): load_audio("x", data=bad)
+
+def test_an_mp3_without_a_tag_has_the_samples_of_the_one_with_it(tmp_path):
+    x = np.random.default_rng(0).normal(0, .1, 2*SAMPLE_RATE)
+    tagged, b = (load_audio("x", data=mp3(x, SAMPLE_RATE, tag, **MODES["constant"])) for tag in (True, False))
+    assert np.abs(b[1105:1105+len(tagged)] - tagged).max() < 1e-4    # 1105: the encoder's delay, which the tag tells
+    (tmp_path/"a.mp3").write_bytes(mp3(x, SAMPLE_RATE, False, **MODES["constant"]))
+    assert audio.audio_length(tmp_path/"a.mp3") == len(b)
+    assert np.abs(audio.load_part(tmp_path/"a.mp3", 9_000, 10_000) - b[9_000:10_000]).max() < 1e-4
+
+def test_an_mp3_that_would_be_read_in_part_is_refused():
+    x = np.random.default_rng(0).normal(0, .1, 2*SAMPLE_RATE)
+    loud, soft = (mp3(x, SAMPLE_RATE, False, bitrate_mode="CONSTANT", compression_level=c) for c in (0, .9))
+    assert len(loud) > 2*len(soft)
+    with pytest.raises(AudioError, match="does not say how long it is.*FLAC"): load_audio("x", data=loud + soft)
+    with pytest.raises(AudioError, match=f"no MP3 frame at byte {len(soft)}.*FLAC"):
+        load_audio("x", data=soft + b"junk"*300 + soft)
+
+UNSOUGHT = [("WAV", "GSM610"), ("W64", "GSM610"), ("WAV", "G721_32"), ("WAV", "NMS_ADPCM_16"), ("AU", "G723_24"),
+            ("AIFF", "DWVW_16")]
+
+@pytest.mark.parametrize("kind, subtype", UNSOUGHT)
+def test_a_codec_without_seek_is_read_in_parts(tmp_path, kind, subtype):
+    x = np.random.default_rng(0).normal(0, .1, 48_000)
+    sf.write(tmp_path/"a.wav", x, SAMPLE_RATE, format=kind, subtype=subtype)
+    whole = load_audio(tmp_path/"a.wav")
+    for start in (0, 1, 9_000, 40_000):
+        part = audio.load_part(tmp_path/"a.wav", start, start+4_000)
+        assert np.array_equal(part, whole[start:start+4_000])
+
+@pytest.mark.parametrize("kind", ["WAV", "FLAC", "OGG", "MP3"])
+@pytest.mark.parametrize("rate, channels", [(16_000, 1), (44_100, 2)])
+def test_blocks_are_the_samples_of_one_read(tmp_path, monkeypatch, kind, rate, channels):
+    sf.write(tmp_path/"a", np.random.default_rng(0).normal(0, .1, (rate, channels)), rate, format=kind)
+    monkeypatch.setattr(audio, "_BLOCK", 999)
+    with audio._Forward(tmp_path/"a") as f: x = f.read(f.frames, dtype="float32", always_2d=True).mean(1)
+    assert np.array_equal(load_audio(tmp_path/"a"), audio._resample(torch.from_numpy(x), rate).numpy())
+
+@pytest.mark.parametrize("rate, channels", [(192_000, 8), (16_000, 1)])
+def test_memory_is_that_of_what_is_heard(rate, channels):
+    "A FLAC of a tenth of a second whose header promises almost three hours."
+    b = bytearray(encoded(np.random.default_rng(0).normal(0, .1, (rate//10, channels)), rate, format="FLAC"))
+    b[18:26] = (int.from_bytes(b[18:26], "big") & ~(2**36-1) | int(2.9*3600*rate)).to_bytes(8, "big")
+    tracemalloc.start()
+    with pytest.raises(AudioError, match="promises"): load_audio("x", data=bytes(b))
+    assert tracemalloc.get_traced_memory()[1] < 20e6
+    tracemalloc.stop()
 
 def piped(path, riff, data):
     "A whole WAV file with the lengths that a program writes when it cannot seek back."
@@ -287,7 +368,7 @@ def test_what_is_no_rate_is_refused(tmp_path):
 
 def sources():
     "Small files of every kind, as bytes."
-    out = []
+    out = [mp3(np.random.default_rng(0).normal(0, .1, 3000), SAMPLE_RATE, False)]
     for kind, suffix in [*HALVES.items(), ("FLAC", "flac"), ("OGG", "ogg"), ("MP3", "mp3")]:
         b = io.BytesIO()
         sf.write(b, np.random.default_rng(0).normal(0, .1, 3000), SAMPLE_RATE, format=kind)
@@ -410,6 +491,22 @@ def test_folder_corpus_leaves_bad_files_out_by_name(tmp_path):
     with pytest.warns(UserWarning): batch = crop_batch(str(tmp_path), 0, 2, 1.)
     assert batch.shape == (2, 16_000)
 
+@pytest.mark.parametrize("shut", ["shut", ""])
+def test_a_folder_of_which_one_may_see_only_the_names_is_left_out(tmp_path, monkeypatch, shut):
+    "Mode 0444: its files are listed, but neither described nor opened."
+    audio_in(tmp_path/"c/shut", tmp_path/"c/open")
+    stat = os.stat
+    def refusing(path, *args, **kw):
+        if str(path).startswith(os.path.join(tmp_path/"c", shut, "")): raise PermissionError(13, "Permission denied")
+        return stat(path, *args, **kw)
+    monkeypatch.setattr(os, "stat", refusing)
+    says = r"shut.x.wav cannot be opened \(Permission denied\)"
+    if not shut:
+        with pytest.raises(ValueError, match=f"no readable audio file: 2 of 2 .*{says}"): load_corpus(tmp_path/"c")
+        return
+    with pytest.warns(UserWarning, match=f"1 of 2 files left out: .*{says}"):
+        assert load_corpus(tmp_path/"c")["id"][:] == ["open/x"]
+
 def test_unknown_corpus_and_split_are_refused(tmp_path):
     with pytest.raises(ValueError, match="neither speech nor music"): load_corpus("sppech")
     with pytest.raises(ValueError, match="split 'dev'"): load_corpus("speech", "dev")
@@ -435,6 +532,31 @@ def test_test_segments_are_never_cropped():
     with pytest.raises(ValueError, match="probes only"): crop_batch("speech", 0, split="test")
     for name in ("speech", "music"):
         assert {r["split"] for r in corpora.open_segments(name, "train").rows} == {"train"}
+
+@pytest.mark.parametrize("wrong", [dict(batch_size=0), dict(seconds=0), dict(seconds=-1.), dict(seconds=np.nan),
+                                   dict(seconds=np.inf)])
+def test_a_batch_of_nothing_is_refused(wrong):
+    with pytest.raises(ValueError, match=f"^{list(wrong)[0]} = .* is not a"): crop_batch("speech", 0, **wrong)
+
+def test_a_shard_that_is_no_audio_is_named(tmp_path):
+    rows = [f"{name},{name}.wav,0,99,train,CC0\n" for name in "ab"]
+    (tmp_path/"metadata.csv").write_text("id,file,start,end,split,license\n" + "".join(rows))
+    (tmp_path/"a.wav").write_bytes(b"garbage"*99)
+    for row, says in zip(load_corpus(tmp_path), ("a.wav cannot be read as audio", "b.wav is not a file")):
+        with pytest.raises(AudioError, match=says): segment_audio(row)
+
+@pytest.mark.parametrize("keep", [0, 50, 1000])
+def test_a_damaged_cache_of_a_shard_is_made_again(tmp_path, monkeypatch, keep):
+    monkeypatch.setenv("DISTILLTV_HOME", str(tmp_path))
+    sf.write(tmp_path/"a.wav", tone(1), SAMPLE_RATE)
+    whole = corpora.read_shard(tmp_path/"a.wav")
+    cached, = (tmp_path/"cache/audio").glob("*.npy")
+    cached.unlink()    # what is mapped must not shrink
+    corpora._shard.cache_clear()
+    corpora.read_shard(tmp_path/"a.wav")
+    corpora._shard.cache_clear()
+    cut(cached, keep/cached.stat().st_size)
+    assert np.array_equal(corpora.read_shard(tmp_path/"a.wav"), whole)
 
 def test_segment_audio_gives_the_samples_of_its_row(music):
     row = music[music.source == "fretsonfire-songs-sectoid"].iloc[3].to_dict()
