@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 import numpy as np, torch, torchaudio
 from .audio import SAMPLE_RATE
-from .cards import merged_name
+from .cards import merged_name, settings_of
 from .encoders import FAMILIES, HOP, WINDOW, hidden_states, load_encoder, random_student
 from .encoders import read_config, read_preprocessor, weights_hash
 from .profiles import SHIPPED, profile as get_profile
@@ -128,7 +128,7 @@ def _named(name, p):
     if name in ("base", "random"): return shipped_or_run("base", p)
     return Path({f"teacher-{d}": t for d, t in get_profile(p).teachers.items()}.get(name, name))
 
-_MADE = ("lam", "weights", "method", "corpus", "distil_seed", "steps", "taught_by")
+_MADE = ("lam", "weights", "method", "corpus", "distil_seed", "steps", "taught_by", "settings")
 
 def _described(encoder, name, role, **made):
     "The encoder, with what is known of how it was made."
@@ -144,7 +144,8 @@ def _provenance(folder, role=None):
     top = next((t for t in map(str, (home(), data_dir())) if full.startswith(t + os.sep)), None)
     parts = [p for p in Path(full[len(top)+1:] if top else folder.name).parts if p not in SHIPPED]
     role, made = role or _role(info, parts), {}
-    if role in ("merged", "endpoint", "ensemble"): made = {k: info.get(k) for k in ("lam", "method", "corpus", "steps")}
+    if role in ("merged", "endpoint", "ensemble"):
+        made = {k: info.get(k) for k in ("lam", "method", "corpus", "steps")} | dict(settings=settings_of(info, folder))
     # more than two domains
     if info.get("weights") and info.get("lam") is None: made["weights"] = json.dumps(info["weights"])
     seed = (info.get("seed") or 0) if made else None

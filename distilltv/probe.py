@@ -59,8 +59,8 @@ def _heard_twice(t, root):
     return f"{len(d)} rows have the audio of a row in another split, such as {d.id[0]} and {d.id[1]}"
 
 # %% ../nbs/04_probe.ipynb #df0c6563
-COLUMNS = ("encoder role lam weights method corpus distil_seed steps taught_by task domain probe seed view layer "
-           "metric score n_test valid lr weights_hash data_hash seconds peak_mb commit versions status").split()
+COLUMNS = ("encoder role lam weights method corpus distil_seed steps taught_by settings task domain probe seed view "
+           "layer metric score n_test valid lr weights_hash data_hash seconds peak_mb commit versions status").split()
 
 def probe(encoder,                   # an encoder, or a name for `open_encoder`; several in a list
           tasks="all",               # `all` (the default eight), `more`, `paper`, names with commas, or a list

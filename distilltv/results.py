@@ -36,23 +36,31 @@ def gather(*sources # folders with `probes/*/scores.csv`, or with `scores.csv` a
     seed and item what it got right or wrong). A row of `hits` is one student: an encoder and its distillation seed."""
     files = [f for s in sources for f in _score_files(Path(s))]
     tables = [_scores_of(f) for f in files]
-    names = _telling_names(pd.concat([t for t in tables if len(t)], ignore_index=True))
+    rows = [t for t in tables if len(t)]
+    if not rows: raise ValueError(f"no scores in {_listed(sources)}: no task has been run there")
+    names = _telling_names(pd.concat(rows, ignore_index=True))
     parts, renamed = {}, []
     for f, t in zip(files, tables):
-        for task, who, p in _predictions(f.with_name("predictions.npz"), t): parts.setdefault(task, {})[names(who)] = p
+        for task, who, p in _read(f.with_name("predictions.npz"), _predictions, t):
+            parts.setdefault(task, {})[names(who)] = p
         renamed.append(t.assign(encoder=[names(who)[0] for who in _students(t)]))
+    _check_alike(files, renamed)
     scores = pd.concat([t for t in renamed if len(t)], ignore_index=True)
+    if not parts:
+        raise ValueError(f"no scores in {_listed(sources)}: {scores.task.iloc[0]} {scores.status.iloc[0]}")
     twice = scores[scores.duplicated(["encoder", "distil_seed", "task", "probe", "seed", "metric", "view"])]
     if len(twice):
         raise ValueError(f"encoder {twice.encoder.iloc[0]!r} was scored on {twice.task.iloc[0]} in more than one "
-                         f"folder of {', '.join(map(str, sources))}; remove the older folder")
+                         f"folder of {_listed(sources)}; remove the older folder")
     return scores, {t: _stack(t, p, metrics(scores)[t]) for t, p in sorted(parts.items())}
+
+def _listed(names): return ", ".join(map(str, names))
 
 def read_table(file) -> pd.DataFrame: # CSV that this package wrote
     "A table whose names are text: `007` stays `007` and `NA` is a name; only an empty field is missing."
     return pd.read_csv(file, dtype={n: str for n in _NAMES}, keep_default_na=False, na_values=[""], encoding="utf-8")
 
-_NAMES = ("encoder role method corpus taught_by task domain probe view metric status weights_hash commit student "
+_NAMES = ("encoder role method corpus taught_by settings task domain probe view metric status weights_hash commit student "
           "teacher").split()
 
 # %% ../nbs/05_results.ipynb #5e01ae04
@@ -62,13 +70,27 @@ def _score_files(source):
                                    "`papermill nbs/04_probe.ipynb out.ipynb -p encoder logmel`")
     return found
 
+def _read(f, how, *more):
+    "What `how` makes of a file; a `ValueError` where a probe did not write it so, whatever `pandas` and `numpy` say."
+    try: return how(f, *more)
+    except Exception as e:
+        why = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
+        raise ValueError(f"{f} is not what a probe wrote ({why}): probe again, or remove its folder") from e
+
+_NEEDED = "encoder role task domain probe seed metric".split()
+
+def _rows_of(f):
+    t = read_table(f)
+    if lost := [n for n in _NEEDED if n not in t]: raise ValueError(f"there is no column {lost[0]}")
+    seed = t.distil_seed.fillna(0).astype(int) if "distil_seed" in t else 0
+    return t.assign(distil_seed=seed, **{n: pd.to_numeric(t[n]) for n in ("score", "seed") if n in t})
+
 def _scores_of(f):
     # with the tasks whose data were not there, which probes keep in a file of their own
-    parts = [read_table(g) for g in (f, f.with_name("not_run.csv")) if g.exists()]
+    parts = [_read(g, _rows_of) for g in (f, f.with_name("not_run.csv")) if g.exists()]
     t = pd.concat([p for p in parts if len(p)] or parts, ignore_index=True)
     also = ("lam", "weights", "method", "corpus", "weights_hash", "steps", "taught_by")
-    missing = {n: np.nan for n in also if n not in t}
-    return t.assign(distil_seed=t.distil_seed.fillna(0).astype(int) if "distil_seed" in t else 0, **missing)
+    return t.assign(**{n: np.nan for n in also if n not in t})
 
 def _students(t):
     "(encoder, distillation seed, hash of its weights) of each row of a table."
@@ -82,8 +104,26 @@ def _telling_names(scores):
     def name(who):
         e, seed, h = who
         alone = len(hashes.get((e, seed), ())) < 2
-        return (e.replace(f"-seed{seed}", "", 1) if seed else e) + ("" if alone or not h else f" ({h[:6]})"), seed
+        recipe = re.sub(rf"-seed{seed}(?!\d)", "", e, count=1) if seed else e
+        return recipe + ("" if alone or not h else f" ({h[:6]})"), seed
     return name
+
+def _check_alike(files, tables):
+    """A `ValueError` that names the older folders, where seeds of one encoder or λ of one sweep were distilled with
+    different settings; older files do not say with which."""
+    t = pd.concat([t.assign(folder=f.parent.name, made=f.stat().st_mtime) for f, t in zip(files, tables) if len(t)],
+                  ignore_index=True)
+    if "settings" not in t: return
+    t = t[t.settings.notna()]
+    sweep = t.method.fillna("linear") + " merges on " + t.corpus.fillna("")
+    t = t.assign(family=t.encoder.where(t.role != "merged", sweep), how=t.settings + t.steps.fillna(0).map(" {:g}".format))
+    mixed = t[t.groupby("family").how.transform("nunique") > 1].sort_values("made", kind="stable")
+    if not len(mixed): return
+    new = mixed.groupby("family").how.last()
+    past = set(mixed.settings) - set(mixed.settings[mixed.how.isin(new)])    # whatever else was made with them
+    old = t.folder[t.settings.isin(past) | t.index.isin(mixed.index[~mixed.how.isin(new)])]
+    raise ValueError(f"{new.index[0]}: not all were distilled with the same settings; remove the older folders from "
+                     f"probes/ ({_listed(sorted(set(old)))}), or make them again: `distilltv reproduce` with `--seeds`")
 
 # %% ../nbs/05_results.ipynb #d62771c4
 _OWN = ("correct", "edits", "values")                    # of a student
@@ -92,7 +132,7 @@ _SHARED = ("items", "group", "words", "true_values")     # of its task
 def _kept(p):
     "What the statistics need of one student's predictions, and a fingerprint of the items and their truth."
     if "letters" in p: p = p | dict(words=p["letters"])    # of a spelling, what the edits are out of
-    truth = next(p[k] for k in ("true", "words", "true_values") if k in p)
+    truth = p[next((k for k in ("true", "words", "true_values") if k in p), "true")]
     rounded = np.round(truth.astype(float), 3) + 0.
     mark = hashlib.sha256("\n".join(p["id"].tolist()).encode() + rounded.tobytes()).hexdigest()[:16]
     told = {k: p[k] for k in p if k in (*_OWN, *_SHARED) and k != "group"}
@@ -102,17 +142,18 @@ def _kept(p):
 def _predictions(f, table):
     "(task, student, what is kept of it), from a probe's file and from one that `save` wrote."
     with np.load(f, allow_pickle=False) as z: flat = dict(z)
-    known = {(e, seed): (e, seed, h) for e, seed, h in _students(table)}
+    known, found = {(e, seed): (e, seed, h) for e, seed, h in _students(table)}, []
     for t in sorted({k.rsplit("/", 1)[0] for k in flat}):
         p = {k.rsplit("/", 1)[1]: v for k, v in flat.items() if k.rsplit("/", 1)[0] == t}
         if "encoder" not in p:
-            yield t, next(iter(known.values()), ("", 0, "")), _kept(p)
+            found.append((t, next(iter(known.values()), ("", 0, "")), _kept(p)))
             continue
         if "correct" in p: p["correct"] = np.unpackbits(p["correct"], -1, count=len(p["group"])).astype(bool)
         seeds = p.pop("distil_seed", np.zeros(len(p["encoder"]), int))
         for i, (e, seed) in enumerate(zip(map(str, p["encoder"]), map(int, seeds))):
             own = {k: v[i] if k in _OWN else v for k, v in p.items() if k != "encoder"}
-            yield t, known.get((e, seed), (e, seed, "")), dict(items="") | own
+            found.append((t, known.get((e, seed), (e, seed, "")), dict(items="") | own))
+    return found
 
 # %% ../nbs/05_results.ipynb #5e01ae02
 def _stack(task, parts, metric):

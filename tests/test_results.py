@@ -229,6 +229,56 @@ def test_one_encoder_in_two_folders_is_named(tmp_path):
     write_encoder(tmp_path, "a", "other", dict(speech=.5, music=.5))
     with pytest.raises(ValueError, match="'a' was scored on"): R.gather(tmp_path)
 
+def test_seeds_of_other_settings_are_not_averaged(tmp_path):
+    "Three seeds, then other settings and one seed: what was left of the old ones is named, the longer ensemble too."
+    def probe(name, role, how, seed=0, lam=None, steps=10):
+        shutil.rmtree(tmp_path/"probes"/name, ignore_errors=True)
+        write_encoder(tmp_path, name, role, dict(speech=.5, music=.5), lam=lam, corpus="both", distil_seed=seed,
+                      steps=None if lam is not None else steps, settings=how)
+    probe("logmel", "logmel", None)
+    for seed, tag in enumerate(("", "-seed1", "-seed2")):
+        probe(f"speech{tag}", "endpoint", "0123", seed)
+        probe(f"lam-0.50{tag}", "merged", "45e6", seed, .5)
+        probe(f"ensemble-2x{tag}", "ensemble", "0123", seed, steps=20)
+    assert R.gather(tmp_path)[0].encoder.nunique() == 4
+    probe("speech", "endpoint", "9999")
+    probe("lam-0.50", "merged", "8888", 0, .5)
+    left = "ensemble-2x, ensemble-2x-seed1, ensemble-2x-seed2, lam-0.50-seed1, lam-0.50-seed2, speech-seed1, speech-seed2"
+    with pytest.raises(ValueError, match=rf"remove the older folders from probes/ \({left}\)"): R.gather(tmp_path)
+    for name in left.split(", "): shutil.rmtree(tmp_path/"probes"/name)
+    probe("lam-0.90", "merged", "45e6", 0, .9)    # a λ of the old settings, but the newest file
+    with pytest.raises(ValueError, match=r"linear merges on both: not all .* \(lam-0.50\)"): R.gather(tmp_path)
+
+def test_the_seed_that_a_name_ends_with_is_left_out(tmp_path):
+    write_encoder(tmp_path, "a-seed10-seed1-both", "endpoint", dict(speech=.5, music=.5), distil_seed=1)
+    assert set(R.gather(tmp_path)[0].encoder) == {"a-seed10-both"}
+
+@pytest.mark.parametrize("file, content", [
+    ("predictions.npz", b"hello"), ("predictions.npz", b""), ("predictions.npz", b"cut"), ("predictions.npz", None),
+    ("predictions.npz", dict(x=np.arange(3))), ("predictions.npz", {"pitch/id": np.array(["a"])}),
+    ("predictions.npz", {"pitch/id": np.array(["a", 1], object)}), ("scores.csv", b""), ("scores.csv", b"a,b\n1,2\n"),
+    ("scores.csv", b"\xff\xfe\x00"), ("scores.csv", "score"), ("scores.csv", "distil_seed"), ("not_run.csv", b"")])
+def test_a_damaged_file_is_named(tmp_path, file, content):
+    write_encoder(tmp_path, "a", "other", dict(speech=.5, music=.5), distil_seed=0)
+    f = tmp_path/"probes/a"/file
+    if content is None: f.unlink()
+    elif isinstance(content, dict): np.savez(f, **content)
+    elif isinstance(content, str): pd.read_csv(f).assign(**{content: "many"}).to_csv(f, index=False)
+    else: f.write_bytes(f.read_bytes()[:500] if content == b"cut" else content)
+    with pytest.raises(ValueError, match=f"{f} is not what a probe wrote .*: probe again, or remove its folder"):
+        R.gather(tmp_path)
+
+def test_a_folder_without_any_score_says_so(tmp_path):
+    write_encoder(tmp_path, "a", "other", dict(speech=.5, music=.5))
+    f = tmp_path/"probes/a/scores.csv"
+    f.write_text(f.read_text().splitlines()[0] + "\n")
+    with pytest.raises(ValueError, match="no task has been run there"): R.gather(tmp_path)
+    row = dict(encoder="a", role="other", task="sid", domain="speech", probe="linear", seed=-1, view="", metric="accuracy",
+               n_test=0, score=None, status="not run: VoxCeleb1 is not here: fetch it")
+    pd.DataFrame([row]).to_csv(f.with_name("not_run.csv"), index=False)
+    np.savez(f.with_name("predictions.npz"))
+    with pytest.raises(ValueError, match="sid not run: VoxCeleb1 is not here: fetch it"): R.gather(tmp_path)
+
 def test_paper_numbers_have_source_and_confidence():
     p = pd.read_csv(R.data_dir()/"results/paper_numbers.csv", dtype=str, keep_default_na=False)
     assert (p.source != "").all() and ((p.value == "") == (p.source == "not found")).all()
