@@ -51,7 +51,8 @@ class Evidence:
         d, (low, high), single = self.measured(domain, a, b)
         differ = len({round(x, 6) for x in single}) > 1    # two encoders that were not distilled have no seeds
         by = f"; by seed {', '.join(f'{100*x:+.1f}' for x in single)}" if differ else ""
-        return f"{100*d:+.1f} points [{100*low:+.1f}, {100*high:+.1f}{by}]"
+        between = "?" if low != low else f"{100*low:+.1f}, {100*high:+.1f}"    # not known where there is one group
+        return f"{100*d:+.1f} points [{between}{by}]"
     def of_role(self, role, domain=None): # such as `ensemble`; whose student or teacher it is
         "The first encoder of a role that has all means; `None`: there is none."
         ok = [e for e in self.info.index if self.info.role[e] == role and self.means(e)

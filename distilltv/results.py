@@ -270,10 +270,10 @@ def task_order(scores) -> list: # from `gather`
     return sorted(domain.index, key=lambda t: (first.index(domain[t]) if domain[t] in first else len(first), t))
 
 def _shown(column, r):
-    "An interval as `estimate ± half of its width`."
-    if column == OVERALL: return f"{r.estimate:.0f} ± {(r.hi-r.lo)/2:.0f}"
-    sign = "+" if column.endswith("over log-mel") else ""
-    return f"{100*r.estimate:{sign}.1f} ± {50*(r.hi-r.lo):.1f}"
+    "An interval as `estimate ± half of its width`; `± ?` where it is not known."
+    scale, form = (1, ".0f") if column == OVERALL else (100, ".1f")
+    sign, half = "+" if column.endswith("over log-mel") else "", scale*(r.hi-r.lo)/2
+    return f"{scale*r.estimate:{sign}{form}} ± {'?' if np.isnan(half) else format(half, form)}"
 
 def table(draws, # from `with_means`
           scores # from `gather`

@@ -451,6 +451,42 @@ def test_intervals_of_other_metrics_are_scipys(unlike):
                    for i in np.random.default_rng(1).integers(0, len(tag), (600, len(tag)))])
     assert got == pytest.approx(want, rel=.12)
 
+def tagged(n=20, positives=1, metric="roc-auc"):
+    "An encoder that ranks every item right and one that ranks all wrong, on tags of which few items have the first."
+    true = (np.arange(n) < positives).astype(float)
+    return dict(t=dict(encoder=np.array(["a", "b"]), metric=metric, group=np.arange(n), true_values=true[:, None],
+                       values=np.stack([true, -true])[:, None, :, None]))
+
+def test_a_draw_without_the_tag_is_left_out():
+    d = S.bootstrap(tagged(), 400)
+    difference = d["t", "a"] - d["t", "b"]
+    assert .2 < d["t", "a"].isna().mean() < .5 and S.beats(difference) == 1 and S.bootstrap_p(difference) < .01
+    both = {k: np.repeat(v, 2, -1) if k.endswith("values") else v for k, v in tagged()["t"].items()}
+    both["true_values"][:, 1] = np.arange(20) % 2    # a second tag, which every draw has
+    assert S.bootstrap(dict(t=both), 400).notna().all(axis=None)
+
+@pytest.mark.parametrize("metric", ["r2:1", "weighted key score", "average precision", "mine"])
+def test_what_is_redrawn_is_the_metric_that_is_named(unlike, metric):
+    h = {k: v for k, v in unlike[2]["emo"].items()} | dict(metric=metric)
+    if metric != "r2:1":
+        with pytest.raises(ValueError, match=f"task emo: {metric} "): S.bootstrap(dict(emo=h), 5)
+    else: assert S.weighted_score(h, np.ones((1, 120)))[0, 0, 0] == pytest.approx(
+        r2_score(h["true_values"][:, 1], h["values"][0, 0, :, 1]))
+
+def test_one_group_has_no_interval(tmp_path):
+    study(tmp_path)
+    for f in tmp_path.glob("probes/*/predictions.npz"):
+        z = dict(np.load(f))
+        np.savez(f, **z | {f"{t}/group": np.full(200, "all") for t in TASKS})
+    scores, hits = R.gather(tmp_path)
+    draws = R.with_means(S.bootstrap(hits, 50), scores)
+    tests, shown = R.paired_tests(hits, draws, scores), R.table(draws, scores)
+    assert shown.loc["teacher-speech", "speech mean"].endswith(" ± ?") and shown.stack().str.endswith(" ± ?").all()
+    assert tests[["lo", "hi", "p", "p_adjusted", "better"]].isna().all(axis=None) and not tests.holds.any()
+    assert W.findings(draws, scores, tests)[0].startswith("A trade-off is not shown by these runs.")
+    assert "points [?]" in W.findings(draws, scores, tests)[0]
+    for draw in (F.plot_tradeoff, F.plot_tasks): F.plt.close(draw(draws, scores))
+
 def test_less_is_better_is_turned_in_scale_and_differences(unlike):
     _, scores, hits, draws = unlike
     k = R.scale(draws, scores, ("asr", "emo"))
