@@ -37,13 +37,15 @@ class Evidence:
         "Draws of the difference of two encoders' means of a domain."
         return self.draws[f"{domain} mean", a] - self.draws[f"{domain} mean", b]
     def measured(self, domain, a, b): # of the tasks; an encoder; another
-        "The difference of two encoders' means of a domain, its 95 % interval, and the difference with each seed."
+        "The difference of two encoders' means of a domain, its 95 % interval, and the difference with each seed of both."
         d = self.difference(domain, a, b)
-        single = [s[f"{domain} mean", a][0] - s[f"{domain} mean", b][0] for s in self.each.values()]
+        single = [s[f"{domain} mean", a][0] - s[f"{domain} mean", b][0] for s in self.each.values()
+                  if (f"{domain} mean", a) in s and (f"{domain} mean", b) in s]
         return d[0], (d[1:].quantile(.025), d[1:].quantile(.975)), single
     def counts(self, domain, a, b) -> int: # of the tasks; an encoder; another
         "1: `a` is better than `b` beyond the interval and with each seed; -1: worse; 0: not decided."
         _, (low, high), single = self.measured(domain, a, b)
+        if self.each and not single: return 0
         if low > 0 and all(x > 0 for x in single): return 1
         return -1 if high < 0 and all(x < 0 for x in single) else 0
     def points(self, domain, a, b) -> str: # of the tasks; an encoder; another

@@ -158,6 +158,36 @@ def test_a_claim_needs_every_distillation_seed(tmp_path):
     assert says[1].startswith("The merge at λ = 0.5 is not clearly different from the ensemble student on either mean.")
     assert {c["id"]: c["verdict"] for c in W.claims(draws, scores, each)}["ensemble"] == "does not hold"
 
+@pytest.mark.parametrize("lost", ["lam-0.50-seed2-both", "lam-1.00-seed1-both", "ensemble-seed2-both",
+                                  "speech-seed1-both"])
+def test_seeds_that_are_missing_are_named_and_the_rest_goes_on(tmp_path, lost):
+    seeded(tmp_path, (.15, .15, .15))
+    shutil.rmtree(tmp_path/"probes"/lost)
+    scores, hits = R.gather(tmp_path)
+    draws, each = R.with_means(S.bootstrap(hits, 50), scores), R.by_seed(hits, scores, 50)
+    tests, name = R.paired_tests(hits, draws, scores, each=each), lost.replace(f"-seed{lost.split('seed')[1][0]}", "")
+    assert f"{name}: 2 of 3 distillation seeds" in R.missing(scores)
+    assert W.findings(draws, scores, tests, each) and W.claims(draws, scores, each)
+    of_it = tests[(tests.distil_seed == "all") & ((tests.encoder == name) | (tests.reference == name))]
+    assert len(of_it) and not of_it.holds.astype(bool).any()
+
+def test_a_single_seed_stands_for_itself_only(tmp_path):
+    seeded(tmp_path, (.15, .15, .15))
+    for k in (1, 2): shutil.rmtree(tmp_path/f"probes/lam-0.50-seed{k}-both")
+    each = R.by_seed(hits := R.gather(tmp_path)[1], scores := R.gather(tmp_path)[0], 20)
+    assert [("phones", "lam-0.50-both") in d for d in each.values()] == [True, False, False]
+    draws = R.with_means(S.bootstrap(hits, 20), scores)
+    assert len(W.Evidence(draws, scores, each).measured("speech", "lam-0.50-both", "ensemble-both")[2]) == 1
+
+def test_fewer_probe_seeds_are_named(tmp_path):
+    for e in "ab": write_encoder(tmp_path, e, "other", dict(speech=.5, music=.5))
+    f = tmp_path/"probes/b/scores.csv"
+    d = pd.read_csv(f)
+    d[(d.seed < 1) | (d.task != "phones")].to_csv(f, index=False)
+    scores, _ = R.gather(tmp_path)
+    assert "b: 1 of 3 probe seeds, so more are not counted" in R.missing(scores)
+    assert not [m for m in R.missing(scores) if m.startswith("a:")]
+
 def test_distillation_seeds_widen_the_interval():
     c = np.stack([np.arange(400) < k for k in (160, 200, 240)])[:, None]
     one = dict(metric="accuracy", group=np.arange(400))
