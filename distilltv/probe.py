@@ -129,6 +129,7 @@ def _write(run, out, scores, kept, encoder):
     missing = scores.score.isna()
     if missing.any():
         with write_atomic(out/"not_run.csv") as tmp: scores[missing].to_csv(tmp, index=False)
+    else: (out/"not_run.csv").unlink(missing_ok=True)
     scores = scores[~missing]
     arrays = {f"{t}/{k}": v for t, d in kept.items() for k, v in d.items()}
     with write_atomic(out/"predictions.npz") as tmp, open(tmp, "wb") as f: np.savez_compressed(f, **arrays)

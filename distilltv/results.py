@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ROLES', 'DISTILLED', 'NINE', 'OVERALL', 'bullets', 'find_source', 'gather', 'read_table', 'save', 'missing', 'scale',
            'accuracies', 'domains_of', 'with_means', 'by_seed', 'order', 'task_order', 'table', 'reference_of',
-           'paired_tests', 'sweeps', 'label_of', 'learning']
+           'paired_tests', 'sweeps', 'label_of', 'lam_text', 'learning']
 
 # %% ../nbs/05_results.ipynb #7a834c74
 import hashlib, re
@@ -348,7 +348,15 @@ def label_of(e,   # an encoder
     if r == "ensemble":
         name, *more = e.split("-")
         return f"{name} student" + (f" ({more[0]} the updates)" if more and more[0][:-1].isdigit() else "")
-    return f"λ = {lam:.2g}" if r == "merged" and lam == lam else known.get(r, e)
+    return f"λ = {lam_text(lam, info)}" if r == "merged" and lam == lam else known.get(r, e)
+
+def lam_text(lam:float, # λ of an encoder
+             info       # table of encoders, by name
+            ) -> str:
+    "λ in as few digits as tell it from the others, two at least."
+    lams = {*info.lam[info.role == "merged"].dropna(), lam}
+    digits = next(n for n in range(2, 18) if len({f"{l:.{n}g}" for l in lams}) == len(lams))
+    return f"{lam:.{digits}g}"
 
 # %% ../nbs/05_results.ipynb #5e01ac01
 def learning(source # a profile's folder with `students/*/*/log.csv`, or a folder with `learning.csv`
@@ -359,9 +367,10 @@ def learning(source # a profile's folder with `students/*/*/log.csv`, or a folde
     parts = []
     for f in sorted(source.glob("students/*/*/log.csv")):
         log = pd.read_csv(f, encoding="utf-8")
+        held_out = {c.split("/")[0] for c in log.columns if "/" in c}    # sums, with their parts behind a stroke
         for c in log.columns:
             teacher, _, layer = c.rpartition("_")
-            if not teacher or not layer.isdigit(): continue
+            if not teacher or not layer.isdigit() or c.split("/")[0] in held_out: continue
             about = dict(student=f.parent.name, corpus=f.parent.parent.name, teacher=teacher, layer=int(layer))
             parts.append(pd.DataFrame(dict(step=log.step, loss=log[c].round(4))).assign(**about))
     if not parts: return pd.DataFrame(columns=columns)

@@ -224,6 +224,12 @@ def test_paired_tests_know_who_is_better(full):
     assert (t.test == "McNemar").all()
     assert S.chances(draws, "speech mean", ["lam-1.00-both", "lam-0.00-both"]).iloc[0, 1] > .99
 
+@pytest.mark.parametrize("lams, said", [((0., .5, 1.), "0.5"), ((.12, .121, .124), "0.121"), ((.3, 1/3), "0.33")])
+def test_lams_are_told_apart(lams, said):
+    info = pd.DataFrame(dict(lam=lams, role="merged"), [f"lam-{l}-both" for l in lams])
+    assert R.label_of(info.index[1], info) == f"λ = {said}"
+    assert len({R.label_of(e, info) for e in info.index}) == len(lams)
+
 def test_saved_results_are_read_back_equal(full, tmp_path):
     _, scores, hits, _ = full
     R.save(tmp_path, scores, hits)
@@ -608,6 +614,9 @@ def test_learning_curves_are_read_from_the_logs(tmp_path):
         d.mkdir(parents=True)
         pd.DataFrame({"step": [0, 10], "loss": [2., 1.], "validation": [None, 1.],
                       **{c: [2., 1.5] for c in cols}}).to_csv(d/"log.csv", index=False)
+    held_out = ("valid_esc_50", "valid_esc_50/speech_4")    # the loss on a domain of that name, and a part of it
+    log = tmp_path/"students/both/speech/log.csv"
+    pd.read_csv(log).assign(**dict.fromkeys(held_out, 1.)).to_csv(log, index=False)
     c = R.learning(tmp_path)
     assert set(map(tuple, c[["student", "teacher", "layer"]].to_numpy())) == {("speech", "speech", 4),
                                                                               ("speech", "speech", 12),
