@@ -10,7 +10,7 @@ __all__ = ['LETTERS', 'letters', 'heard_text', 'word_errors', 'letter_errors', '
 import jiwer, numpy as np, torch
 import torch.nn.functional as F
 from torch import nn
-from .answers import Answer, prepared, shortfall
+from .answers import Answer, check_heard, prepared, shortfall
 from .audio import AudioError, normalise
 from .encoders import WINDOW
 from .features import frame_features, hear, read_window
@@ -109,6 +109,7 @@ def score_letters(encoder, task, # a task with the answer `Words`
     t, table, root, rows, kept = task, task.table(root), task.root(root), [], []
     readable = _decodes(table, root)
     table, lost = table[readable].reset_index(drop=True), int((~readable).sum())
+    check_heard(table, t)
     test = table[table.split == "test"]
     for s in seeds:
         net, valid = fit_letters(encoder, table, root, view, s, **settings)

@@ -9,7 +9,7 @@ __all__ = ['COLUMNS', 'score_task', 'score_encoders', 'probe', 'quick_probe']
 import time
 from pathlib import Path
 import numpy as np, pandas as pd, torch
-from .answers import LRS
+from .answers import LRS, Unheard
 from .features import features, table_hash
 from .fit import fit_probes
 from .frozen import Transformer, check_encoder, choose_view, open_encoder
@@ -98,7 +98,7 @@ def _probe_all(encoders, names, seeds, view, seed, root, out, head):
     for n in names:
         start = time.perf_counter()
         try: scored = score_encoders(encoders, n, view, range(seed, seed+seeds), root, head)
-        except (FileNotFoundError, Leak, TableError) as e: scored = [([_not_run(n, head, e)], {})]*len(encoders)
+        except (FileNotFoundError, Leak, TableError, Unheard) as e: scored = [([_not_run(n, head, e)], {})]*len(encoders)
         seconds = round((time.perf_counter() - start)/len(encoders), 2)
         made = dict(seconds=seconds, peak_mb=round(peak_memory()), commit=now, versions=software)
         for i, (r, k) in enumerate(scored):
