@@ -114,14 +114,14 @@ def _names_in(folder):
 
 
 def _files(folder):
-    "Files below a folder, links followed, and what could not be looked into: path -> reason."
+    "Files below a folder, links followed, hidden ones left out, and what could not be looked into: path -> reason."
     files, refused, seen = [], {}, set()
     def failed(e): refused[_name(e.filename)] = f"cannot be looked into ({e.strerror}): check its permissions"
     for at, folders, names in os.walk(folder, followlinks=True, onerror=failed):
         if (real := os.path.realpath(at)) in seen: folders.clear()    # a link to where we have been
-        else: files += [Path(at)/n for n in names]
+        else: files += [Path(at)/n for n in names if not n.startswith(".")]
         seen.add(real)
-        folders.sort()
+        folders[:] = sorted(f for f in folders if not f.startswith("."))
     return sorted(files), refused
 
 def _name(path): return os.fsencode(path).decode("utf-8", "backslashreplace")
