@@ -4,6 +4,8 @@ import numpy as np, pandas as pd, pytest, soundfile as sf, torch
 from hypothesis import given, settings, strategies as st
 from transformers import HubertConfig, HubertModel
 from distilltv import answers as N, features as E, fit as F, frozen as Z, mini as M, probe as P, tasks as T
+from distilltv.encoders import save_encoder, weights_hash
+from distilltv.merge import merge
 from distilltv.runs import _trim, data_dir
 
 torch.set_num_threads(1)
@@ -557,3 +559,20 @@ def test_three_windows_are_mixed_at_one_level(runs, corpus):
         np.testing.assert_allclose(a/32768, want, atol=1e-4)
     assert len({E.features_key(Z.LogMel(), v, corpus)
                 for v in (t, t.drop(columns=["also_file", "also_start"]), t.assign(also_start=t.start))}) == 3
+
+def test_students_of_one_run_and_their_merges_have_the_same_settings(tmp_path):
+    "Seed and teacher apart; another learning rate, a merge with such a student, and a student that is gone differ."
+    base = save_encoder(hubert(0), tmp_path/"base", role="base")
+    def student(name, seed, lr=.1):
+        return save_encoder(hubert(seed), tmp_path/name, teacher=name, seed=seed, lr=lr, steps=5, corpus="both",
+                            base_hash=weights_hash(hubert(0)))
+    def settings(folder): return Z.open_encoder(str(folder)).info["settings"]
+    def merged(name, lam, **students):
+        merge(base, students, dict(zip(students, (lam, 1-lam)))).save_pretrained(tmp_path/name, lam=lam, corpus="both")
+        return settings(tmp_path/name)
+    speech, music, other = student("speech", 1), student("music", 2), student("other", 1, lr=.2)
+    assert settings(speech) == settings(music) != settings(other) and settings(base) is None
+    one = merged("one", 1, speech=speech, music=music)
+    assert one == merged("half", .5, speech=speech, music=music) != merged("mixed", .5, speech=other, music=music)
+    student("speech", 3)    # another student lies there now
+    assert settings(tmp_path/"half") is None

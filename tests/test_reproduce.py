@@ -1,9 +1,10 @@
 "The grid runner on notebooks of one cell: what runs, what does not, and what a kill or a failure leaves."
 import json, os, shutil, signal, subprocess, sys, time
 from pathlib import Path
-import pytest
+import numpy as np, pytest, soundfile as sf
 from distilltv import reproduce as command
-from distilltv.grid import GridRun, code_of, digest, fresh, grid, key, simplex, stamp
+from distilltv.corpora import load_corpus
+from distilltv.grid import GridRun, _check_apart, code_of, digest, fresh, grid, key, simplex, stamp
 from distilltv.runner import Progress, alone, run_stale
 from distilltv.runs import root
 
@@ -273,6 +274,7 @@ def test_profile_audio_and_teachers_are_in_the_key(tmp_path, monkeypatch):
 
 def test_a_profiles_question_makes_probes_stale_and_no_student(tmp_path):
     (tmp_path/"q").mkdir()
+    far = tmp_path/"far.wav"    # named by its whole path
     (tmp_path/"q/t.csv").write_text("file,split,what,who\n", encoding="utf-8")
     text = ('name = "one"\n[teachers]\na = "x/y"\n'
             '[tasks.high]\ntable = "q/t.csv"\nlabel = "what"\ngroup = "who"\ndomain = "a"\n')
@@ -283,12 +285,41 @@ def test_a_profiles_question_makes_probes_stale_and_no_student(tmp_path):
     seen = [keys()]
     for change in (lambda: (tmp_path/"q/t.csv").write_text("file,split,what,who\na.wav,test,b,c\n", encoding="utf-8"),
                    lambda: (tmp_path/"q/a.wav").write_bytes(b"new"),
+                   lambda: (tmp_path/"q/t.csv").write_text(f"file,split,what,who\n{far},test,b,c\n../near.wav,test,b,c\n",
+                                                           encoding="utf-8"),
+                   lambda: far.write_bytes(b"new"), lambda: (tmp_path/"near.wav").write_bytes(b"new"),
                    lambda: (tmp_path/"one.toml").write_text(text.replace('"who"', '"day"'), encoding="utf-8"),
                    lambda: (tmp_path/"one.toml").write_text(text[:text.index("[tasks")], encoding="utf-8")):
         change()
         seen.append(keys())
     student, probe = zip(*seen)
-    assert len(set(student)) == 1 and len(set(probe)) == 5
+    assert len(set(student)) == 1 and len(set(probe)) == 8
+
+def test_what_a_corpus_reads_is_what_makes_a_student_stale(tmp_path):
+    "Recordings elsewhere that its table names count; a hidden folder is neither read nor counted."
+    a = tmp_path/"a"
+    a.mkdir()
+    (tmp_path/"one.toml").write_text('name = "one"\n[teachers]\na = "x/y"\n[audio]\na = "./a"\n', encoding="utf-8")
+    def now():
+        runs = {r.id: r for r in grid(tmp_path/"one.toml")}
+        return key(runs["distil/a"], runs)
+    sf.write(a/"x.wav", np.full(8000, .1), 16000)
+    before = now()
+    (a/".more").mkdir()
+    for f in (a/".more/y.wav", a/".z.wav"): shutil.copy(a/"x.wav", f)
+    assert now() == before and list(load_corpus(str(a))["id"]) == ["x"]
+    (a/"metadata.csv").write_text("id,file,start,end,split\n1,../far.wav,0,9,train\n", encoding="utf-8")
+    before = now()
+    (tmp_path/"far.wav").write_bytes(b"new")
+    assert now() != before
+
+@pytest.mark.parametrize("name, out", [("voice-seed1", "else"), ("other", "students/voice-seed1")])
+def test_runs_that_would_share_a_name_or_folder_are_refused(name, out):
+    "As those of the domains `voice` and `voice-seed1` would, with two seeds."
+    runs = [GridRun("distil", n, "x.ipynb", dict(teacher=t), o)
+            for n, t, o in (("voice-seed1", "voice", "students/voice-seed1"), (name, "voice-seed1", out))]
+    with pytest.raises(ValueError, match=rf"distil/voice-seed1 \(voice\) and distil/{name} \(voice-seed1\); rename"):
+        _check_apart(runs)
 
 def test_a_student_is_stale_with_what_it_reads_and_nothing_else(tmp_path, monkeypatch):
     for d in ("a", "b", "c", "heard"):

@@ -158,6 +158,36 @@ def test_a_claim_needs_every_distillation_seed(tmp_path):
     assert says[1].startswith("The merge at λ = 0.5 is not clearly different from the ensemble student on either mean.")
     assert {c["id"]: c["verdict"] for c in W.claims(draws, scores, each)}["ensemble"] == "does not hold"
 
+@pytest.mark.parametrize("lost", ["lam-0.50-seed2-both", "lam-1.00-seed1-both", "ensemble-seed2-both",
+                                  "speech-seed1-both"])
+def test_seeds_that_are_missing_are_named_and_the_rest_goes_on(tmp_path, lost):
+    seeded(tmp_path, (.15, .15, .15))
+    shutil.rmtree(tmp_path/"probes"/lost)
+    scores, hits = R.gather(tmp_path)
+    draws, each = R.with_means(S.bootstrap(hits, 50), scores), R.by_seed(hits, scores, 50)
+    tests, name = R.paired_tests(hits, draws, scores, each=each), lost.replace(f"-seed{lost.split('seed')[1][0]}", "")
+    assert f"{name}: 2 of 3 distillation seeds" in R.missing(scores)
+    assert W.findings(draws, scores, tests, each) and W.claims(draws, scores, each)
+    of_it = tests[(tests.distil_seed == "all") & ((tests.encoder == name) | (tests.reference == name))]
+    assert len(of_it) and not of_it.holds.astype(bool).any()
+
+def test_a_single_seed_stands_for_itself_only(tmp_path):
+    seeded(tmp_path, (.15, .15, .15))
+    for k in (1, 2): shutil.rmtree(tmp_path/f"probes/lam-0.50-seed{k}-both")
+    each = R.by_seed(hits := R.gather(tmp_path)[1], scores := R.gather(tmp_path)[0], 20)
+    assert [("phones", "lam-0.50-both") in d for d in each.values()] == [True, False, False]
+    draws = R.with_means(S.bootstrap(hits, 20), scores)
+    assert len(W.Evidence(draws, scores, each).measured("speech", "lam-0.50-both", "ensemble-both")[2]) == 1
+
+def test_fewer_probe_seeds_are_named(tmp_path):
+    for e in "ab": write_encoder(tmp_path, e, "other", dict(speech=.5, music=.5))
+    f = tmp_path/"probes/b/scores.csv"
+    d = pd.read_csv(f)
+    d[(d.seed < 1) | (d.task != "phones")].to_csv(f, index=False)
+    scores, _ = R.gather(tmp_path)
+    assert "b: 1 of 3 probe seeds, so more are not counted" in R.missing(scores)
+    assert not [m for m in R.missing(scores) if m.startswith("a:")]
+
 def test_distillation_seeds_widen_the_interval():
     c = np.stack([np.arange(400) < k for k in (160, 200, 240)])[:, None]
     one = dict(metric="accuracy", group=np.arange(400))
@@ -194,6 +224,12 @@ def test_paired_tests_know_who_is_better(full):
     assert (t.test == "McNemar").all()
     assert S.chances(draws, "speech mean", ["lam-1.00-both", "lam-0.00-both"]).iloc[0, 1] > .99
 
+@pytest.mark.parametrize("lams, said", [((0., .5, 1.), "0.5"), ((.12, .121, .124), "0.121"), ((.3, 1/3), "0.33")])
+def test_lams_are_told_apart(lams, said):
+    info = pd.DataFrame(dict(lam=lams, role="merged"), [f"lam-{l}-both" for l in lams])
+    assert R.label_of(info.index[1], info) == f"λ = {said}"
+    assert len({R.label_of(e, info) for e in info.index}) == len(lams)
+
 def test_saved_results_are_read_back_equal(full, tmp_path):
     _, scores, hits, _ = full
     R.save(tmp_path, scores, hits)
@@ -228,6 +264,56 @@ def test_one_encoder_in_two_folders_is_named(tmp_path):
     (tmp_path/"probes/a").rename(tmp_path/"probes/older")
     write_encoder(tmp_path, "a", "other", dict(speech=.5, music=.5))
     with pytest.raises(ValueError, match="'a' was scored on"): R.gather(tmp_path)
+
+def test_seeds_of_other_settings_are_not_averaged(tmp_path):
+    "Three seeds, then other settings and one seed: what was left of the old ones is named, the longer ensemble too."
+    def probe(name, role, how, seed=0, lam=None, steps=10):
+        shutil.rmtree(tmp_path/"probes"/name, ignore_errors=True)
+        write_encoder(tmp_path, name, role, dict(speech=.5, music=.5), lam=lam, corpus="both", distil_seed=seed,
+                      steps=None if lam is not None else steps, settings=how)
+    probe("logmel", "logmel", None)
+    for seed, tag in enumerate(("", "-seed1", "-seed2")):
+        probe(f"speech{tag}", "endpoint", "0123", seed)
+        probe(f"lam-0.50{tag}", "merged", "45e6", seed, .5)
+        probe(f"ensemble-2x{tag}", "ensemble", "0123", seed, steps=20)
+    assert R.gather(tmp_path)[0].encoder.nunique() == 4
+    probe("speech", "endpoint", "9999")
+    probe("lam-0.50", "merged", "8888", 0, .5)
+    left = "ensemble-2x, ensemble-2x-seed1, ensemble-2x-seed2, lam-0.50-seed1, lam-0.50-seed2, speech-seed1, speech-seed2"
+    with pytest.raises(ValueError, match=rf"remove the older folders from probes/ \({left}\)"): R.gather(tmp_path)
+    for name in left.split(", "): shutil.rmtree(tmp_path/"probes"/name)
+    probe("lam-0.90", "merged", "45e6", 0, .9)    # a λ of the old settings, but the newest file
+    with pytest.raises(ValueError, match=r"linear merges on both: not all .* \(lam-0.50\)"): R.gather(tmp_path)
+
+def test_the_seed_that_a_name_ends_with_is_left_out(tmp_path):
+    write_encoder(tmp_path, "a-seed10-seed1-both", "endpoint", dict(speech=.5, music=.5), distil_seed=1)
+    assert set(R.gather(tmp_path)[0].encoder) == {"a-seed10-both"}
+
+@pytest.mark.parametrize("file, content", [
+    ("predictions.npz", b"hello"), ("predictions.npz", b""), ("predictions.npz", b"cut"), ("predictions.npz", None),
+    ("predictions.npz", dict(x=np.arange(3))), ("predictions.npz", {"pitch/id": np.array(["a"])}),
+    ("predictions.npz", {"pitch/id": np.array(["a", 1], object)}), ("scores.csv", b""), ("scores.csv", b"a,b\n1,2\n"),
+    ("scores.csv", b"\xff\xfe\x00"), ("scores.csv", "score"), ("scores.csv", "distil_seed"), ("not_run.csv", b"")])
+def test_a_damaged_file_is_named(tmp_path, file, content):
+    write_encoder(tmp_path, "a", "other", dict(speech=.5, music=.5), distil_seed=0)
+    f = tmp_path/"probes/a"/file
+    if content is None: f.unlink()
+    elif isinstance(content, dict): np.savez(f, **content)
+    elif isinstance(content, str): pd.read_csv(f).assign(**{content: "many"}).to_csv(f, index=False)
+    else: f.write_bytes(f.read_bytes()[:500] if content == b"cut" else content)
+    with pytest.raises(ValueError, match=f"{f} is not what a probe wrote .*: probe again, or remove its folder"):
+        R.gather(tmp_path)
+
+def test_a_folder_without_any_score_says_so(tmp_path):
+    write_encoder(tmp_path, "a", "other", dict(speech=.5, music=.5))
+    f = tmp_path/"probes/a/scores.csv"
+    f.write_text(f.read_text().splitlines()[0] + "\n")
+    with pytest.raises(ValueError, match="no task has been run there"): R.gather(tmp_path)
+    row = dict(encoder="a", role="other", task="sid", domain="speech", probe="linear", seed=-1, view="", metric="accuracy",
+               n_test=0, score=None, status="not run: VoxCeleb1 is not here: fetch it")
+    pd.DataFrame([row]).to_csv(f.with_name("not_run.csv"), index=False)
+    np.savez(f.with_name("predictions.npz"))
+    with pytest.raises(ValueError, match="sid not run: VoxCeleb1 is not here: fetch it"): R.gather(tmp_path)
 
 def test_paper_numbers_have_source_and_confidence():
     p = pd.read_csv(R.data_dir()/"results/paper_numbers.csv", dtype=str, keep_default_na=False)
@@ -401,6 +487,42 @@ def test_intervals_of_other_metrics_are_scipys(unlike):
                    for i in np.random.default_rng(1).integers(0, len(tag), (600, len(tag)))])
     assert got == pytest.approx(want, rel=.12)
 
+def tagged(n=20, positives=1, metric="roc-auc"):
+    "An encoder that ranks every item right and one that ranks all wrong, on tags of which few items have the first."
+    true = (np.arange(n) < positives).astype(float)
+    return dict(t=dict(encoder=np.array(["a", "b"]), metric=metric, group=np.arange(n), true_values=true[:, None],
+                       values=np.stack([true, -true])[:, None, :, None]))
+
+def test_a_draw_without_the_tag_is_left_out():
+    d = S.bootstrap(tagged(), 400)
+    difference = d["t", "a"] - d["t", "b"]
+    assert .2 < d["t", "a"].isna().mean() < .5 and S.beats(difference) == 1 and S.bootstrap_p(difference) < .01
+    both = {k: np.repeat(v, 2, -1) if k.endswith("values") else v for k, v in tagged()["t"].items()}
+    both["true_values"][:, 1] = np.arange(20) % 2    # a second tag, which every draw has
+    assert S.bootstrap(dict(t=both), 400).notna().all(axis=None)
+
+@pytest.mark.parametrize("metric", ["r2:1", "weighted key score", "average precision", "mine"])
+def test_what_is_redrawn_is_the_metric_that_is_named(unlike, metric):
+    h = {k: v for k, v in unlike[2]["emo"].items()} | dict(metric=metric)
+    if metric != "r2:1":
+        with pytest.raises(ValueError, match=f"task emo: {metric} "): S.bootstrap(dict(emo=h), 5)
+    else: assert S.weighted_score(h, np.ones((1, 120)))[0, 0, 0] == pytest.approx(
+        r2_score(h["true_values"][:, 1], h["values"][0, 0, :, 1]))
+
+def test_one_group_has_no_interval(tmp_path):
+    study(tmp_path)
+    for f in tmp_path.glob("probes/*/predictions.npz"):
+        z = dict(np.load(f))
+        np.savez(f, **z | {f"{t}/group": np.full(200, "all") for t in TASKS})
+    scores, hits = R.gather(tmp_path)
+    draws = R.with_means(S.bootstrap(hits, 50), scores)
+    tests, shown = R.paired_tests(hits, draws, scores), R.table(draws, scores)
+    assert shown.loc["teacher-speech", "speech mean"].endswith(" ± ?") and shown.stack().str.endswith(" ± ?").all()
+    assert tests[["lo", "hi", "p", "p_adjusted", "better"]].isna().all(axis=None) and not tests.holds.any()
+    assert W.findings(draws, scores, tests)[0].startswith("A trade-off is not shown by these runs.")
+    assert "points [?]" in W.findings(draws, scores, tests)[0]
+    for draw in (F.plot_tradeoff, F.plot_tasks): F.plt.close(draw(draws, scores))
+
 def test_less_is_better_is_turned_in_scale_and_differences(unlike):
     _, scores, hits, draws = unlike
     k = R.scale(draws, scores, ("asr", "emo"))
@@ -492,6 +614,9 @@ def test_learning_curves_are_read_from_the_logs(tmp_path):
         d.mkdir(parents=True)
         pd.DataFrame({"step": [0, 10], "loss": [2., 1.], "validation": [None, 1.],
                       **{c: [2., 1.5] for c in cols}}).to_csv(d/"log.csv", index=False)
+    held_out = ("valid_esc_50", "valid_esc_50/speech_4")    # the loss on a domain of that name, and a part of it
+    log = tmp_path/"students/both/speech/log.csv"
+    pd.read_csv(log).assign(**dict.fromkeys(held_out, 1.)).to_csv(log, index=False)
     c = R.learning(tmp_path)
     assert set(map(tuple, c[["student", "teacher", "layer"]].to_numpy())) == {("speech", "speech", 4),
                                                                               ("speech", "speech", 12),

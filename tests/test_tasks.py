@@ -258,6 +258,53 @@ def test_a_corrupt_file_costs_a_row_not_the_run(root):
     linear = scores[scores.probe == "linear"].iloc[0]
     assert linear.n_test == 18 and linear.status == "2 of 20 rows unreadable" and linear.score == 1
 
+def unheard(folder, split, answer=N.Classes()):
+    "A task of which no recording of one split can be read."
+    rows = []
+    for s in ("train", "valid", "test"):
+        for i in range(4):
+            f = folder/f"{s}{i}.wav"
+            tone(f, .2, 300 + 900*(i % 2))
+            if s == split: f.write_bytes(b"not a sound at all")
+            rows.append(dict(id=f.stem, file=f.name, start=0, end=3200, lo=0, hi=3200, split=s, label="ab"[i % 2],
+                             voice="vw"[i//2], lang="x"))
+    return T.Task("unheard", "music", lambda root: pd.DataFrame(rows), "label", "id", answer=answer,
+                  home=lambda: folder)
+
+@pytest.mark.filterwarnings("ignore:.*could not be read")
+@pytest.mark.parametrize("answer", [N.Classes(), N.Match(), L.Words(), L.Spelling()], ids=lambda a: type(a).__name__)
+@pytest.mark.parametrize("split", ["train", "valid", "test"])
+def test_a_split_that_cannot_be_heard_is_named(tmp_path, root, split, answer):
+    with pytest.raises(N.Unheard, match=f"task unheard: 0 rows of the {split} split can be heard"):
+        P.score_task(Z.LogMel(), unheard(tmp_path, split, answer), seeds=(0,))
+
+@pytest.mark.filterwarnings("ignore:.*could not be read")
+def test_a_split_that_cannot_be_heard_costs_the_task_not_the_run(tmp_path, root):
+    T.add_task(unheard(tmp_path, "valid"))
+    esc50(root)
+    try: d = P.probe("logmel", "unheard,esc50", seeds=1, out=tmp_path/"out").set_index("task")
+    finally: T.TASKS.pop("unheard")
+    assert d.loc["unheard", "status"].startswith("not run: task unheard: 0 rows of the valid split can be heard")
+    assert d.loc["esc50"].score.notna().all() and (tmp_path/"out/not_run.csv").exists()
+    P.probe("logmel", "esc50", seeds=1, out=tmp_path/"out")
+    assert not (tmp_path/"out/not_run.csv").exists()
+
+def test_one_class_that_can_be_heard_is_no_question(tmp_path):
+    t = T.Task("one", "music", lambda r: None, "label", "id")
+    df = pd.DataFrame(dict(id=list("abcdef"), label=list("xyxyxy"), split=["train"]*2 + ["valid"]*2 + ["test"]*2))
+    x = torch.randn(1, 1, 6, 3)
+    x[:, :, 1] = torch.nan
+    extra = pd.DataFrame(dict(id=["g"], label=["x"], split=["train"]))
+    df, x = pd.concat([df, extra], ignore_index=True).assign(usable=True), torch.cat([x, x[:, :, :1]], 2)
+    with pytest.raises(N.Unheard, match="task one: the train split has one class only, 'x'"):
+        N.Classes().score_split(x, df, t, (0,), "linear")
+
+def test_the_last_step_of_a_short_training_is_looked_at():
+    x = torch.tensor([[[-1.], [1.]]]).repeat(1, 20, 1)
+    y = torch.arange(40) % 2
+    fit = F.fit_probes(x, y, x, y, 2, lrs=(.1,), seeds=(0,), steps=10)
+    assert fit["valid"].item() == 1 and fit["p"]["b"].abs().max() > 0
+
 def test_a_corrupt_file_among_a_hundred_thousand(root, tmp_path, monkeypatch):
     """One of 100,000 files is no sound: it is named, counted and left out, and nothing grows with the square
     of the rows."""
