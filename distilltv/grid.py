@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from .cards import merged_name, weights_name
-from .profiles import SHIPPED, Profile, profile as get_profile, record
+from .profiles import AUDIO_SUFFIXES, SHIPPED, Profile, profile as get_profile, record
 from .runs import data_dir, file_hash, home, root
 from .students import as_asked, listens_to, student_folder, taught_by
 
@@ -196,10 +196,12 @@ def _files(folder):
     return sorted(found)
 
 def digest(path:Path,          # a file or a folder; it may be missing
-           contents:bool=True  # hash contents, else size and time of change
+           contents:bool=True  # hash contents; else size and time of change, of audio files and metadata.csv
           ) -> str:            # SHA-256 as hex, or `absent`
     "Hash of a file or of a folder's files, without notebooks, cards, records and hidden files, or `absent`."
-    kept = lambda f: f.suffix not in (".ipynb", ".md") and f.name not in _RECORDS
+    def kept(f):
+        if not contents: return f.suffix.lower() in AUDIO_SUFFIXES or f == path/"metadata.csv"
+        return f.suffix not in (".ipynb", ".md") and f.name not in _RECORDS
     files = [path] if path.is_file() else list(filter(kept, _files(path)))
     def line(f):
         s = f.stat()
