@@ -18,7 +18,7 @@ from .objective import Distiller, check_teachers
 from .profiles import Profile, profile as get_profile, record, with_settings
 from .runs import Run, data_dir, use_threads, write_atomic
 from .scale import Crops, merge_quarantines, processes, write_quarantine
-from .students import as_asked, listens_to, student_folder, taught_by
+from .students import as_asked, listens_to, settings_of, student_folder, taught_by
 from .training import TargetCache, check_training, fit
 
 # %% ../nbs/02_distill.ipynb #4f99e060
@@ -120,8 +120,7 @@ def distil(p:Profile,     # teachers, audio, objective, budget and seed
 # %% ../nbs/02_distill.ipynb #06f5c617
 def _note(p, who):
     "What a student's records say of how it was made; where teachers and audio lay says nothing to others."
-    made = {k: v for k, v in record(p).items() if k not in ("name", "teachers", "audio", "licence", "versions")}
-    return dict(role="student", teacher=who, profile=p.name, **made, normalisation="zero mean, unit variance")
+    return dict(role="student", teacher=who, profile=p.name, **settings_of(p), normalisation="zero mean, unit variance")
 
 def _deliver(distiller, folder, log, bad, p, who, start):
     "Save student and heads in half precision, which is plenty at rest; the folder's old content goes, checkpoints too."
