@@ -288,7 +288,7 @@ def _trim(folder, most):
         if held > most and i: f.unlink(missing_ok=True)
 
 # %% ../nbs/00_runs.ipynb #1ce5239a
-_PACKAGES = "torch torchaudio transformers datasets accelerate numpy scikit-learn papermill".split()
+_PACKAGES = "torch torchaudio transformers datasets accelerate soundfile numpy scikit-learn papermill".split()
 
 @lru_cache(maxsize=None)
 def version_of(package:str # its name where packages are installed from
