@@ -1,18 +1,20 @@
 """Distillation: objectives against numpy, gradients that reach the student only, and runs of one and two processes
 killed with SIGKILL."""
-import errno, io, json, os, signal, socket, sqlite3, subprocess, sys
+import errno, io, json, os, shutil, signal, socket, sqlite3, subprocess, sys
 from dataclasses import replace
 import numpy as np, pandas as pd, pytest, soundfile as sf, torch
 from datasets import Audio, Dataset
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import HubertConfig, HubertModel
 from distilltv import distill, training
 from distilltv.distill import base_of, crops_of, distil, load_heads, validate, validation_crops
 from distilltv.encoders import load_encoder, make_base, save_encoder, weights_hash
-from distilltv.grid import grid
+from distilltv.grid import fresh, grid
 from distilltv.objective import Distiller, cl_loss, frame_clock, kd_loss, match_frames
 from distilltv.profiles import Profile, profile, record
+from distilltv.runner import execute
 from distilltv.students import listens_to, student_folder
 from distilltv.runs import data_dir
 from distilltv.scale import Crops
@@ -868,6 +870,81 @@ def test_a_seed_is_one_thing_and_is_recorded_as_used(tmp_path, monkeypatch, tiny
             assert (record["seed"], record["lr"], record["steps"], record["predict"]) == (seed, lr, 4, [4, 8, 12])
     assert [made(other)[1][k] for k in ("warmup", "clip", "batch", "seconds")] == [.5, 1, 3, .25]
     assert distil(tiny_three, "sound", seed=3)[0].name == "sound-seed3"
+
+@pytest.fixture
+def tiny_one(tiny_three):
+    "Its third domain alone."
+    return Profile("one", *(dict(sound=t["sound"]) for t in (tiny_three.teachers, tiny_three.audio)), steps=2, batch=3,
+                   seconds=.25)
+
+@pytest.fixture
+def trained(monkeypatch):
+    "Steps of each training; the code is of a known commit, `trained.commit`."
+    class Trained(list): commit = "0123456789ab"
+    seen = Trained()
+    for module in ("distill", "encoders"): monkeypatch.setattr(f"distilltv.{module}.commit", lambda: seen.commit)
+    def counted(*a, **k):
+        seen.append(a[4])
+        return fit(*a, **k)
+    monkeypatch.setattr(distill, "fit", counted)
+    return seen
+
+def spoil(file): save_file({k: x+1 for k, x in load_file(file).items()}, file, dict(format="pt"))
+
+def test_a_finished_student_is_not_trained_again(tmp_path, monkeypatch, tiny_one, trained, capsys):
+    monkeypatch.setenv("DISTILLTV_HOME", str(tmp_path/"home"))
+    for name in ("moved", "more"): shutil.copytree(tiny_one.audio["sound"], tmp_path/name)
+    sf.write(tmp_path/"more/train/new.wav", noise(7), 16_000)
+    moved, more = (replace(tiny_one, licence="MIT", audio=dict(sound=str(tmp_path/d))) for d in ("moved", "more"))
+    folder, log = distil(tiny_one, "sound")
+    for p in (tiny_one, moved):
+        again, read = distil(p, "sound")
+        assert again == folder and trained == [2]
+        pd.testing.assert_frame_equal(read, log)
+        assert f"{folder} is up to date; delete the folder to distil again" in capsys.readouterr().err
+    def trains(p=tiny_one, **asked):
+        before = len(trained)
+        distil(p, "sound", out=folder, **asked)
+        return len(trained) > before
+    for damage in (lambda: spoil(folder/"model.safetensors"), (folder/"heads.safetensors").unlink,
+                   (folder/"log.csv").unlink, (folder/"result.json").unlink,
+                   lambda: (folder/"distilltv.json").write_text("[]"),
+                   lambda: (folder/"model.safetensors").write_bytes(b"half")):
+        damage()
+        assert trains()
+    assert not trains() and trains(steps=1) and trains(seed=3) and trains(replace(tiny_one, lr=.1)) and trains(more)
+    monkeypatch.setattr(distill, "record", lambda p: record(p) | dict(versions=dict(torch="1.0")))
+    assert trains(more)
+    monkeypatch.setattr(distill, "record", record)
+    for trained.commit in ("ba9876543210", "ba9876543210+", "unknown"):      # the last two name no code
+        assert trains(more) and trains(more) == (trained.commit != "ba9876543210")
+
+def test_reproduce_adopts_a_student_made_by_hand_and_trains_a_stale_one(tmp_path, monkeypatch, tiny_one, trained):
+    monkeypatch.setenv("DISTILLTV_HOME", str(tmp_path/"home"))
+    shutil.copytree(tiny_one.audio["sound"], tmp_path/"audio")
+    text = (f"name = 'mine'\n[teachers]\nsound = {tiny_one.teachers['sound']!r}\n[audio]\nsound = 'audio'\n"
+            "[training]\nsteps = 2\nbatch = 3\nseconds = 0.25\n")
+    (tmp_path/"mine.toml").write_text(text, encoding="utf-8")
+    runs = {r.id: r for r in grid(tmp_path/"mine.toml")}
+    run = runs["distil/sound"]
+    def trains():
+        before = len(trained)
+        execute(run, runs, how=lambda r: distil(r.profile, "sound"))
+        assert fresh(run, runs)
+        return len(trained) > before
+    distil(profile(tmp_path/"mine.toml"), "sound")
+    assert not trains()                                               # made by hand
+    os.utime(tmp_path/"audio/train/0.wav", (0, 0))              # other audio, by the same name and as long
+    assert trains()
+    (tmp_path/"mine.toml").write_text(text + "lr = 1e-3", encoding="utf-8")
+    assert trains()
+    spoil(run.folder/"heads.safetensors")
+    assert not fresh(run, runs) and trains()                          # a result that somebody changed
+    (run.folder/"stamp.json").unlink()
+    assert not trains()
+    (run.folder/"stamp.json").unlink()
+    (tmp_path/"mine.toml").write_text(text, encoding="utf-8")
+    assert trains()                                                   # made by hand, of other values
 
 def test_two_runs_side_by_side_share_a_cache_that_is_bounded(tmp_path, tiny_three):
     """Students of one seed need each other's targets; each is what it would be alone, and the folder stays within its

@@ -8,7 +8,8 @@ from transformers import HubertConfig, HubertModel
 from distilltv.geometry import geometry
 from distilltv.cards import merged_name
 from distilltv.merge import Student, TaskVector, add_scores, load_student, merge
-from distilltv.students import find_students
+from distilltv.profiles import Profile
+from distilltv.students import find_students, settings_of
 from distilltv.recipes import domain_weights, merge_recipe
 from distilltv.rules import RULES, apply_rule
 from distilltv.weights import Checkpoint
@@ -172,6 +173,27 @@ def test_three_domains_of_a_profile(trio, tmp_path, monkeypatch):
     np.testing.assert_allclose(numbers(u), sum(k*numbers(load_student(trio/d)) for d, k in w.items()), rtol=0,
                                atol=1e-14)
     assert len(u.save_pretrained(tmp_path/"u", weights=w)["inputs"]) == 4
+
+def test_a_student_that_does_not_fit_its_profile_is_refused(trio, tmp_path, monkeypatch):
+    "How it was computed may differ, and what it does not record is taken; a shipped profile never changes."
+    monkeypatch.setenv("DISTILLTV_HOME", str(tmp_path))
+    def put(p, **change):
+        for d in ("base", "speech", "music"):
+            shutil.copytree(trio/d, p.folder/(d if d == "base" else f"students/both/{d}-seed1"), dirs_exist_ok=True)
+        note = p.folder/"students/both/music-seed1/distilltv.json"
+        note.write_text(json.dumps(settings_of(p) | dict(seed=1) | change))
+        return note.parent
+    p = Profile("mine", dict(speech="a", music="b"), steps=30_000, lr=1e-3)
+    for change in ({}, dict(accumulate=4, precision="bf16"), dict(unheard_of=3)):
+        assert put(p, **change) == find_students(p, "both", 1)["music"]
+    for change, says in ((dict(steps=20), "with steps = 20, but the profile says steps = 30000: distil it again"),
+                         (dict(student_layers=3, lr=.1), "with student_layers = 3, lr = 0.1, but the profile says "
+                                                         "student_layers = 2, lr = 0.001: distil it again")):
+        folder = put(p, **change)
+        with pytest.raises(ValueError, match=f"{folder} was distilled {says}, or give the profile the old value"):
+            find_students(p, "both", 1)
+    hub = Profile("hub", p.teachers)
+    assert put(hub, student_width=1536) == find_students(hub, "both", 1)["music"]
 
 @pytest.mark.parametrize("weights, lam, says", [
     ("", .4, r"lam is the weight of the first of two domains, and here are 3 .*-p weights"),

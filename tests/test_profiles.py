@@ -136,11 +136,11 @@ def test_what_is_no_profile_is_a_sentence(tmp_path):
 
 def test_the_record_holds_every_value_but_what_decides_no_result(tmp_path):
     p = profile(written(tmp_path, GOOD))
-    names = {f.name for f in fields(Profile)} - {"slurm", "cache_gb", "log_with", "tasks"}
+    names = {f.name for f in fields(Profile)} - {"slurm", "cache_gb", "log_with", "licence", "tasks"}
     assert set(record(p)) == names | {"versions"} and json.loads(json.dumps(record(p))) == record(p)
-    assert record(replace(p, slurm={}, cache_gb=1., log_with="tensorboard")) == record(p)
+    assert record(replace(p, slurm={}, cache_gb=1., log_with="tensorboard", licence="MIT")) == record(p)
     for change in (dict(steps=11), dict(seed=1), dict(predict=(1,)), dict(audio=dict(speech="/x")),
-                   dict(precision="bf16"), dict(licence="MIT")):
+                   dict(precision="bf16")):
         assert record(replace(p, **change)) != record(p)
     # wherever the repository lies
     assert record(profile())["teachers"] == dict(speech="mini:speech", music="mini:music")

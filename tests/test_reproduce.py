@@ -271,6 +271,12 @@ def test_profile_audio_and_teachers_are_in_the_key(tmp_path, monkeypatch):
     (tmp_path/"three.toml").write_text(text.replace("steps = 7", "steps = 8").replace("hours = 2", "hours = 3"),
                                        encoding="utf-8")
     assert not changed()                    # what decides no result
+    before = now("distil/b")                # whose audio, not its teacher, lies in the folder c
+    for text in ("file,label\n", "file,label\nx.wav,high\n"):
+        (tmp_path/"c/labels.csv").write_text(text, encoding="utf-8")
+        assert now("distil/b") == before    # labels beside the audio are not heard
+    (tmp_path/"c/metadata.csv").write_text("id,file,start,end,split\n", encoding="utf-8")
+    assert now("distil/b") != before        # a table of segments is
 
 def test_a_profiles_question_makes_probes_stale_and_no_student(tmp_path):
     (tmp_path/"q").mkdir()
@@ -348,7 +354,7 @@ def test_a_student_is_stale_with_what_it_reads_and_nothing_else(tmp_path, monkey
     assert stale() == ["distil/c", "distil/ensemble"]        # a stream holds out nothing, so the others do not read it
     (tmp_path/"a/x").write_bytes(b"other start")             # the teacher of θ₀
     assert stale() == ["distil/a", "distil/b", "distil/c", "distil/ensemble"]
-    (tmp_path/"heard/y").write_bytes(b"more")                # all are validated on files, whoever hears them
+    (tmp_path/"heard/y.WAV").write_bytes(b"more")            # all are validated on files, whoever hears them
     assert stale() == ["distil/a", "distil/b", "distil/c", "distil/ensemble"]
 
 def test_grid_and_notebook_name_a_merge_alike(tmp_path):
