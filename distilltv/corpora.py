@@ -170,9 +170,12 @@ def _header(path):
     except AudioError as e: return e.reason
 
 # %% ../nbs/00_corpora.ipynb #35215751
-@lru_cache(maxsize=64)
 def _shard(path):
-    "All samples of a 16 kHz mono file, int16, decoded at most once per machine."
+    "All samples of a 16 kHz mono file, int16, decoded at most once per machine; anew where the file has changed."
+    return _decoded(*_stamp(Path(path)))
+
+@lru_cache(maxsize=64)
+def _decoded(path, size, mtime):
     cached = home()/"cache/audio"/f"{file_hash(path)[:32]}.npy"
     if not cached.is_file():
         x, rate = sf.read(path, dtype="int16")
@@ -184,7 +187,7 @@ def _shard(path):
 def read_shard(path, start:int=0, end:int=None # a shard; first sample; sample after the last, by default of all
               ) -> np.ndarray: # float32 [end - start]
     "A part of a shard, which is decoded once per machine; an `AudioError` if it is not 16 kHz mono."
-    return _shard(str(path))[start:end].astype(np.float32)/32768
+    return _shard(path)[start:end].astype(np.float32)/32768
 
 # %% ../nbs/00_corpora.ipynb #0dc60d03
 def segment_audio(row:dict,        # a row of `load_corpus`
