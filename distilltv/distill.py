@@ -6,7 +6,7 @@
 __all__ = ['base_of', 'crops_of', 'validation_crops', 'validate', 'distil', 'load_heads', 'main']
 
 # %% ../nbs/02_distill.ipynb #bf474f44
-import argparse, json
+import argparse
 from dataclasses import replace
 from pathlib import Path
 import torch
@@ -16,7 +16,7 @@ from torch import nn
 from .encoders import Heads, load_encoder, make_base, save_encoder, weights_hash
 from .objective import Distiller, check_teachers
 from .profiles import Profile, profile as get_profile, record, with_settings
-from .runs import Run, data_dir, use_threads, write_atomic
+from .runs import Run, data_dir, read_json, use_threads, write_atomic
 from .scale import Crops, merge_quarantines, processes, write_quarantine
 from .students import as_asked, listens_to, student_folder, taught_by
 from .training import TargetCache, check_training, fit
@@ -40,8 +40,7 @@ def base_of(p:Profile # an experiment
 
 def _other_start(folder, wants):
     "How the θ₀ of a folder differs from what is wanted; empty if it does not."
-    note = folder/"distilltv.json"
-    found = json.loads(note.read_text(encoding="utf-8")) if note.exists() else {}
+    found = read_json(folder/"distilltv.json")
     return "; ".join(f"{k} = {found.get(k)!r}, not {v!r}" for k, v in wants.items() if found.get(k) != v)
 
 def _licence(p): return dict(licence=p.licence) if p.licence else {}  # recorded only where it is known

@@ -6,11 +6,10 @@
 __all__ = ['taught_by', 'listens_to', 'as_asked', 'student_folder', 'find_students']
 
 # %% ../nbs/00b_students.ipynb #8299fb5f
-import json
 from dataclasses import replace
 from pathlib import Path
 from .profiles import Profile, profile
-from .runs import data_dir
+from .runs import data_dir, read_json
 
 # %% ../nbs/00b_students.ipynb #3dc1d801
 def taught_by(p:Profile, # an experiment
@@ -66,7 +65,7 @@ def find_students(name_or_path="mini", # of a profile, or a `Profile`
     if p.name == "mini" and not mine["base"].exists(): mine["base"] = shipped["base"]
     if not (lacking := _without_model(mine)): return mine
     if p.name == "mini" and not _without_model(shipped):
-        notes = [json.loads((shipped[d]/"distilltv.json").read_text(encoding="utf-8")) for d in p.domains]
+        notes = [read_json(shipped[d]/"distilltv.json") for d in p.domains]
         if all(note.get("corpus") == corpus for note in notes): return shipped
     said = p.name if isinstance(name_or_path, Profile) else name_or_path
     again = f" (and again with {', '.join(p.domains[1:])})" if p.domains[1:] else ""
