@@ -774,6 +774,8 @@ def test_a_saved_base_of_another_shape_is_refused(tmp_path, monkeypatch):
     for changed, says in ((replace(p, student_layers=3), "layers = 2, not 3"),
                           (replace(p, student_width=96), "width = 0, not 96"), (another, "teacher_hash = '")):
         with pytest.raises(ValueError, match=f"hub/base holds another θ₀, with {says}"): base_of(changed)
+    (tmp_path/"hub/base/distilltv.json").write_text("{")
+    with pytest.raises(ValueError, match="hub/base/distilltv.json is not JSON"): base_of(p)
     monkeypatch.setenv("DISTILLTV_HOME", str(tmp_path/"wide"))
     wide = base_of(replace(p, student_width=96, student_heads=2)).config
     assert (wide.hidden_size, wide.num_attention_heads) == (96, 2)

@@ -356,6 +356,17 @@ def test_a_file_in_two_splits_is_reported(root):
     assert scores.status.str.startswith("2 rows have the audio of a row in another split, "
                                         "such as nsynth/nsynth-t").all()
 
+@pytest.mark.parametrize("spans, twice", [
+    (dict(train=[(0, 40)], test=[(1, 45)]), {"train0", "test0"}), (dict(train=[(0, 40)], test=[(40, 80)]), set()),
+    (dict(train=[(0, 40), (30, 60)], test=[(50, 90)]), {"train1", "test0"}),
+    (dict(train=[(0, 90), (10, 20)], test=[(30, 40), (95, 99)]), {"train0", "test0"}),
+    (dict(train=[(0, 40), (5, 45)], test=[(60, 70)]), set())])
+def test_windows_of_a_recording_that_overlap_across_splits_are_duplicates(tmp_path, spans, twice):
+    (tmp_path/"a.wav").write_bytes(b"x"), (tmp_path/"b.wav").write_bytes(b"x")    # one recording under two names
+    rows = [dict(id=f"{s}{i}", split=s, file=f"{'ab'[s == 'test']}.wav", start=a, end=b) for s, some in spans.items()
+            for i, (a, b) in enumerate(some)]
+    assert set(T.duplicates(pd.DataFrame(rows), tmp_path).id) == twice
+
 def test_a_clip_in_two_folds_is_reported(root):
     esc50(root)
     a, b = (root/f"ESC-50-master/audio/{f}-0-A-0.wav" for f in (1, 2))
@@ -455,6 +466,10 @@ def test_spelling_by_the_sum_of_layers_and_one_by_one(root, monkeypatch):
             torch.testing.assert_close(p["W"][s, r], q["W"][0, 0], atol=1e-4, rtol=1e-3)
             assert w[0, 0] == wrong[s, r]
 
+def test_a_text_may_hold_the_sign_of_the_blank():
+    assert L.letters("a_b", "__ab").tolist() == [2, 1, 3]
+    assert L.heard_text(torch.eye(4)[[2, 0, 1, 0, 3]], "__ab") == "a_b"
+
 def tones(n=16):
     "Rows as a `datasets` repository has them: bytes, class labels, a column of splits."
     import io
@@ -499,8 +514,23 @@ def test_rows_of_datasets_without_audio_or_columns_are_named(tmp_path):
         dict(audio=dict(bytes=None, path=str(tmp_path/"a.wav")), label=None, split="test")
         ]).cast_column("audio", datasets.Audio(decode=False))
     assert T.from_datasets(rows, tmp_path)[["file", "label"]].values.tolist() == [[str(tmp_path/"a.wav"), ""]]
+    some = tones().map(lambda r, i: dict(part=None if i == 1 else r["part"]), with_indices=True)
+    with pytest.raises(ValueError, match="row 1 of the data set has no part; give it one, or leave it out"):
+        T.from_datasets(some, tmp_path, audio="sound", label="what", split="part")
     with pytest.raises(ValueError, match="row 0 of the data set has neither"):
         T._recording(dict(bytes=None, path=None), tmp_path, 0)
+
+@pytest.mark.parametrize("kind", ["text", "number", "classes"])
+def test_cells_of_datasets_that_say_nothing_are_empty(tmp_path, kind):
+    sf.write(tmp_path/"a.wav", np.zeros(8000) + .1, 16000)
+    something, nothing = dict(text=("a", None), number=(1., float("nan")), classes=(0, -1))[kind]
+    sound = dict(bytes=None, path=str(tmp_path/"a.wav"))
+    data = datasets.Dataset.from_list([dict(audio=sound, split="test", label=v, who=v) for v in (something, nothing)])
+    data = data.cast_column("audio", datasets.Audio(decode=False))
+    if kind == "classes":
+        for c in ("label", "who"): data = data.cast_column(c, datasets.ClassLabel(names=["a"]))
+    t = T.from_datasets(data, tmp_path, singer="who")
+    assert t[["label", "singer"]].eq("").all(axis=1).tolist() == [False, True]
 
 QUESTION = """
 name = "mine"
@@ -614,6 +644,16 @@ def test_a_table_as_others_write_it(question):
     T.profile_tasks(profile(question/"mine.toml"))
     scores = P.probe("logmel", "high", seeds=1)
     assert (scores.score == 1).all() and scores.status.str.startswith("1 of 32 rows have no label").all()
+
+def test_spaces_around_a_cell_mean_nothing(question):
+    file = question/"tones/table.csv"
+    d = pd.read_csv(file, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+    table = lambda: T.table_task("high", **profile(question/"mine.toml").tasks["high"]).split()
+    usual = table()
+    T.forget_tables()
+    d["who"] = d.who.where(d.index % 2 > 0, d.who + " ")
+    d.assign(what=" " + d.what, split=d.split + " ").to_csv(file, index=False)
+    pd.testing.assert_frame_equal(table(), usual)
 
 def test_a_question_in_a_folder_whose_name_is_not_utf8(question, tmp_path):
     """As an old disk has them: `soundfile` cannot open what is in it, and the table of what was not run must be
