@@ -6,18 +6,17 @@
 __all__ = ['XaresEncoder', 'S3prlUpstream']
 
 # %% ../nbs/04i_adapters.ipynb #0ca10003
-import torch
+import math, torch
 from torch import nn
 from torch.nn import functional as F
-from .audio import normalise
-from .encoders import WINDOW
-from .features import hear
+from .features import as_wanted, hear, window_of
 from .frozen import check_encoder
 
 # %% ../nbs/04i_adapters.ipynb #7b48743f
 def _heard(encoder, wav):
     # others hand over clips of any length; one frame is the least an encoder can hear
-    return hear(encoder, normalise(F.pad(wav, (0, max(0, WINDOW - wav.shape[-1])))))
+    short = max(0, math.ceil(window_of(encoder)) - wav.shape[-1])
+    return hear(encoder, as_wanted(encoder, F.pad(wav, (0, short))))
 
 class XaresEncoder(nn.Module):
     "An encoder as X-ARES calls it: `forward(audio)` with [batch, samples] gives [batch, frames, dim]."
@@ -26,7 +25,7 @@ class XaresEncoder(nn.Module):
         super().__init__()
         self.encoder, self.layer = check_encoder(encoder), layer
         self.sampling_rate, self.output_dim = encoder.sample_rate, encoder.dim
-        self.hop_size_in_ms = 1000*encoder.hop/encoder.sample_rate
+        self.hop_size_in_ms = float(1000*encoder.hop/encoder.sample_rate)
     @torch.inference_mode()
     def forward(self, audio): # waveforms at `sampling_rate`, [batch, samples] or [samples]
         return _heard(self.encoder, torch.atleast_2d(audio))[self.layer]

@@ -6,19 +6,20 @@
 __all__ = ['base_of', 'crops_of', 'validation_crops', 'validate', 'distil', 'load_heads', 'main']
 
 # %% ../nbs/02_distill.ipynb #bf474f44
-import argparse, json
+import argparse, json, sys
 from dataclasses import replace
 from pathlib import Path
-import torch
+import pandas as pd, torch
 from accelerate.utils import gather_object, set_seed
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from .encoders import Heads, load_encoder, make_base, save_encoder, weights_hash
 from .objective import Distiller, check_teachers
 from .profiles import Profile, profile as get_profile, record, with_settings
-from .runs import Run, data_dir, use_threads, write_atomic
+from .runs import Run, commit, data_dir, read_json, use_threads, write_atomic
 from .scale import Crops, merge_quarantines, processes, write_quarantine
-from .students import as_asked, listens_to, student_folder, taught_by
+from .students import as_asked, listens_to, settings_of, student_folder, taught_by
 from .training import TargetCache, check_training, fit
 
 # %% ../nbs/02_distill.ipynb #4f99e060
@@ -40,8 +41,7 @@ def base_of(p:Profile # an experiment
 
 def _other_start(folder, wants):
     "How the θ₀ of a folder differs from what is wanted; empty if it does not."
-    note = folder/"distilltv.json"
-    found = json.loads(note.read_text(encoding="utf-8")) if note.exists() else {}
+    found = read_json(folder/"distilltv.json")
     return "; ".join(f"{k} = {found.get(k)!r}, not {v!r}" for k, v in wants.items() if found.get(k) != v)
 
 def _licence(p): return dict(licence=p.licence) if p.licence else {}  # recorded only where it is known
@@ -91,7 +91,8 @@ def distil(p:Profile,     # teachers, audio, objective, budget and seed
            out:str="",    # "": `student_folder`
           ) -> tuple: # the student's folder, and the log
     """Distil one student from θ₀ and save it as a plain `HubertModel` that records the hash of its θ₀. A `ValueError`
-    says what is wrong with teachers, audio or profile, before anything is written."""
+    says what is wrong with teachers, audio or profile, before anything is written. A finished student that this would
+    repeat is left as it is."""
     folder = Path(out or student_folder(p, who, corpus, seed, steps))
     p, state = as_asked(p, corpus, steps, seed), processes()
     crops, held_out = crops_of(p, listens_to(p, who)), validation_crops(p)
@@ -101,12 +102,17 @@ def distil(p:Profile,     # teachers, audio, objective, budget and seed
     with state.main_process_first(): student = base_of(p)
     for model in (student, *teachers.values()): model.set_attn_implementation(p.attention)
     start = weights_hash(student)
+    inputs = dict(base=start, audio=crops.hash, **{f"{d}_teacher": weights_hash(t) for d, t in teachers.items()})
+    log = _finished(folder, p, who, inputs)
+    if all(gather_object([log is not None])):  # so say all processes
+        if state.is_main_process: print(f"{folder} is up to date; delete the folder to distil again", file=sys.stderr)
+        return folder, log
     set_seed(p.seed)  # of the heads
     cache = TargetCache(p.cache, p.cache_gb*1e9) if p.cache else None
     distiller = Distiller(student, teachers, p.predict, loss=p.loss, cache=cache)
     def check(): return validate(distiller, held_out)
     with Run(folder, **_note(p, who)) as run:
-        run.inputs(base=start, audio=crops.hash, **{f"{d}_teacher": weights_hash(t) for d, t in teachers.items()})
+        run.inputs(**inputs)
         log = fit(distiller, crops, folder, p, p.steps, run.record["inputs"], save_every=max(50, p.steps//100),
                   validate=check if p.validate_every and held_out else None, prefetch=2*torch.cuda.is_available())
         bad = merge_quarantines(gather_object([crops.state(p.steps)]))
@@ -120,8 +126,21 @@ def distil(p:Profile,     # teachers, audio, objective, budget and seed
 # %% ../nbs/02_distill.ipynb #06f5c617
 def _note(p, who):
     "What a student's records say of how it was made; where teachers and audio lay says nothing to others."
-    made = {k: v for k, v in record(p).items() if k not in ("name", "teachers", "audio", "licence", "versions")}
-    return dict(role="student", teacher=who, profile=p.name, **made, normalisation="zero mean, unit variance")
+    return dict(role="student", teacher=who, profile=p.name, **settings_of(p), normalisation="zero mean, unit variance")
+
+def _finished(folder, p, who, inputs):
+    "The log of a student that is there, whole, and made of the same by the same code and libraries; else `None`."
+    code = commit()
+    if code == "unknown" or code.endswith("+"): return None  # which code this is, nobody can tell
+    try:
+        note, result = (json.loads((folder/f).read_text(encoding="utf-8")) for f in ("distilltv.json", "result.json"))
+        same = result["inputs"] == inputs and note["versions"].items() >= record(p)["versions"].items()
+        if not same or not note.items() >= dict(_note(p, who), commit=code).items(): return None
+        load_heads(folder)
+        log = pd.read_csv(folder/"log.csv", encoding="utf-8")
+        return log if weights_hash(load_encoder(folder)) == note["weights_hash"] else None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError):
+        return None  # a file that is missing or damaged
 
 def _deliver(distiller, folder, log, bad, p, who, start):
     "Save student and heads in half precision, which is plenty at rest; the folder's old content goes, checkpoints too."

@@ -9,7 +9,7 @@ __all__ = ['how_made', 'plot_tradeoff', 'label_sweep', 'shares', 'plot_simplex',
 # %% ../nbs/05b_figures.ipynb #0fb1161b
 import json
 import matplotlib.pyplot as plt, numpy as np, pandas as pd
-from .results import domains_of, label_of, order, sweeps, task_order
+from .results import domains_of, label_of, lam_text, order, sweeps, task_order
 from .runs import commit
 from .statistics import LOWER, interval, metrics
 from .style import COLOUR, MARK, domain_colours, style
@@ -60,7 +60,7 @@ def plot_tradeoff(draws,     # from `with_means`
     fig.tight_layout(rect=(0, .15, 1, 1))
     for _, d in sweeps(scores).items():
         on = [e for e in d.encoder if e in shown]
-        label_sweep(near, x.estimate[on], y.estimate[on], [f"{info.lam[e]:.2g}" for e in on])
+        label_sweep(near, x.estimate[on], y.estimate[on], [lam_text(info.lam[e], info) for e in on])
     return fig
 
 def label_sweep(ax, # whose limits are set

@@ -12,8 +12,8 @@ from .check import gpu_time
 from .figures import how_made, plot_differences, plot_learning, plot_tasks, plot_tradeoff
 from .paper import code_table, distil_flop, paper_table
 from .profiles import SHIPPED, profile as get_profile
-from .results import by_seed, domains_of, find_source, gather, label_of, learning, missing, paired_tests
-from .results import reference_of, save, sweeps, table, with_means
+from .results import by_seed, domains_of, find_source, gather, label_of, lam_text, learning, missing
+from .results import paired_tests, reference_of, save, sweeps, table, with_means
 from .runs import write_atomic, write_json
 from .statistics import bootstrap
 
@@ -37,13 +37,15 @@ class Evidence:
         "Draws of the difference of two encoders' means of a domain."
         return self.draws[f"{domain} mean", a] - self.draws[f"{domain} mean", b]
     def measured(self, domain, a, b): # of the tasks; an encoder; another
-        "The difference of two encoders' means of a domain, its 95 % interval, and the difference with each seed."
+        "The difference of two encoders' means of a domain, its 95 % interval, and the difference with each seed of both."
         d = self.difference(domain, a, b)
-        single = [s[f"{domain} mean", a][0] - s[f"{domain} mean", b][0] for s in self.each.values()]
+        single = [s[f"{domain} mean", a][0] - s[f"{domain} mean", b][0] for s in self.each.values()
+                  if (f"{domain} mean", a) in s and (f"{domain} mean", b) in s]
         return d[0], (d[1:].quantile(.025), d[1:].quantile(.975)), single
     def counts(self, domain, a, b) -> int: # of the tasks; an encoder; another
         "1: `a` is better than `b` beyond the interval and with each seed; -1: worse; 0: not decided."
         _, (low, high), single = self.measured(domain, a, b)
+        if self.each and not single: return 0
         if low > 0 and all(x > 0 for x in single): return 1
         return -1 if high < 0 and all(x < 0 for x in single) else 0
     def points(self, domain, a, b) -> str: # of the tasks; an encoder; another
@@ -51,7 +53,11 @@ class Evidence:
         d, (low, high), single = self.measured(domain, a, b)
         differ = len({round(x, 6) for x in single}) > 1    # two encoders that were not distilled have no seeds
         by = f"; by seed {', '.join(f'{100*x:+.1f}' for x in single)}" if differ else ""
-        return f"{100*d:+.1f} points [{100*low:+.1f}, {100*high:+.1f}{by}]"
+        between = "?" if low != low else f"{100*low:+.1f}, {100*high:+.1f}"    # not known where there is one group
+        return f"{100*d:+.1f} points [{between}{by}]"
+    def lam(self, e) -> str: # a merged encoder
+        "Its λ, in words."
+        return lam_text(self.info.lam[e], self.info)
     def of_role(self, role, domain=None): # such as `ensemble`; whose student or teacher it is
         "The first encoder of a role that has all means; `None`: there is none."
         ok = [e for e in self.info.index if self.info.role[e] == role and self.means(e)
@@ -81,7 +87,7 @@ def findings(draws,        # from `with_means`
         verdicts.append(_against_ensemble(ev, half, ref))
         details += _both_means(ev, es, ref) + _longer(ev, half, ref)
         if tests is not None:
-            details += [_where(tests[tests.encoder.isin(es)], ahead, len(es)) for ahead in (True, False)]
+            details += [_where(ev, tests[tests.encoder.isin(es)], ahead, len(es)) for ahead in (True, False)]
     return verdicts + _over_logmel(ev) + details + _teachers(ev)
 
 def _half(ev, es): return min(es, key=lambda e: abs(ev.info.lam[e] - .5))
@@ -99,21 +105,21 @@ def dial_turns(ev, # `Evidence`
     return ends, wrong
 
 def _dial(ev, es, how):
-    (a, b), (ends, wrong), lam = ev.domains, dial_turns(ev, es), ev.info.lam
+    (a, b), (ends, wrong) = ev.domains, dial_turns(ev, es)
     if not ends: verdict = "A trade-off is not shown by these runs."
     elif wrong: verdict = "The dial works from end to end, but not at every step."
     else: verdict = "The dial works."
-    steps = ", ".join(f"{d} from λ = {lam[lo]:.2g} to {lam[hi]:.2g}" for d, lo, hi in wrong)
+    steps = ", ".join(f"{d} from λ = {ev.lam(lo)} to {ev.lam(hi)}" for d, lo, hi in wrong)
     steps = (f"; beyond its interval, the wrong way goes {steps}" if wrong else
              "; no step between neighbouring λ goes the wrong way beyond its interval")
-    return (f"{verdict} From λ = {lam[es[0]]:.2g} to {lam[es[-1]]:.2g} ({how}) "
+    return (f"{verdict} From λ = {ev.lam(es[0])} to {ev.lam(es[-1])} ({how}) "
             f"the {a} mean changes by {ev.points(a, es[-1], es[0])}, "
             f"the {b} mean by {ev.points(b, es[-1], es[0])}{steps} ({_seeds(ev)}).")
 
 _WORDS = {1: "better", 0: "not clearly different", -1: "worse"}
 
 def _against_ensemble(ev, half, ref):
-    got, lam = {d: ev.counts(d, half, ref) for d in ev.domains}, f"at λ = {ev.info.lam[half]:.2g}"
+    got, lam = {d: ev.counts(d, half, ref) for d in ev.domains}, f"at λ = {ev.lam(half)}"
     if len(set(got.values())) > 1:
         says = (f"against the ensemble student, the merge {lam} is "
                 f"{' and '.join(f'{_WORDS[g]} on {d}' for d, g in got.items())}.")
@@ -150,7 +156,7 @@ def _share(ev, d, s, teacher, zero):
 def _both_means(ev, es, ref):
     ahead = [e for e in es if all(ev.difference(d, e, ref)[0] > 0 for d in ev.domains)]
     sure = [e for e in es if all(ev.counts(d, e, ref) == 1 for d in ev.domains)]
-    says = lambda l: ", ".join(f"{ev.info.lam[e]:.2g}" for e in l) or "none"
+    says = lambda l: ", ".join(map(ev.lam, l)) or "none"
     if not ahead: return [f"No λ of {len(es)} is ahead of the ensemble student on both domain means."]
     return [f"{len(ahead)} of {len(es)} λ {'is' if len(ahead) == 1 else 'are'} ahead of the ensemble student on both "
             f"domain means (λ = {says(ahead)}). Beyond intervals and with each seed: {says(sure)}."]
@@ -161,14 +167,14 @@ def _longer(ev, half, ref):
             and ev.info.corpus[e] == ev.info.corpus[ref]]
     def says(e):
         return ", ".join(f"{_WORDS[ev.counts(d, half, e)]} on {d} ({ev.points(d, half, e)})" for d in ev.domains)
-    return [f"Against {label_of(e, ev.info)}: λ = {ev.info.lam[half]:.2g} is {says(e)}." for e in more]
+    return [f"Against {label_of(e, ev.info)}: λ = {ev.lam(half)} is {says(e)}." for e in more]
 
-def _where(tests, ahead, lams):
+def _where(ev, tests, ahead, lams):
     "The tasks on which some λ is better (or worse) than the ensemble, and the λ that is most so."
     pooled = tests[tests.distil_seed == "all"]
     t = pooled[pooled.holds.astype(bool) & ((pooled.difference > 0) == ahead)]
     most = [(k, len(d), d.loc[d.difference.abs().idxmax()]) for k, d in t.groupby("task")]
-    says = ", ".join(f"{k} at {n} of {lams} λ ({100*m.difference:+.1f} points at λ = {m.lam:.2g})" for k, n, m in most)
+    says = ", ".join(f"{k} at {n} of {lams} λ ({100*m.difference:+.1f} points at λ = {ev.lam(m.encoder)})" for k, n, m in most)
     return f"Significantly {'better' if ahead else 'worse'} than the ensemble student: {says or 'on no task'}."
 
 def _teachers(ev):
@@ -230,7 +236,7 @@ def _keeps_both(ev, es):
     (a, b), half = ev.domains, _half(ev, es)
     ok = ev.counts(a, half, es[0]) == 1 and ev.counts(b, half, es[-1]) == 1
     return ("holds" if ok else "does not hold",
-            f"At λ = {ev.info.lam[half]:.2g} the merge is at {ev.points(a, half, es[0])} on {a} from the {b} student, "
+            f"At λ = {ev.lam(half)} the merge is at {ev.points(a, half, es[0])} on {a} from the {b} student, "
             f"and at {ev.points(b, half, es[-1])} on {b} from the {a} student.")
 
 def _dial_claim(ev, es):

@@ -20,7 +20,7 @@ def fit_probes(x,                   # training features [(encoders,) layers, n, 
                lrs=(3e-3, 1e-2, 3e-2, 1e-1), # learning rates of the grid
                seeds=(0, 1, 2),     # seeds of initial weights and batch order
                steps:int=300, batch:int=128, decay:float=1e-2, # of training; items in a batch; decoupled weight decay
-               every:int=20,        # steps between looks at the validation set
+               every:int=20,        # steps between looks at the validation set; the last step is looked at too
                hidden:int=0,        # units of a hidden layer (MARBLE's probe: 512); 0: purely linear
                kind:str="classify", # the loss, a key of `LOSSES`
                attend:bool=False    # learn weights of an item's frames instead of their mean; `nan` frames are missing
@@ -56,7 +56,7 @@ def train_copies(p,                  # weights of all copies, each [S, R, …], 
     order = [_batches(n, min(batch, n), k) for k in g]
     for step in range(1, steps+1):
         adam.step(torch.autograd.grad(loss(torch.stack([next(o) for o in order])), adam.params))
-        if step % every == 0: _keep_best(best, kept, p, good())
+        if step % every == 0 or step == steps: _keep_best(best, kept, p, good())
     return kept, best
 
 # %% ../nbs/04c_fit.ipynb #77a431a5

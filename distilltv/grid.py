@@ -7,12 +7,12 @@ __all__ = ['LAMBDAS', 'SHOWING', 'GridRun', 'expand', 'simplex', 'merge_weights'
            'fresh', 'state']
 
 # %% ../nbs/06a_grid.ipynb #f34a90c5
-import ast, hashlib, itertools, json, os, re, threading
+import ast, csv, hashlib, itertools, json, os, re, threading
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from .cards import merged_name, weights_name
-from .profiles import SHIPPED, Profile, profile as get_profile, record
+from .profiles import AUDIO_SUFFIXES, SHIPPED, Profile, profile as get_profile, record
 from .runs import data_dir, file_hash, home, root
 from .students import as_asked, listens_to, student_folder, taught_by
 
@@ -77,7 +77,19 @@ def grid(profile:str="mini",   # a shipped profile's name, or the path of a .tom
                       (f"{{home}}/{p.name}/probes", "{data}/results/paper_numbers.csv",
                        "{data}/results/paper_code.csv"))
     # probes that you ran yourself count too, so the whole folder is an input
-    return [*distil, *merge, *probes, results]
+    runs = [*distil, *merge, *probes, results]
+    _check_apart(runs)
+    return runs
+
+def _check_apart(runs):
+    "A `ValueError` for two runs of one name or folder, which domains such as `voice` and `voice-seed1` would give."
+    for what in ("id", "out"):
+        seen = {}
+        for r in runs:
+            twin = seen.setdefault(getattr(r, what), r)
+            if twin is r: continue
+            own, other = (f"{q.id} ({q.parameters.get('teacher') or q.out})" for q in (twin, r))
+            raise ValueError(f"two runs would have one name or folder: {own} and {other}; rename a domain in the profile")
 
 # %% ../nbs/06a_grid.ipynb #adb6fd8a
 def _tag(seed): return f"-seed{seed}" if seed else ""
@@ -196,10 +208,12 @@ def _files(folder):
     return sorted(found)
 
 def digest(path:Path,          # a file or a folder; it may be missing
-           contents:bool=True  # hash contents, else size and time of change
+           contents:bool=True  # hash contents; else size and time of change, of audio files and metadata.csv
           ) -> str:            # SHA-256 as hex, or `absent`
     "Hash of a file or of a folder's files, without notebooks, cards, records and hidden files, or `absent`."
-    kept = lambda f: f.suffix not in (".ipynb", ".md") and f.name not in _RECORDS
+    def kept(f):
+        if not contents: return f.suffix.lower() in AUDIO_SUFFIXES or f == path/"metadata.csv"
+        return f.suffix not in (".ipynb", ".md") and f.name not in _RECORDS
     files = [path] if path.is_file() else list(filter(kept, _files(path)))
     def line(f):
         s = f.stat()
@@ -207,9 +221,21 @@ def digest(path:Path,          # a file or a folder; it may be missing
     lines = [line(f) for f in files if f.is_file()]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest() if lines else "absent"
 
+def _named(table):
+    "Hash of the names, sizes and times of change of the files that a table names; of no table, that of none."
+    try:
+        with open(table, newline="", encoding="utf-8-sig") as f: names = {str(r.get("file")) for r in csv.DictReader(f)}
+    except (OSError, ValueError, csv.Error): names = set()    # who reads the table says what is wrong with it
+    def line(name):
+        try: s = (table.parent/name).stat()
+        except (OSError, ValueError): return f"{name} absent"
+        return f"{name} {s.st_size, s.st_mtime_ns}"
+    return hashlib.sha256("\n".join(map(line, sorted(names))).encode("utf-8", "backslashreplace")).hexdigest()
+
 def _question(task):
-    "A profile's question, with digests of its table and of the folder that it lies in."
-    return dict(task, table=digest(Path(task["table"])), audio=digest(Path(task["table"]).parent, contents=False))
+    "A profile's question, with digests of its table and of the recordings that it names, wherever they lie."
+    table = Path(task["table"])
+    return dict(task, table=digest(table), audio=_named(table))
 
 def _state(text, p):
     "What is known of an input of a run: a digest, or the name of what is not on this disk."
@@ -218,8 +244,9 @@ def _state(text, p):
     if kind not in ("audio", "teacher"): return digest(Path(expand(text)))
     place = (p.audio if kind == "audio" else p.teachers)[domain]
     if place.startswith("mini:"): return digest(data_dir()/place.removeprefix("mini:"))
-    if place and Path(place).is_dir(): return digest(Path(place), contents=kind == "teacher")
-    return place
+    if not place or not Path(place).is_dir(): return place
+    if kind == "teacher": return digest(Path(place))
+    return [digest(Path(place), contents=False), _named(Path(place)/"metadata.csv")]
 
 # %% ../nbs/06a_grid.ipynb #329f5602
 def _decided(run, p):

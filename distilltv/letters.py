@@ -10,10 +10,10 @@ __all__ = ['LETTERS', 'letters', 'heard_text', 'word_errors', 'letter_errors', '
 import jiwer, numpy as np, torch
 import torch.nn.functional as F
 from torch import nn
-from .answers import Answer, prepared, shortfall
-from .audio import AudioError, normalise
+from .answers import Answer, check_heard, prepared, shortfall
+from .audio import AudioError
 from .encoders import WINDOW
-from .features import frame_features, hear, read_window
+from .features import as_wanted, frame_features, hear, read_window
 from .fit import first_weights, logits, train_copies
 from .frozen import view_layers
 
@@ -23,7 +23,7 @@ LETTERS = "_ 'ABCDEFGHIJKLMNOPQRSTUVWXYZ"     # blank first
 def letters(text:str, alphabet:str=LETTERS) -> torch.Tensor: # blank first; of the default, upper or lower case
     "The numbers of a text's letters; what is not in the alphabet is left out."
     if alphabet == LETTERS: text = text.upper()
-    return torch.tensor([alphabet.index(c) for c in text if c in alphabet[1:]], dtype=torch.long)
+    return torch.tensor([alphabet.index(c, 1) for c in text if c in alphabet[1:]], dtype=torch.long)
 
 def heard_text(scores, alphabet:str=LETTERS) -> str: # [frames, letters]; blank first
     "The best letter of each frame, repeats merged, blanks dropped."
@@ -88,7 +88,8 @@ def fit_letters(encoder, table, root,  # see `check_encoder`; rows of `librispee
 # %% ../nbs/04e_letters.ipynb #e5034b7d
 @torch.no_grad()
 def _frames(encoder, row, root):
-    return hear(encoder, normalise(torch.as_tensor(read_window(root, row.file, row.start, row.end)))[None]).clone()
+    wav = torch.as_tensor(read_window(root, row.file, row.start, row.end))
+    return hear(encoder, as_wanted(encoder, wav)[None]).clone()
 
 @torch.no_grad()
 def _transcribe(net, rows, frozen):
@@ -109,6 +110,7 @@ def score_letters(encoder, task, # a task with the answer `Words`
     t, table, root, rows, kept = task, task.table(root), task.root(root), [], []
     readable = _decodes(table, root)
     table, lost = table[readable].reset_index(drop=True), int((~readable).sum())
+    check_heard(table, t)
     test = table[table.split == "test"]
     for s in seeds:
         net, valid = fit_letters(encoder, table, root, view, s, **settings)

@@ -7,15 +7,17 @@ __all__ = ['COLUMNS', 'score_task', 'score_encoders', 'probe', 'quick_probe']
 
 # %% ../nbs/04_probe.ipynb #a4f59d46
 import time
+from collections import Counter
+from numbers import Integral
 from pathlib import Path
 import numpy as np, pandas as pd, torch
-from .answers import LRS
+from .answers import LRS, Unheard
 from .features import features, table_hash
 from .fit import fit_probes
 from .frozen import Transformer, check_encoder, choose_view, open_encoder
 from .runs import Run, commit, peak_memory, versions, write_atomic
 from .tasks import TASKS, Leak, TableError, check_leakage, duplicates, find_task
-from .tasks import leakage, task_names, task_table
+from .tasks import find_tasks, leakage, task_names, task_table
 from . import mini, published     # they enter their tasks
 
 # %% ../nbs/04_probe.ipynb #17e589bd
@@ -59,11 +61,11 @@ def _heard_twice(t, root):
     return f"{len(d)} rows have the audio of a row in another split, such as {d.id[0]} and {d.id[1]}"
 
 # %% ../nbs/04_probe.ipynb #df0c6563
-COLUMNS = ("encoder role lam weights method corpus distil_seed steps taught_by task domain probe seed view layer "
-           "metric score n_test valid lr weights_hash data_hash seconds peak_mb commit versions status").split()
+COLUMNS = ("encoder role lam weights method corpus distil_seed steps taught_by settings task domain probe seed view "
+           "layer metric score n_test valid lr weights_hash data_hash seconds peak_mb commit versions status").split()
 
 def probe(encoder,                   # an encoder, or a name for `open_encoder`; several in a list
-          tasks="all",               # `all` (the default eight), `more`, `paper`, names with commas, or a list
+          tasks="all",               # `all` (the default eight), `more`, `paper`, names with commas, or a list of any
           seeds:int=3,               # number of probe seeds
           view:str="default",        # see `choose_view`
           seed:int=0,                # first probe seed
@@ -72,10 +74,24 @@ def probe(encoder,                   # an encoder, or a name for `open_encoder`;
           head:str="linear"          # `linear`, `mlp` or `attentive`
          ) -> pd.DataFrame:          # the columns of `COLUMNS`
     "Score encoders on tasks: a tidy row per encoder, task, probe and seed."
-    several = isinstance(encoder, (list, tuple))
-    encoders, folders = (encoder, out) if several else ([encoder], [out] if out else None)
-    scores = _probe_all(encoders, task_names(tasks), seeds, view, seed, root, folders, head)
-    return pd.concat(scores, ignore_index=True)
+    encoders, folders, asked = _listed(encoder), _listed(out) if out else [], find_tasks(tasks)
+    _check_asked(encoders, [t.name for t in asked], folders, seeds=(seeds, 1), seed=(seed, 0))
+    return pd.concat(_probe_all(encoders, asked, seeds, view, seed, root, folders, head), ignore_index=True)
+
+def _listed(x): return list(x) if isinstance(x, (list, tuple)) else [x]
+
+def _check_asked(encoders, names, folders, **whole):
+    "A `ValueError` about what cannot be asked; `whole`: what must be a whole number, and the least it may be."
+    for what, some in (("encoder", encoders), ("task", names)):
+        if not some: raise ValueError(f"no {what} is named; name at least one")
+    for n, times in Counter(names).items():
+        if times > 1: raise ValueError(f"task {n!r} is named {times} times; name it once, or its scores count again")
+    if folders and not len(set(map(str, folders))) == len(folders) == len(encoders):
+        raise ValueError(f"out names {', '.join(map(str, folders))} for {len(encoders)} encoders; "
+                         "give each a folder of its own, in a list")
+    for n, (value, least) in whole.items():
+        if not (isinstance(value, Integral) and value >= least):
+            raise ValueError(f"{n} = {value!r} is not a whole number of at least {least}; correct it")
 
 # %% ../nbs/04_probe.ipynb #e97b3614
 def _named_as(encoder, view, head):
@@ -89,39 +105,42 @@ _LIBRARIES = ("python", "distilltv", "torch", "transformers", "numpy", "scikit-l
 def _software(): return "; ".join(f"{k} {v}" for k, v in versions().items() if k in _LIBRARIES)
 
 # %% ../nbs/04_probe.ipynb #38a135ab
-def _probe_all(encoders, names, seeds, view, seed, root, out, head):
-    encoders = [open_encoder(str(e)) if isinstance(e, (str, Path)) else e for e in encoders]
+def _probe_all(encoders, tasks, seeds, view, seed, root, out, head):
+    encoders = [open_encoder(str(e)) if isinstance(e, (str, Path)) else check_encoder(e) for e in encoders]
     infos = [_named_as(e, view, head) for e in encoders]
     _told_apart(encoders, infos)
     rows, kept = [[] for _ in encoders], [{} for _ in encoders]
     began, now, software = time.perf_counter(), commit(), _software()
-    for n in names:
+    for t in tasks:
         start = time.perf_counter()
-        try: scored = score_encoders(encoders, n, view, range(seed, seed+seeds), root, head)
-        except (FileNotFoundError, Leak, TableError) as e: scored = [([_not_run(n, head, e)], {})]*len(encoders)
+        try: scored = score_encoders(encoders, t, view, range(seed, seed+seeds), root, head)
+        except (FileNotFoundError, Leak, TableError, Unheard) as e: scored = [([_not_run(t, head, e)], {})]*len(encoders)
         seconds = round((time.perf_counter() - start)/len(encoders), 2)
         made = dict(seconds=seconds, peak_mb=round(peak_memory()), commit=now, versions=software)
         for i, (r, k) in enumerate(scored):
             rows[i] += [dict(infos[i], **v, **made) for v in r]
-            if k: kept[i][n] = k
+            if k: kept[i][t.name] = k
     tables = [pd.DataFrame(r).reindex(columns=COLUMNS) for r in rows]
-    for o, e, i, d, k in zip(out or [], encoders, infos, tables, kept):
+    names = [t.name for t in tasks]
+    for o, e, i, d, k in zip(out, encoders, infos, tables, kept):
         with Run(o, encoder=i["encoder"], tasks=names, view=view, head=head, seed=seed, seeds=seeds) as run:
             run.began -= (time.perf_counter() - began)/len(encoders)
             _write(run, Path(o), d, k, e)
     return tables
 
-def _not_run(name, head, error):
-    t = find_task(name)
-    return dict(task=name, domain=t.domain, probe=head, seed=-1, metric=t.metric, n_test=0, status=f"not run: {error}")
+def _not_run(t, head, error):
+    return dict(task=t.name, domain=t.domain, probe=head, seed=-1, metric=t.metric, n_test=0,
+                status=f"not run: {error}")
 
 def _told_apart(encoders, infos):
-    # rows of two encoders under one name would be read as repeated measurements of one
+    # rows of two encoders under one name, or twice of one, would be read as repeated measurements of one
     seen = {}
     for e, i in zip(encoders, infos):
-        mark = getattr(e, "hash", None) or id(e)
-        if seen.setdefault(i["encoder"], mark) != mark:
-            raise ValueError(f"two encoders of different weights are called {i['encoder']!r}, and their scores would "
+        mark, name = getattr(e, "hash", None) or id(e), i["encoder"]
+        if seen.get(name) == mark:
+            raise ValueError(f"encoder {name!r} is named more than once; name it once, or its scores count again")
+        if seen.setdefault(name, mark) != mark:
+            raise ValueError(f"two encoders of different weights are called {name!r}, and their scores would "
                              "be taken for one's: rename a folder, or set `encoder.info[\"encoder\"]`")
 
 # %% ../nbs/04_probe.ipynb #277dd883
@@ -129,6 +148,7 @@ def _write(run, out, scores, kept, encoder):
     missing = scores.score.isna()
     if missing.any():
         with write_atomic(out/"not_run.csv") as tmp: scores[missing].to_csv(tmp, index=False)
+    else: (out/"not_run.csv").unlink(missing_ok=True)
     scores = scores[~missing]
     arrays = {f"{t}/{k}": v for t, d in kept.items() for k, v in d.items()}
     with write_atomic(out/"predictions.npz") as tmp, open(tmp, "wb") as f: np.savez_compressed(f, **arrays)
@@ -142,7 +162,8 @@ def quick_probe(encoder,              # an encoder, a name for `open_encoder`, o
                 root=None             # folder of the corpora
                ) -> pd.DataFrame:     # task, score, n_test, and the score of the log-mel baseline
     "A look of a few seconds: one speech and one music task, two seeds, beside log-mel features."
-    if isinstance(encoder, torch.nn.Module): encoder = check_encoder(Transformer(encoder))
+    wrapped = all(hasattr(encoder, a) for a in ("sample_rate", "hop", "dim"))
+    if isinstance(encoder, torch.nn.Module) and not wrapped: encoder = Transformer(encoder)
     def show(e):
         scores = probe(e, tasks, seeds=2, root=root).query("probe != 'knn'")
         return scores.groupby(["domain", "task"], sort=False).agg(score=("score", "mean"), n_test=("n_test", "first"))

@@ -63,7 +63,10 @@ def execute(run:GridRun,    # the run
            ) -> None:
     "Do one run, and stamp its folder; a `RunError` says what went wrong."
     k, began = key(run, runs), time.time()
-    if stamp(run).get("key", k) != k: _clear(run)
+    said = stamp(run)
+    # what ended and is no longer fresh is done again: without this record, no student counts as finished
+    if said.get("made") or said.get("key", k) != k: (run.folder/"result.json").unlink(missing_ok=True)
+    if said.get("key", k) != k: _clear(run)
     found = stamp(run).get("found", _names(run.folder))    # a run that continues keeps the list of its beginning
     write_json(run.folder/"stamp.json", dict(key=k, found=found))
     how(run)

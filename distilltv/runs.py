@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['root', 'home', 'data_dir', 'Number', 'Integer', 'Choice', 'Text', 'check_parameters', 'write_atomic',
-           'check_replaceable', 'atomic_folder', 'write_json', 'file_hash', 'Fingerprint', 'cached', 'version_of',
-           'versions', 'commit', 'peak_memory', 'Run', 'use_threads', 'keep_memory']
+           'check_replaceable', 'atomic_folder', 'write_json', 'read_json', 'file_hash', 'Fingerprint', 'cached',
+           'version_of', 'versions', 'commit', 'peak_memory', 'Run', 'use_threads', 'keep_memory']
 
 # %% ../nbs/00_runs.ipynb #42d82b39
 import ast, ctypes, errno, hashlib, json, os, platform, re, resource, shutil, subprocess, sys, time, zlib
@@ -235,6 +235,17 @@ def write_json(path, # the file to write
     "Write `obj` as readable JSON, atomically."
     with write_atomic(path) as tmp: tmp.write_text(json.dumps(obj, indent=1, default=str) + "\n", encoding="utf-8")
 
+def read_json(file # a `Path`
+             ) -> dict:
+    "What a JSON file holds, `{}` if there is none; a `ValueError` where it is not a table."
+    if not file.exists(): return {}
+    try: said = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{file} is not JSON ({str(e)[:200]}); save the model again") from None
+    if not isinstance(said, dict):
+        raise ValueError(f"{file} is not a JSON table of names and values; save the model again")
+    return said
+
 def file_hash(path) -> str:
     "SHA-256 of a file's bytes, as hex."
     with open(path, "rb") as f:
@@ -288,7 +299,7 @@ def _trim(folder, most):
         if held > most and i: f.unlink(missing_ok=True)
 
 # %% ../nbs/00_runs.ipynb #1ce5239a
-_PACKAGES = "torch torchaudio transformers datasets accelerate numpy scikit-learn papermill".split()
+_PACKAGES = "torch torchaudio transformers datasets accelerate soundfile numpy scikit-learn papermill".split()
 
 @lru_cache(maxsize=None)
 def version_of(package:str # its name where packages are installed from

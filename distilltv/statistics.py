@@ -7,7 +7,7 @@ __all__ = ['LOWER', 'metrics', 'signs', 'weighted_score', 'bootstrap', 'seeds_of
            'bootstrap_p', 'cohen_h', 'cohen_dz', 'compare', 'beats', 'chances']
 
 # %% ../nbs/05a_statistics.ipynb #8a9b8b64
-import math
+import math, re
 import numpy as np, pandas as pd
 from scipy import stats
 
@@ -30,18 +30,29 @@ def _sums(w, x):
 def weighted_score(h,  # a task's entry in `hits`
                    w   # weight of each item in each draw, [draws, n]
                   ) -> np.ndarray: # [draws, R, S]
-    "Accuracy, word error rate, R² or area under the ROC curve by row (encoder and distillation seed) and probe seed."
+    """Accuracy, word error rate, R² or area under the ROC curve by row (encoder and distillation seed) and probe seed;
+    `nan` where a draw has none. A `ValueError` for a metric that is none of these."""
+    if (metric := h.get("metric")) in _INSTEAD:
+        raise ValueError(f"{metric} cannot be redrawn; make {_INSTEAD[metric]} the task's metric, and this one `also`")
     if "correct" in h: return _sums(w, h["correct"])/w.sum(1)[:, None, None]
     if "edits" in h: return _sums(w, h["edits"])/(w @ h["words"])[:, None, None]
-    true = h["true_values"].astype(float)
-    if h["metric"] != "r2": return _area(w, true, h["values"])
+    true, said = h["true_values"].astype(float), h["values"]
+    if metric == "roc-auc": return _area(w, true, said)
+    if not (r2 := re.fullmatch(r"r2(?::(\d+))?", metric)):
+        raise ValueError(f"{metric} is not known; use r2, r2:0 and so on, or roc-auc")
+    if r2[1]: true, said = (v[..., [int(r2[1])]] for v in (true, said))
     spread = w @ true**2 - (w @ true)**2/w.sum(1, keepdims=True)
-    return 1 - (_sums(w, (h["values"] - true)**2)/spread[:, None, None]).mean(-1)
+    spread = np.where(spread > 0, spread, np.nan)    # in a draw of equal values there is nothing to explain
+    return 1 - (_sums(w, (said - true)**2)/spread[:, None, None]).mean(-1)
+
+_INSTEAD = {"weighted key score": "accuracy", "average precision": "roc-auc"}    # by what else is kept of the answers
 
 # %% ../nbs/05a_statistics.ipynb #5e01aa21
 def _area(w, true, said):
     tags = [k for k in range(true.shape[1]) if 0 < true[:, k].sum() < len(true)]
-    return np.mean([_tag_area(w, true[:, k] > 0, said[..., k]) for k in tags], 0)
+    with np.errstate(invalid="ignore"):    # of a tag that all drawn items have, or none; the others' mean counts
+        areas = np.stack([_tag_area(w, true[:, k] > 0, said[..., k]) for k in tags])
+        return np.nansum(areas, 0)/np.isfinite(areas).sum(0)
 
 def _tag_area(w, has, said):
     # said [E, S, n]; placements of those that have the tag and of those that have not
@@ -58,16 +69,19 @@ def bootstrap(hits,            # from `gather`
               draws:int=2000,  # redrawn test sets
               seed:int=0       # of the draws
              ) -> pd.DataFrame: # columns (task, encoder); row 0 is the estimate, the others are draws
-    "Scores of every encoder on redrawn test items (by group, the same for all), probe seeds and distillation seeds."
+    """Scores of every encoder on redrawn test items (by group, the same for all), probe seeds and distillation seeds; the
+    draws are `nan` where all items are of one group."""
     rng, out = np.random.default_rng(seed), {}
     for task, h in hits.items():
         group = np.unique(h["group"], return_inverse=True)[1]
         G = group.max() + 1
         w = np.vstack([np.ones(G), rng.multinomial(G, np.full(G, 1/G), draws)])[:, group]
-        per_probe = weighted_score(h, w)
+        try: per_probe = weighted_score(h, w)
+        except ValueError as e: raise ValueError(f"task {task}: {e}") from None
         _, R, S = per_probe.shape
         probes = np.concatenate([np.ones((1, R, S)), rng.multinomial(S, np.full(S, 1/S), (draws, R))])/S
         per_row = (per_probe*probes).sum(-1)
+        if G < 2: per_row[1:] = np.nan    # the same items in each draw say nothing of others
         for e in dict.fromkeys(h["encoder"]):
             rows = np.flatnonzero(h["encoder"] == e)
             out[task, e] = (per_row[:, rows]*_seed_weights(len(rows), draws, seed)).sum(1)
@@ -82,11 +96,13 @@ def seeds_of(hits) -> list: # from `gather`
     "Distillation seeds that some encoder was made with."
     return sorted({int(s) for h in hits.values() for s in h.get("distil_seed", [0])})
 
-def of_seed(hits, seed:int) -> dict: # from `gather`; a distillation seed
-    "The same with the students of one distillation seed; encoders of which there is only one stay."
+def of_seed(hits, seed:int,      # from `gather`; a distillation seed
+            students=()          # names of encoders that other seeds lack where they have only one
+           ) -> dict:
+    "The same with the students of one distillation seed; other encoders of which there is only one stay."
     out = {}
     for t, h in hits.items():
-        alone = np.array([(h["encoder"] == e).sum() == 1 for e in h["encoder"]])
+        alone = np.array([(h["encoder"] == e).sum() == 1 and e not in students for e in h["encoder"]])
         keep = alone | (h["distil_seed"] == seed)
         out[t] = {k: v[keep] if k in ("encoder", "distil_seed", "correct", "edits", "values") else v
                   for k, v in h.items()}
@@ -104,9 +120,14 @@ def mcnemar(b:int, c:int) -> float: # items that only the one has right; that on
     return float(stats.binomtest(b, b+c).pvalue) if b + c else 1.
 
 def bootstrap_p(d) -> float: # draws of a difference, row 0 the estimate
-    "Two-sided p of no difference: twice the share of draws on the other side of zero, and never 0."
-    d = np.asarray(d)[1:]
+    "Two-sided p of no difference: twice the share of draws on the other side of zero, and never 0; `nan` without draws."
+    d = _known(d)
+    if not len(d): return np.nan
     return float(min(1., 2*(min((d <= 0).sum(), (d >= 0).sum()) + 1)/(len(d) + 1)))
+
+def _known(d):
+    d = np.asarray(d, float)[1:]
+    return d[~np.isnan(d)]
 
 def cohen_h(p:float, q:float) -> float: # one proportion; the other
     "Effect size of the difference of two proportions: .2 is called small, .5 medium."
@@ -135,7 +156,9 @@ def compare(hits,   # from `gather`
                         | _test(h, d, e, ref))
     out = pd.DataFrame(rows,
                        columns="encoder lam task domain reference n test b c difference lo hi effect p better".split())
-    return out.assign(p_adjusted=stats.false_discovery_control(out.p) if len(out) else [])
+    known = out.p.notna()
+    return out.assign(p_adjusted=pd.Series(stats.false_discovery_control(out.p[known]) if known.any() else [],
+                                           out.index[known], dtype=float))
 
 # %% ../nbs/05a_statistics.ipynb #5e01ae06
 def _test(h, d, e, ref):
@@ -145,12 +168,14 @@ def _test(h, d, e, ref):
         return dict(test="paired bootstrap", effect=cohen_dz(d, len(set(h["group"]))), p=bootstrap_p(d))
     x, y = (h["correct"][k[0]].mean(0) > .5 for k in (i, j))
     b, c = int((x & ~y).sum()), int((~x & y).sum())
-    return dict(test="McNemar", b=b, c=c, effect=cohen_h(x.mean(), y.mean()), p=mcnemar(b, c))
+    p = mcnemar(b, c) if len(_known(d)) else np.nan    # where the draws say nothing, items are not independent either
+    return dict(test="McNemar", b=b, c=c, effect=cohen_h(x.mean(), y.mean()), p=p)
 
 # %% ../nbs/05a_statistics.ipynb #5e01ae07
 def beats(d) -> float: # draws of a difference, row 0 the estimate
     "Probability that the difference is above zero; a draw without a difference counts half."
-    return float((d[1:] > 0).mean() + .5*(d[1:] == 0).mean())
+    d = _known(d)
+    return float((d > 0).mean() + .5*(d == 0).mean()) if len(d) else np.nan
 
 def chances(draws, column, encoders) -> pd.DataFrame: # from `with_means`; a mean, or a task where more is better; names
     "Probability that the encoder of a row beats the one of a column."

@@ -4,19 +4,13 @@ from fractions import Fraction
 import numpy as np, pandas as pd, pytest, soundfile as sf, torch, torchaudio
 from hypothesis import given, settings, strategies as st
 from transformers import HubertConfig, HubertModel
-<<<<<<< OURS
-from distilltv import answers as N, features as E, fit as F, frozen as Z, mini as M, probe as P, tasks as T
-from distilltv.encoders import save_encoder, weights_hash
-from distilltv.merge import merge
-from distilltv.runs import _trim, data_dir
-=======
 from distilltv import answers as N, features as E, fit as F, frozen as Z, letters as L
 from distilltv import mini as M, probe as P, tasks as T
 from distilltv.audio import normalise
 from distilltv.corpora import read_shard
-from distilltv.encoders import hidden_states, save_encoder
+from distilltv.encoders import hidden_states, save_encoder, weights_hash
+from distilltv.merge import merge
 from distilltv.runs import _trim, data_dir, root
->>>>>>> THEIRS
 
 torch.set_num_threads(1)
 COST = ["seconds", "peak_mb"]     # what differs between two runs of the same
