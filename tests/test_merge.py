@@ -594,27 +594,32 @@ def dies_after(call, when):
 where, when = sys.argv[3].split()
 if where == "exchange": runs._exchange = dies_after(runs._exchange, when)
 else: os.replace = dies_after(os.replace, when)
-with runs.atomic_folder(sys.argv[1]) as t: (t/"result.json").write_text("new")
+with runs.atomic_folder(sys.argv[1]) as t: (t/"distilltv.json").write_text(sys.argv[4])
 """
+
+def note(version): return json.dumps(dict(weights_hash="0"*64, version=version))
+def put(folder, version):
+    with atomic_folder(folder) as t: (t/"distilltv.json").write_text(note(version))
+def version(folder): return json.loads((folder/"distilltv.json").read_text())["version"]
 
 @pytest.mark.parametrize("exchange, dies, left", [
     ("with", "exchange before", "old"), ("with", "exchange after", "new"), ("with", "rename before", "new"),
     ("without", "rename before", "old"), ("without", "rename after", None)])
 def test_killed_between_two_renames(tmp_path, exchange, dies, left):
     if exchange == "with" and sys.platform != "linux": pytest.skip("only Linux exchanges two names in one step")
-    with atomic_folder(tmp_path/"u") as t: (t/"result.json").write_text("old")
-    subprocess.run([sys.executable, "-c", BETWEEN, str(tmp_path/"u"), exchange, dies], cwd=ROOT)
-    if left: assert (tmp_path/"u/result.json").read_text() == left # the name was never without a whole folder
-    else: assert (tmp_path/".u.old/result.json").read_text() == "old" and not (tmp_path/"u").exists()
+    put(tmp_path/"u", "old")
+    subprocess.run([sys.executable, "-c", BETWEEN, str(tmp_path/"u"), exchange, dies, note("new")], cwd=ROOT)
+    if left: assert version(tmp_path/"u") == left # the name was never without a whole folder
+    else: assert version(tmp_path/".u.old") == "old" and not (tmp_path/"u").exists()
     try:
         with atomic_folder(tmp_path/"u") as t:
             # the next one finds it, whatever becomes of itself
-            assert (tmp_path/"u/result.json").read_text() == (left or "old")
+            assert version(tmp_path/"u") == (left or "old")
             raise KeyboardInterrupt
     except KeyboardInterrupt: pass
-    assert (tmp_path/"u/result.json").read_text() == (left or "old")
-    with atomic_folder(tmp_path/"u") as t: (t/"result.json").write_text("newer")
-    assert (tmp_path/"u/result.json").read_text() == "newer"
+    assert version(tmp_path/"u") == (left or "old")
+    put(tmp_path/"u", "newer")
+    assert version(tmp_path/"u") == "newer"
 
 # --- the notebook
 
