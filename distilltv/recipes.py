@@ -11,7 +11,7 @@ from fractions import Fraction
 from pathlib import Path
 import numpy as np
 import yaml
-from .merge import TaskVector, load_student, merge
+from .merge import TaskVector, load_student, merge, save_all
 from .parts import ByName, finite
 from .rules import FAMILY, RULES, options_of
 from .weights import check_dtype, read_json
@@ -233,7 +233,7 @@ def merge_recipe(file,       # the recipe
                 ) -> dict:   # the record of the merged folder
     "Make the model that a recipe describes. The same recipe and inputs give the same bytes."
     student, r = recipe_student(file, trust)
-    try: return student.save_pretrained(out, dtype=r.get("out_dtype", r.get("dtype", "float32")), **r["facts"])
+    try: return save_all({out: student}, r.get("out_dtype", r.get("dtype", "float32")), {out: r["facts"]})[out]
     except ValueError as e: raise ValueError(f"{Path(file)}: {e}") from None
 
 # %% ../nbs/03b_recipes.ipynb #1d30efb2

@@ -154,7 +154,8 @@ def _full(error, path):
 _NOTES = ("distilltv.json", "result.json", "stamp.json", "checkpoint.pt")    # that this package wrote a folder
 _OURS = re.compile(r"(config|preprocessor_config|distilltv|result|stamp|model\.safetensors\.index)\.json"
                    r"|README\.md|recipe\.yaml|(model|heads|model-\d+-of-\d+)\.safetensors|(checkpoint|best)\.pt"
-                   r"|(log|quarantine|scores|not_run)\.csv|predictions\.npz|(02_distill|03_merge|04_probe|05_results)\.ipynb")
+                   r"|(log|quarantine|scores|not_run)\.csv|predictions\.npz"
+                   r"|(02_distill|03_merge|04_probe|05_results)\.ipynb")
 _PART = re.compile(r"\.(.+\.)?[0-9a-f]{8}-\d+\.tmp")     # of a write of ours that is going on, or was killed
 
 def _is_ours(f):

@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 from transformers import HubertConfig, HubertModel
 from distilltv.geometry import geometry
 from distilltv.cards import merged_name
-from distilltv.merge import Student, TaskVector, add_scores, load_student, merge
+from distilltv.merge import Student, TaskVector, add_scores, load_student, merge, save_all
 from distilltv.students import find_students
 from distilltv.recipes import domain_weights, merge_recipe
 from distilltv.rules import RULES, apply_rule
@@ -342,12 +342,44 @@ def test_card_names_licences_and_scores(mine, tmp_path):
     merge_recipe(tmp_path/"u/recipe.yaml", tmp_path/"v")
     for f in (tmp_path/"u").iterdir(): assert f.read_bytes() == (tmp_path/"v"/f.name).read_bytes(), f.name
 
-def test_a_merge_can_replace_its_own_input(mine):
+@pytest.mark.parametrize("rule", ["linear", "ties"])
+@pytest.mark.parametrize("out", ["base", "speech", "link"])
+def test_a_merge_does_not_take_the_place_of_an_input(trio, mine, rule, out):
+    record = json.dumps(dict(base_hash=Checkpoint(trio/"base").hash, weights_hash="0"*64)) # as this package saves
+    for d in ("base", "speech"): (mine/d/"distilltv.json").write_text(record)
+    (mine/"link").symlink_to(mine/"speech")
     base, s, m = algebra(mine)
-    u = base + .5*s + .5*m
-    want = numbers(u).astype(np.float32)
-    u.save_pretrained(mine/"speech")
-    assert np.array_equal(numbers(load_student(mine/"speech")), want)
+    u = merge(base, dict(speech=s, music=m), dict(speech=.5, music=.4), rule)
+    with pytest.raises(ValueError, match=f"{out} would take the place of .*(base|speech), which goes into it"):
+        u.save_pretrained(mine/out)
+    assert load_student(mine/out).hash == load_student(trio/Path(os.path.realpath(mine/out)).name).hash
+
+def test_two_students_lie_beside_each_other(trio, tmp_path):
+    base, s, m = algebra(trio)
+    for places, says in (("n/in", "n"), "in would lie within .*n, which is written too"), (("n", "./n"), "one folder"):
+        with pytest.raises(ValueError, match=says): save_all({f"{tmp_path}/{p}": base + .5*s for p in places})
+    assert not list(tmp_path.iterdir())
+
+def test_a_sum_does_not_depend_on_where_its_terms_lie(trio, tmp_path):
+    "Float64 sums of three terms depend on their order."
+    for top, names in ((tmp_path/"a", "xyz"), (tmp_path/"b", "zyx")):
+        for d, n in zip(("base", "speech", "music"), names): shutil.copytree(trio/d, top/n)
+    one, two = ([load_student(tmp_path/top/n) for n in names] for top, names in (("a", "xyz"), ("b", "zyx")))
+    for lam in (.1, .35, .7):
+        u, v = (b + lam*(s-b) + (1-.9*lam)*(m-b) for b, s, m in (one, two))
+        assert np.array_equal(numbers(u), numbers(v))
+
+def test_facts_and_options_of_any_kind_are_written_plainly(trio, tmp_path):
+    base, s, m = algebra(trio)
+    facts = dict(lam=np.float64(.5), at=Path("a/b"), depth=np.array([1., .5]), by={("a", 1): (1, 2)}, scores=None)
+    u = merge(base, dict(speech=s, music=m), dict(speech=.5, music=.5), "ties", density=np.float32(.3))
+    u.save_pretrained(tmp_path/"u", **facts)
+    record = json.loads((tmp_path/"u/distilltv.json").read_text())
+    assert {k: record[k] for k in facts} == dict(lam=.5, at="a/b", depth=[1, .5], by={"('a', 1)": [1, 2]}, scores=None)
+    assert add_scores(tmp_path/"u", dict(phones=.5))["scores"] == dict(phones=.5)
+    merge_recipe(tmp_path/"u/recipe.yaml", tmp_path/"v")
+    for f in (tmp_path/"u").iterdir(): assert f.read_bytes() == (tmp_path/"v"/f.name).read_bytes(), f.name
+    with pytest.raises(ValueError, match="scores is 5; give a table"): u.save_pretrained(tmp_path/"w", scores=5)
 
 def test_unwritable_dtypes(trio, tmp_path):
     base, s, _ = algebra(trio)
@@ -371,6 +403,7 @@ def test_memory_does_not_grow_with_inputs_beyond_one_tensor_each(tmp_path):
         (tmp_path/f"{i}").mkdir()
         save_file({f"{n:02}": torch.from_numpy(rng.normal(size=one).astype("float32")) for n in range(12)},
                   tmp_path/f"{i}/model.safetensors")
+        (tmp_path/f"{i}/config.json").write_text("{}")
     origin = load_student(tmp_path/"0").hash
     for k in (2, 6):
         base, *students = (load_student(tmp_path/f"{i}", origin) for i in range(k+1))
@@ -507,6 +540,10 @@ def test_a_folder_of_somebody_else_is_not_replaced(trio, tmp_path):
 
 def test_a_folder_without_a_model(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere holds no model.safetensors"): load_student(tmp_path/"nowhere")
+
+def test_a_folder_without_a_config(mine):
+    (mine/"speech/config.json").unlink()
+    with pytest.raises(FileNotFoundError, match="speech holds no config.json"): load_student(mine/"speech")
 
 # --- weight normalisation
 

@@ -77,8 +77,8 @@ def test_replay_of_weights_that_no_decimal_says(mine):
 def test_a_merge_of_merges_says_what_to_do(mine):
     base, v = vectors(mine)
     a, b = (merge(base, v, dict(speech=.5, music=.5), r) for r in ("ties", "model_stock"))
-    with pytest.raises(ValueError, match="save the inner merge first"):
-        (base + (a-base) + (b-base)).save_pretrained(mine/"x")
+    for u in (base + (a-base) + (b-base), merge(base, dict(a=a-base, music=v["music"]), rule="ties")):
+        with pytest.raises(ValueError, match="save the inner merge first"): u.save_pretrained(mine/"x")
     assert not (mine/"x").exists()
     a.save_pretrained(mine/"inner")
     assert load_student(mine/"inner").origin == base.hash
@@ -205,6 +205,16 @@ def test_fuzzed_recipes_give_a_student_or_a_sentence(trio, tmp_path_factory, met
     try: recipe_student(note(top, **r))[0]["encoder.layer_norm.bias"]
     except (ValueError, OSError) as e: assert len(str(e)) < 3000
     (top/"r.yaml").unlink()
+
+def test_facts_under_any_name(mine):
+    facts = {"folder": 1, "dtype2": 2, "self": 3, "a": {"2020-01-01": 3}}
+    (mine/"r.yaml").write_text("merge_method: task_arithmetic\nbase_model: base\nmodels: [{model: speech}]\n"
+                               "facts: {folder: 1, dtype2: 2, self: 3, a: {2020-01-01: 3}}\n")
+    record = merge_recipe(mine/"r.yaml", mine/"made")
+    assert {k: record[k] for k in facts} == facts
+    for said, says in (({"dtype": 1}, "dtype is recorded by itself"), ({"scores": 5}, "scores is 5; give a table")):
+        r = note(mine, merge_method="task_arithmetic", base_model="base", models=two(speech=1), facts=said)
+        with pytest.raises(ValueError, match=f"r.yaml: {says}"): merge_recipe(r, mine/"out")
 
 def test_models_without_a_record_need_trust(mine):
     for d in ("speech", "music"): (mine/d/"distilltv.json").unlink()
@@ -566,6 +576,7 @@ def test_a_header_takes_memory_in_proportion_to_its_file(tmp_path_factory, value
     text = json.dumps(head, separators=(",", ":")).encode()
     file = tmp_path_factory.mktemp("header")/"model.safetensors"
     file.write_bytes(len(text).to_bytes(8, "little") + text + bytes(4 if where != "shape" else 0))
+    (file.parent/"config.json").write_text("{}")
     tracemalloc.start()
     try: Checkpoint(file.parent)["w"]
     except ValueError as e: assert str(file) in str(e)

@@ -45,7 +45,8 @@ SAID = {"distilltv.json": note(""), "stamp.json": json.dumps(dict(key="1"*64)),
 @pytest.mark.parametrize("ours", [
     [], ["result.json", "02_distill.ipynb", ".ipynb_checkpoints/02_distill-checkpoint.ipynb"], ["stamp.json"],
     ["checkpoint.pt", "log.csv", "best.pt", ".best.pt.7.0123abcd-99.tmp"],
-    ["distilltv.json", "config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "recipe.yaml"]])
+    ["distilltv.json", "config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json",
+     "recipe.yaml"]])
 def test_a_folder_of_ours_is_replaced(tmp_path, ours):
     (tmp_path/"u").mkdir()
     for f in ours:
@@ -137,8 +138,9 @@ done
 
 def test_layers_and_mount_points_of_a_container(tmp_path):
     if not shutil.which("unshare"): pytest.skip("only Linux has mount namespaces")
-    done = subprocess.run(["unshare", "-m", "bash", "-c", MOUNTS.format(tmp_path, sys.executable, note("old"))], capture_output=True,
-                          text=True, env=os.environ | dict(PYTHONPATH=str(ROOT)))
+    script = MOUNTS.format(tmp_path, sys.executable, note("old"))
+    done = subprocess.run(["unshare", "-m", "bash", "-c", script], capture_output=True, text=True,
+                          env=os.environ | dict(PYTHONPATH=str(ROOT)))
     if done.returncode == 77 or "unshare" in done.stderr: pytest.skip("this user may not mount")
     assert done.returncode == 0, done.stderr
 
