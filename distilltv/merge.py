@@ -203,6 +203,13 @@ class Ruled:
         return apply_rule(self.rule, deltas, weights, base=base, name=name, seed=self.seed, **self.options)
     def __str__(self): return f"{self.rule}({', '.join(map(str, self.vectors))})"
 
+def _plain(value):
+    "A fact or an option in the kinds of JSON and YAML; what is no number, text, list or table becomes text."
+    if hasattr(value, "tolist"): value = value.tolist() # of NumPy or torch
+    if isinstance(value, dict): return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)): return [_plain(v) for v in value]
+    return value if type(value) in (bool, int, float, str, type(None)) else str(value)
+
 def merge(base,              # θ₀: a `Student`, its folder, or a loaded `HubertModel`
           vectors:dict,      # `{"speech": vector, "music": vector, …}`, any number; a student stands for its vector
           weights:dict=None, # for each of the same names a number, a list over depth or a `ByName`; none: 1 each
@@ -302,13 +309,6 @@ class _Plain(yaml.SafeDumper):
     def ignore_aliases(self, data): return True # a recipe says everything where it belongs
 
 def _json(table): return json.dumps(table, indent=1, default=str) + "\n"
-
-def _plain(value):
-    "A fact or an option in the kinds of JSON and YAML; what is no number, text, list or table becomes text."
-    if hasattr(value, "tolist"): value = value.tolist() # of NumPy or torch
-    if isinstance(value, dict): return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)): return [_plain(v) for v in value]
-    return value if type(value) in (bool, int, float, str, type(None)) else str(value)
 
 def _papers(record, steps):
     "What lies beside the weights, `{file: text}`: record, recipe and card."
