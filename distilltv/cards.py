@@ -116,7 +116,7 @@ def model_card(record:dict # what `distilltv.json` holds
     facts = ", ".join(f"{k} = {record[k]}" for k in ("method", "lam", "weights", "corpus", "profile") if k in record)
     beyond = "\nA weight or the scale lies outside [0, 1]: this is an **extrapolation** beyond the students.\n"
     note = beyond if record["extrapolation"] else ""
-    scores = [f"| {t} | {s} |" for t, s in record.get("scores", {}).items()]
+    scores = [f"| {t} | {s} |" for t, s in (record.get("scores") or {}).items()]
     scores = "\n".join(["\n| task | score |\n|---|---|", *scores, ""]) if scores else ""
     made, at = record["versions"], record["commit"]
     merged = [Path(i["path"]).name for i in record["inputs"] if i["weight"] != "base"]

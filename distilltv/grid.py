@@ -219,7 +219,8 @@ def digest(path:Path,          # a file or a folder; it may be missing
         s = f.stat()
         return f"{f.relative_to(path)} {_hash(f, s.st_size, s.st_mtime_ns) if contents else (s.st_size, s.st_mtime_ns)}"
     lines = [line(f) for f in files if f.is_file()]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest() if lines else "absent"
+    text = "\n".join(lines).encode(errors="surrogateescape")    # a name may be any bytes
+    return hashlib.sha256(text).hexdigest() if lines else "absent"
 
 def _named(table):
     "Hash of the names, sizes and times of change of the files that a table names; of no table, that of none."
@@ -269,8 +270,14 @@ def key(run:GridRun, # the run
 # %% ../nbs/06a_grid.ipynb #99a3baf1
 def stamp(run:GridRun) -> dict: # `key`, `made`, `seconds`; empty where there is none
     "What a run noted when it ended, or when it began."
-    try: return json.loads((run.folder/"stamp.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError, ValueError): return {}
+    try: said = json.loads((run.folder/"stamp.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError): return {}
+    return said if isinstance(said, dict) and all(_is_noted(said, n) for n in said) else {}
+
+def _is_noted(said, name):
+    "Whether a value of a stamp is of the kind that is written there."
+    if name in ("found", "files"): return isinstance(said[name], list) and all(isinstance(f, str) for f in said[name])
+    return isinstance(said[name], dict(key=str, made=str, seconds=(int, float)).get(name, object))
 
 def fresh(run:GridRun, # the run
           runs:dict,   # id -> run, for those it needs

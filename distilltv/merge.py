@@ -30,7 +30,7 @@ class Combination:
 
     def weights(self, name): # tensor name → its non-zero weights; less than float64 can tell from 1 counts as zero
         w = {c: ws[name] for c, ws in self.terms.items()}
-        return {c: w[c] for c in sorted(w, key=str) if abs(w[c]) > 2**-52}
+        return {c: w[c] for c in sorted(w, key=_rank) if abs(w[c]) > 2**-52}
 
     def __getitem__(self, name): # tensor name → float array: a checkpoint's own where nothing is added, else float64
         w = self.weights(name)
@@ -57,6 +57,11 @@ class Combination:
     def __str__(self):
         return " + ".join(c.folder.name if isinstance(c, (Checkpoint, Loaded)) else str(c) for c in self.terms)
     def __repr__(self): return f"{type(self).__name__}({self}, θ₀ {self.origin[:8]})"
+
+def _rank(term):
+    "What orders the terms of a sum, wherever they lie: the hash of the weights, as recorded, for that reads nothing."
+    if not isinstance(term, (Checkpoint, Loaded)): return term.rule
+    return str(isinstance(term, Checkpoint) and term.record.get("weights_hash") or term.hash)
 
 def _sums(size, terms, factors):
     "The pieces of a weighted sum, in float64."
@@ -198,6 +203,13 @@ class Ruled:
         return apply_rule(self.rule, deltas, weights, base=base, name=name, seed=self.seed, **self.options)
     def __str__(self): return f"{self.rule}({', '.join(map(str, self.vectors))})"
 
+def _plain(value):
+    "A fact or an option in the kinds of JSON and YAML; what is no number, text, list or table becomes text."
+    if hasattr(value, "tolist"): value = value.tolist() # of NumPy or torch
+    if isinstance(value, dict): return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)): return [_plain(v) for v in value]
+    return value if type(value) in (bool, int, float, str, type(None)) else str(value)
+
 def merge(base,              # θ₀: a `Student`, its folder, or a loaded `HubertModel`
           vectors:dict,      # `{"speech": vector, "music": vector, …}`, any number; a student stands for its vector
           weights:dict=None, # for each of the same names a number, a list over depth or a `ByName`; none: 1 each
@@ -215,7 +227,7 @@ def merge(base,              # θ₀: a `Student`, its folder, or a loaded `Hube
         raise ValueError(f"merge rule {rule!r} is unknown; use one of linear, {', '.join(RULES)}")
     rule = "task_arithmetic" if rule == "linear" else rule
     vectors = {d: v if isinstance(v, TaskVector) else TaskVector.between(base, v) for d, v in vectors.items()}
-    options = check_options(rule, [weights[d] for d in vectors], seed, options, base.names)
+    options = _plain(check_options(rule, [weights[d] for d in vectors], seed, options, base.names))
     scale = finite(scale, "scale")
     if rule == "task_arithmetic": return base + scale*sum(weights[d]*v for d, v in vectors.items())
     for v in vectors.values(): base + v # refuses vectors of another θ₀
@@ -237,7 +249,8 @@ def _ruled_inputs(student, ruled):
     ends = [next((c for c in v.terms if c != start[0]), start[0]) for v in r.vectors]
     plain = all(set(v.terms) <= {c, start[0]} and set(v.terms[c].values()) <= {1, 0} for v, c in zip(r.vectors, ends))
     others = {c for c in student.terms if c not in ruled}
-    single = len(ruled) == len(start) == 1 and others == set(start)
+    inner = any(isinstance(c, Ruled) for c in (*start, *ends))
+    single = len(ruled) == len(start) == 1 and others == set(start) and not inner
     if not single or not plain or isinstance(_weight(student.terms[r]), list):
         raise ValueError(f"{student} is a merge of merges, which one recipe cannot say; "
                          "save the inner merge first and load it as a student")
@@ -302,13 +315,22 @@ def _papers(record, steps):
     return {"distilltv.json": _json(record), "recipe.yaml": yaml.dump(steps, Dumper=_Plain, sort_keys=False),
             "README.md": model_card(record)}
 
-def _licences(student):
-    "`{hash: licence}` of the checkpoints of a student."
-    found = {}
+def _leaves(student):
+    "The checkpoints that a student is made of, those inside rules too."
     for term in student.terms:
-        leaves = [c for v in term.vectors for c in v.terms] if isinstance(term, Ruled) else [term]
-        found |= {c.hash: licence_of(c.record) for c in leaves}
-    return found
+        if not isinstance(term, Ruled): yield term
+        else: yield from (c for inner in (term.base, *term.vectors) for c in _leaves(inner))
+
+def _check_places(places, inputs):
+    "Refuse two students in one folder, one within another, or one in the place of a checkpoint it is made of."
+    real = {Path(os.path.realpath(p)): p for p in places}
+    held = {Path(os.path.realpath(c.folder/"model.safetensors")).parent: c for c in inputs}
+    if len(real) < len(places): raise ValueError("two students would be written to one folder; name another")
+    for r, p in real.items():
+        if r in held:
+            raise ValueError(f"{p} would take the place of {held[r]}, which goes into it; name another folder")
+        if outer := next((real[q] for q in r.parents if q in real), None):
+            raise ValueError(f"{p} would lie within {outer}, which is written too; name another folder")
 
 _RECORD = {"kind", "rule", "base_hash", "inputs", "extrapolation", "versions", "commit", "weights_hash", "dtype"}
 
@@ -318,14 +340,16 @@ def save_all(students:dict,       # `{folder to write: student}`, of one archite
             ) -> dict:            # `{folder: record}`
     "Write folders that `HubertModel.from_pretrained` opens, each whole or not at all; inputs are read once."
     check_dtype(dtype)
+    facts = {f: _plain(said) for f, said in facts.items()}
     for f in facts.values():
         if taken := _RECORD & set(f):
             raise ValueError(f"{', '.join(sorted(taken))} is recorded by itself; give the fact another name")
-    place = {f: Path(f).expanduser() for f in students}
-    if len({os.path.realpath(p) for p in place.values()}) < len(place):
-        raise ValueError("two students would be written to one folder; name another")
+        if not isinstance(f.get("scores") or {}, dict):
+            raise ValueError(f"scores is {f['scores']!r}; give a table of tasks and numbers")
+    place, inputs = {f: Path(f).expanduser() for f in students}, {c for s in students.values() for c in _leaves(s)}
+    _check_places(list(place.values()), inputs)
     first, records, made_at = next(iter(students.values())), {}, commit()
-    prep = _preprocessor({c for s in students.values() for c in s.terms}, first.config)
+    prep = _preprocessor(inputs, first.config)
     with ExitStack() as stack:
         tmp = {f: stack.enter_context(atomic_folder(place[f])) for f in students}
         shapes = {n: next(iter(first.terms)).layout[n][1] for n in first.names}
@@ -334,7 +358,8 @@ def save_all(students:dict,       # `{folder to write: student}`, of one archite
             more = facts.get(f, {})
             steps = recipe(s, place[f]) | dict(dtype=dtype, facts=more)
             made = dict(weights_hash=hashes[tmp[f]/"model.safetensors"], dtype=dtype)
-            records[f] = provenance(steps, s.origin, _licences(s), made_at) | more | made
+            licences = {c.hash: licence_of(c.record) for c in _leaves(s)}
+            records[f] = provenance(steps, s.origin, licences, made_at) | more | made
             files = {"config.json": _json(s.config | dict(dtype=dtype))} | _papers(records[f], steps)
             if prep: files["preprocessor_config.json"] = _json(prep)
             # flushed to disk with the folder
@@ -349,7 +374,7 @@ def add_scores(folder,     # a merged folder
     folder = Path(folder).expanduser()
     record = read_json(folder/"distilltv.json")
     steps = yaml.safe_load((folder/"recipe.yaml").read_text(encoding="utf-8"))
-    steps["facts"] |= dict(scores=record.get("scores", {}) | {t: float(s) for t, s in scores.items()})
+    steps["facts"] |= dict(scores=(record.get("scores") or {}) | {t: float(s) for t, s in scores.items()})
     last = {k: record.pop(k) for k in ("weights_hash", "dtype")} # in the order of `save_all`
     record = {k: v for k, v in record.items() if k not in steps["facts"]} | steps["facts"] | last
     for name, text in _papers(record, steps).items():

@@ -310,6 +310,8 @@ def new_profile(path # of the .toml file to write; it must not exist yet
     if os.path.lexists(path): raise ValueError(f"{path} exists already: choose another name, or delete it first")
     if not path.parent.is_dir():
         raise ValueError(f"{path.parent} is not a folder: make it first, or write the profile elsewhere")
+    if not path.name.isprintable():
+        raise ValueError(f"the name {path.name!r} has characters that cannot be shown: choose another")
     name = re.sub(r"[^\w.-]+", "-", path.stem).strip(".-") or "mine"
     if name in SHIPPED: name = f"my-{name}"
     text = (_SHIPPED/"new.toml").read_text(encoding="utf-8").replace("{name}", name).replace("{file}", path.name)

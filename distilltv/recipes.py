@@ -11,7 +11,7 @@ from fractions import Fraction
 from pathlib import Path
 import numpy as np
 import yaml
-from .merge import TaskVector, load_student, merge
+from .merge import TaskVector, load_student, merge, save_all
 from .parts import ByName, finite
 from .rules import FAMILY, RULES, options_of
 from .weights import check_dtype, read_json
@@ -64,14 +64,28 @@ def _read(file):
     names = [m["model"] for m in r["models"]]
     if len(set(names)) != len(names) or not names:
         raise ValueError(f"{file}: models must name at least one folder, each once")
-    allowed = _SHARED | set(options_of(method)) | ({"t"} if method == "slerp" else set())
-    for ps in (r["parameters"], *(m["parameters"] for m in r["models"])):
-        if extra := set(map(str, ps)) - allowed:
-            raise ValueError(f"{file}: {method} has no parameter {', '.join(sorted(extra))}; "
-                             f"it has {', '.join(sorted(allowed))}")
+    allowed, own = _allowed(method)
+    if extra := set(map(str, r["parameters"])) - allowed:
+        raise ValueError(f"{file}: {method} has no parameter {', '.join(sorted(extra))}; "
+                         f"it has {', '.join(sorted(allowed))}")
+    for m in r["models"]:
+        if extra := set(map(str, m["parameters"])) - own:
+            raise ValueError(f"{file}: {method} has no parameter {', '.join(sorted(extra))} of one model, such as "
+                             f"{m['model']}; a model has {', '.join(sorted(own))}")
+        if m["model"] == r.get("base_model") and m["parameters"] and method != "linear":
+            raise ValueError(f"{file}: {', '.join(m['parameters'])} of {m['model']} has no meaning, for that is the "
+                             "base_model; leave it out")
+    if "t" in r["parameters"] and any("weight" in m["parameters"] for m in (r, *r["models"])):
+        raise ValueError(f"{file}: t and weight are both given; leave one of them out")
     for k in ("normalize", "rescale", "int8_mask"):
         if k in r["parameters"]: _kind(file, k, r["parameters"][k], bool, "true or false")
     return r
+
+def _allowed(method):
+    "The parameters that a method has in a recipe, and those that one model may have of its own."
+    own = {"weight", *options_of(method)}
+    shared = own | _SHARED | ({"t"} if method == "slerp" else set())
+    return shared - ({"lambda"} if method == "linear" else set()), own
 
 def _model(file, m):
     "One entry of a recipe's models, with a path and a table of parameters."
@@ -100,7 +114,7 @@ def _meaning(w, layers, what="weight"):
     if not w: raise ValueError(f"{what} is an empty list; give a number")
     if all(isinstance(v, dict) for v in w): return _filtered(w, what)
     values = [float(_number(v, f"an entry of {what}")) for v in w]
-    at = [i/max(layers-1, 1)*(len(w)-1) for i in range(layers)]
+    at = [(i/(layers-1) if layers > 1 else 1)*(len(w)-1) for i in range(layers)] # a single layer is the last
     by_layer = {f"encoder.layers.{i}.": float(np.interp(at[i], range(len(w)), values)) for i in range(layers)}
     return ByName(by_layer | {"": values[0]})
 
@@ -193,11 +207,11 @@ def _weights(r, students, base, layers):
         if not total:
             raise ValueError("the weights add up to 0 and cannot be normalised; give others, or set normalize: false")
         weights = {m: Fraction(w)/total for m, w in weights.items()}
-    if base is None: # a mean of models
-        if method != "linear": raise ValueError(f"{method} needs a base_model")
+    if method == "linear": # a mean of models
         if by_name: raise ValueError("weights by name need a base_model, and the method task_arithmetic")
-        if (total := sum(map(Fraction, weights.values()))) != 1:
+        if abs((total := sum(map(Fraction, weights.values()))) - 1) > 2**-52: # else float64 cannot tell
             raise ValueError(f"weights of a linear merge add up to {float(total):g}, not 1; set normalize: true")
+    elif base is None: raise ValueError(f"{method} needs a base_model")
     return weights
 
 def recipe_student(file,       # a recipe; its paths are relative to its folder
@@ -209,7 +223,8 @@ def recipe_student(file,       # a recipe; its paths are relative to its folder
     names = [m["model"] for m in r["models"]]
     base = load_student(at(r["base_model"])) if "base_model" in r else None
     origin = base.origin if base else load_student(at(names[0])).origin
-    wanted = [m for m in names if m != r.get("base_model") or "t" in r["parameters"]]
+    # a mean and mergekit's SLERP have the base among their models
+    wanted = [m for m in names if m != r.get("base_model") or r["merge_method"] == "linear" or "t" in r["parameters"]]
     if not wanted: raise ValueError(f"{file}: models name nothing but the base_model; add a model to merge")
     students = {m: load_student(at(m), origin if trust else None) for m in wanted}
     for path, h in r["hashes"].items():
@@ -233,7 +248,7 @@ def merge_recipe(file,       # the recipe
                 ) -> dict:   # the record of the merged folder
     "Make the model that a recipe describes. The same recipe and inputs give the same bytes."
     student, r = recipe_student(file, trust)
-    try: return student.save_pretrained(out, dtype=r.get("out_dtype", r.get("dtype", "float32")), **r["facts"])
+    try: return save_all({out: student}, r.get("out_dtype", r.get("dtype", "float32")), {out: r["facts"]})[out]
     except ValueError as e: raise ValueError(f"{Path(file)}: {e}") from None
 
 # %% ../nbs/03b_recipes.ipynb #1d30efb2

@@ -69,6 +69,8 @@ def _grid_options(parser):
 def main(argv:list=None, # arguments; default those of the command line
         ) -> int:        # exit status: 0 if all is well
     "The command `distilltv`."
+    for out in (sys.stdout, sys.stderr): # a terminal that lacks a letter shows its number
+        if hasattr(out, "reconfigure"): out.reconfigure(errors="backslashreplace")
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("distilltv", description=_HELP, formatter_class=raw)
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")

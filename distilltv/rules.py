@@ -53,10 +53,9 @@ def breadcrumbs(t, density:float=.9, # one tensor of a task vector; share of ent
                 **_):                # what other rules take
     "Keep the middle: neither outliers nor noise (Model Breadcrumbs, arXiv 2312.06795)."
     for name, value in dict(density=density, gamma=gamma).items(): check_share(name, value)
-    if density + gamma > 1:
-        raise ValueError(f"density {density} and gamma {gamma} add up to more than 1; lower one of them")
-    ranks, top = _ranks(t), t.size - int(gamma*t.size)
-    return np.where((ranks < top) & (ranks >= top - _count(t, density)), t, 0)
+    ranks, kept = _ranks(t), _count(t, density)
+    top = max(t.size - int(gamma*t.size), kept)    # where both are more than the whole, fewer of the largest go
+    return np.where((ranks < top) & (ranks >= top - kept), t, 0)
 
 # %% ../nbs/03a_rules.ipynb #4e8858fa
 def dare(t, density:float=.5, # one tensor of a task vector; chance of an entry to be kept
@@ -73,6 +72,7 @@ def magprune(t, density:float=.5, # one tensor of a task vector; mean chance of 
              **_):                # what other rules take
     "Drop small entries more often than large ones, each rescaled by its chance (DELLA, arXiv 2406.11617)."
     for name, value in dict(density=density, epsilon=epsilon).items(): check_share(name, value)
+    if density == 1: return t
     if not epsilon < density <= 1 - epsilon:
         raise ValueError(f"density {density} with epsilon {epsilon} gives chances outside (0, 1]; lower epsilon, or "
                          f"set density between {epsilon} and {1-epsilon}")

@@ -33,13 +33,23 @@ def _last_line(e):
 def _names(folder):
     return sorted(str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file() and f.name != "stamp.json")
 
+_MODEL = "README.md config.json preprocessor_config.json distilltv.json result.json model.safetensors"
+_FIGURES = "tradeoff.svg tradeoff.png tasks.svg tasks.png differences.svg differences.png learning.svg learning.png"
+_TABLES = "scores.csv table.csv tests.csv paper.csv code.csv learning.csv"
+_WRITES = dict(distil=f"{_MODEL} heads.safetensors log.csv quarantine.csv checkpoint.pt best.pt",
+               merge=f"{_MODEL} recipe.yaml", probe="result.json predictions.npz scores.csv not_run.csv",
+               results=f"{_FIGURES} {_TABLES} predictions.npz captions.json findings.json claims.json")
+
+def _written(run, names):
+    "Those of the names that the run's notebook writes: all, if it is not of one of our stages."
+    if run.stage in _WRITES: names = set(names) & {run.executed.name, *_WRITES[run.stage].split()}
+    return sorted(names)
+
 def _clear(run):
     "Remove what an earlier run with another key wrote, and nothing else."
     said = stamp(run)
-    mine = said.get("files") or sorted(set(_names(run.folder)) - set(said.get("found", [])))
-    for name in mine: (run.folder/name).unlink(missing_ok=True)
-    for d in sorted((d for d in run.folder.rglob("*") if d.is_dir() and not d.is_symlink()), reverse=True):
-        if not any(d.iterdir()): d.rmdir()
+    mine = said.get("files") or set(_names(run.folder)) - set(said.get("found", []))
+    for name in _written(run, mine): (run.folder/name).unlink(missing_ok=True)
     (run.folder/"stamp.json").unlink()
 
 _START = 900    # seconds in which a kernel has to answer: a busy machine, or packages on a network disk, take minutes
@@ -72,7 +82,7 @@ def execute(run:GridRun,    # the run
     how(run)
     made = digest(run.folder)
     if made == "absent": raise RunError(f"{run.notebook} ended well but left nothing in {shown(run.folder)}")
-    files = sorted(set(_names(run.folder)) - set(found))
+    files = _written(run, set(_names(run.folder)) - set(found))
     write_json(run.folder/"stamp.json",
                dict(key=k, made=made, seconds=round(time.time()-began, 1), found=found, files=files))
 

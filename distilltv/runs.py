@@ -8,7 +8,7 @@ __all__ = ['root', 'home', 'data_dir', 'Number', 'Integer', 'Choice', 'Text', 'c
            'version_of', 'versions', 'commit', 'peak_memory', 'Run', 'use_threads', 'keep_memory']
 
 # %% ../nbs/00_runs.ipynb #42d82b39
-import ast, ctypes, errno, hashlib, json, os, platform, re, resource, shutil, subprocess, sys, time, zlib
+import ast, ctypes, errno, hashlib, itertools, json, os, platform, re, resource, shutil, subprocess, sys, time, zlib
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -122,10 +122,12 @@ def _machine():
     except OSError: counted = ""    # not Linux
     return f"{zlib.crc32(f'{platform.node()} {counted}'.encode()):08x}"
 
+_written = itertools.count()
+
 def _part(folder):
-    "The end of a temporary name in a folder: this machine and process."
+    "The end of a temporary name in a folder, another one each time: a number, this machine and process."
     _sweep(folder)
-    return f"{_machine()}-{os.getpid()}.tmp"
+    return f"{next(_written)}.{_machine()}-{os.getpid()}.tmp"
 
 @lru_cache(maxsize=None)
 def _sweep(folder):
@@ -138,7 +140,7 @@ def _sweep(folder):
 def _remove(path):
     "Remove a file, a link or a folder, whichever it is."
     if path.is_dir() and not path.is_symlink(): shutil.rmtree(path, ignore_errors=True)
-    elif os.path.lexists(path): path.unlink()
+    elif os.path.lexists(path): path.unlink(missing_ok=True)
 
 def _full(error, path):
     "The error, or if the disk is full, one that says so of `path` (libraries that write have their own words for it)."
@@ -152,17 +154,41 @@ def _full(error, path):
 _NOTES = ("distilltv.json", "result.json", "stamp.json", "checkpoint.pt")    # that this package wrote a folder
 _OURS = re.compile(r"(config|preprocessor_config|distilltv|result|stamp|model\.safetensors\.index)\.json"
                    r"|README\.md|recipe\.yaml|(model|heads|model-\d+-of-\d+)\.safetensors|(checkpoint|best)\.pt"
-                   r"|(log|quarantine|scores|not_run)\.csv|predictions\.npz|[^/]+\.ipynb|\.ipynb_checkpoints")
-_PART = re.compile(r"\.[^/]+\.tmp")     # of a write that is going on, or was killed
+                   r"|(log|quarantine|scores|not_run)\.csv|predictions\.npz"
+                   r"|(02_distill|03_merge|04_probe|05_results)\.ipynb")
+_PART = re.compile(r"\.(.+\.)?[0-9a-f]{8}-\d+\.tmp")     # of a write of ours that is going on, or was killed
+
+def _is_ours(f):
+    "Whether a name in a folder is one that this package writes, or Jupyter's folder of copies of such notebooks."
+    if f.is_symlink(): return False
+    if f.name != ".ipynb_checkpoints": return f.is_file() and _OURS.fullmatch(f.name)
+    return f.is_dir() and all(_OURS.fullmatch(g.name.replace("-checkpoint", "")) for g in f.iterdir())
+
+def _table(file):
+    "What a JSON file says; an empty table where it holds none."
+    try: said = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError): return {}
+    return said if isinstance(said, dict) else {}
+
+def _is_noted(folder):
+    "Whether a folder's record, result, stamp or log of a training is one that this package wrote."
+    record, result, stamp = (_table(folder/n) for n in _NOTES[:3])
+    hashes = record.get("weights_hash"), stamp.get("key")
+    if any(re.fullmatch("[0-9a-f]{64}", str(h)) for h in hashes): return True
+    if {"parameters", "inputs", "metrics", "versions"} <= set(result): return True
+    if not (log := folder/"log.csv").is_file(): return False
+    with open(log, encoding="utf-8", errors="replace") as f: head = f.readline(2**16)
+    return {"step", "loss", "gradient"} <= set(head.strip().split(","))
 
 def check_replaceable(path) -> None:
     "A `ValueError` unless `path` is absent, an empty folder, or a folder that this package wrote."
     path = Path(path)
     if not os.path.lexists(path): return
-    if not path.is_dir(): raise ValueError(f"{path} is not a folder: choose another name to write to, or move it away")
-    names = sorted(f.name for f in path.iterdir() if not _PART.fullmatch(f.name))
-    foreign = [n for n in names if not _OURS.fullmatch(n)]
-    if names and not foreign and not set(names) & set(_NOTES): foreign = names
+    if path.is_symlink() or not path.is_dir():
+        raise ValueError(f"{path} is not a folder: choose another name to write to, or move it away")
+    found = sorted(f for f in path.iterdir() if not _PART.fullmatch(f.name))
+    foreign = [f.name for f in found if not _is_ours(f)]
+    if found and not foreign and not _is_noted(path): foreign = [f.name for f in found]
     if foreign:
         more = f" and {len(foreign)-3} more" if len(foreign) > 3 else ""
         raise ValueError(f"{path} holds {', '.join(foreign[:3])}{more}, which distilltv did not write: "
@@ -189,10 +215,13 @@ def _new_folder(path):
 def _fill(path, new):
     "Give a folder the files of another: copied beside the old ones, then renamed, the notes last."
     kept = {f.name for f in new.iterdir()}
-    order = sorted(kept, key=lambda n: n in _NOTES)
-    for n in order: shutil.copy2(new/n, path/f".{n}.tmp")
-    for n in _NOTES: (path/n).unlink(missing_ok=True)
-    for n in order: os.replace(path/f".{n}.tmp", path/n)
+    part = {n: path/f".{n}.{_part(path)}" for n in sorted(kept, key=lambda n: n in _NOTES)}
+    try:
+        for n, f in part.items(): shutil.copy2(new/n, f)
+        for n in _NOTES: (path/n).unlink(missing_ok=True)
+        for n, f in part.items(): os.replace(f, path/n)
+    finally:
+        for f in part.values(): f.unlink(missing_ok=True)
     for f in list(path.iterdir()):
         if f.name not in kept: _remove(f)
 
@@ -289,12 +318,13 @@ def cached(file:Path,      # `.npy` file whose name is a hash of all that decide
 def _checksum(x): return zlib.crc32(np.ascontiguousarray(x))
 
 def _trim(folder, most):
-    "Remove the arrays of a folder that were used longest ago, until the rest takes that many bytes; the newest stays."
+    "Remove a folder's arrays under a hash that were used longest ago, until the rest fits `most`; the newest stays."
     def seen(f):
         try: return f.stat().st_mtime, f.stat().st_size, f
         except FileNotFoundError: return 0, 0, f     # another process has just removed it
     held = 0
-    for i, (_, size, f) in enumerate(sorted(map(seen, folder.glob("*.npy")), reverse=True)):
+    ours = (f for f in folder.glob("*.npy") if re.fullmatch("[0-9a-f]{32,64}", f.stem))
+    for i, (_, size, f) in enumerate(sorted(map(seen, ours), reverse=True)):
         held += size
         if held > most and i: f.unlink(missing_ok=True)
 

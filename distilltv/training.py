@@ -228,10 +228,15 @@ def _save(folder, last, best, accelerator, batch_at, module, optimiser, state):
     with write_atomic(folder/"log.csv") as tmp: pd.DataFrame(state["log"]).to_csv(tmp, index=False, encoding="utf-8")
     if bad := merge_quarantines(data): write_quarantine(bad, folder)
 
+_STATE = {"settings", "step", "log", "skipped", "module", "optimiser", "scaler", "data"}    # of a checkpoint
+
 def _resume(path, settings, module, optimiser, accelerator, batch_at):
     "Step to start from, the log so far and the steps skipped so far."
     if not path.exists(): return 0, [], []
-    try: saved = torch.load(path, weights_only=True, map_location="cpu")  # loaded into a module on any device
+    try:
+        saved = torch.load(path, weights_only=True, map_location="cpu")  # loaded into a module on any device
+        if not (isinstance(saved, dict) and _STATE <= set(saved) and isinstance(saved["settings"], dict)):
+            raise TypeError
     except Exception as e:
         raise ValueError(f"{path} is no checkpoint of ours, or is damaged ({type(e).__name__}): "
                          "delete it to start afresh, or copy best.pt over it") from None

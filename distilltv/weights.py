@@ -111,6 +111,8 @@ class Checkpoint:
         self.folder = Path(folder).expanduser()
         self.file = self.folder/"model.safetensors"
         if not self.file.is_file(): raise FileNotFoundError(_no_model(self.folder))
+        if not (self.folder/"config.json").is_file():
+            raise FileNotFoundError(f"{self.folder} holds no config.json; write the model again with save_pretrained")
         self._id = os.path.realpath(self.file), os.stat(self.file).st_mtime_ns # asked for at every look into a formula
         self._opened = os.open(self.file, os.O_RDONLY)
         weakref.finalize(self, os.close, self._opened)
@@ -187,7 +189,8 @@ class Loaded:
             f.feed(name, array)
         self.hash = f.hash
         # these very weights
-        self.lies = (self.folder/"model.safetensors").is_file() and Checkpoint(self.folder).hash == self.hash
+        whole = all((self.folder/n).is_file() for n in ("config.json", "model.safetensors"))
+        self.lies = whole and Checkpoint(self.folder).hash == self.hash
 
     def __getitem__(self, name): return self._tensors[name]
     def __str__(self): return str(self.folder)

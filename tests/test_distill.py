@@ -486,8 +486,12 @@ def test_a_full_disk_is_named_and_loses_nothing(tmp_path, monkeypatch):
     fit(whole, batch_at, tmp_path/"whole", P, steps=4, save_every=2)
     assert weights_hash(d) == weights_hash(whole) and not list(tmp_path.glob(".*.tmp"))
 
-def test_a_damaged_checkpoint_is_named(tmp_path):
-    (tmp_path/"checkpoint.pt").write_bytes(b"half a file")
+OTHERS = None, {"model": {}}, torch.zeros(3), [1], {"settings": 5}
+
+@pytest.mark.parametrize("saved", OTHERS, ids=["half a file", "a model", "a tensor", "a list", "settings of others"])
+def test_a_damaged_checkpoint_is_named(tmp_path, saved):
+    torch.save(saved, tmp_path/"checkpoint.pt")
+    if saved is None: (tmp_path/"checkpoint.pt").write_bytes(b"half a file")
     with pytest.raises(ValueError, match=r"checkpoint\.pt is no checkpoint of ours, or is damaged"):
         fit(distiller(), batch_at, tmp_path, P, steps=2)
 

@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 from transformers import HubertConfig, HubertModel
 from distilltv.geometry import geometry
 from distilltv.cards import merged_name
-from distilltv.merge import Student, TaskVector, add_scores, load_student, merge
+from distilltv.merge import Student, TaskVector, add_scores, load_student, merge, save_all
 from distilltv.profiles import Profile
 from distilltv.students import find_students, settings_of
 from distilltv.recipes import domain_weights, merge_recipe
@@ -364,12 +364,44 @@ def test_card_names_licences_and_scores(mine, tmp_path):
     merge_recipe(tmp_path/"u/recipe.yaml", tmp_path/"v")
     for f in (tmp_path/"u").iterdir(): assert f.read_bytes() == (tmp_path/"v"/f.name).read_bytes(), f.name
 
-def test_a_merge_can_replace_its_own_input(mine):
+@pytest.mark.parametrize("rule", ["linear", "ties"])
+@pytest.mark.parametrize("out", ["base", "speech", "link"])
+def test_a_merge_does_not_take_the_place_of_an_input(trio, mine, rule, out):
+    record = json.dumps(dict(base_hash=Checkpoint(trio/"base").hash, weights_hash="0"*64)) # as this package saves
+    for d in ("base", "speech"): (mine/d/"distilltv.json").write_text(record)
+    (mine/"link").symlink_to(mine/"speech")
     base, s, m = algebra(mine)
-    u = base + .5*s + .5*m
-    want = numbers(u).astype(np.float32)
-    u.save_pretrained(mine/"speech")
-    assert np.array_equal(numbers(load_student(mine/"speech")), want)
+    u = merge(base, dict(speech=s, music=m), dict(speech=.5, music=.4), rule)
+    with pytest.raises(ValueError, match=f"{out} would take the place of .*(base|speech), which goes into it"):
+        u.save_pretrained(mine/out)
+    assert load_student(mine/out).hash == load_student(trio/Path(os.path.realpath(mine/out)).name).hash
+
+def test_two_students_lie_beside_each_other(trio, tmp_path):
+    base, s, m = algebra(trio)
+    for places, says in (("n/in", "n"), "in would lie within .*n, which is written too"), (("n", "./n"), "one folder"):
+        with pytest.raises(ValueError, match=says): save_all({f"{tmp_path}/{p}": base + .5*s for p in places})
+    assert not list(tmp_path.iterdir())
+
+def test_a_sum_does_not_depend_on_where_its_terms_lie(trio, tmp_path):
+    "Float64 sums of three terms depend on their order."
+    for top, names in ((tmp_path/"a", "xyz"), (tmp_path/"b", "zyx")):
+        for d, n in zip(("base", "speech", "music"), names): shutil.copytree(trio/d, top/n)
+    one, two = ([load_student(tmp_path/top/n) for n in names] for top, names in (("a", "xyz"), ("b", "zyx")))
+    for lam in (.1, .35, .7):
+        u, v = (b + lam*(s-b) + (1-.9*lam)*(m-b) for b, s, m in (one, two))
+        assert np.array_equal(numbers(u), numbers(v))
+
+def test_facts_and_options_of_any_kind_are_written_plainly(trio, tmp_path):
+    base, s, m = algebra(trio)
+    facts = dict(lam=np.float64(.5), at=Path("a/b"), depth=np.array([1., .5]), by={("a", 1): (1, 2)}, scores=None)
+    u = merge(base, dict(speech=s, music=m), dict(speech=.5, music=.5), "ties", density=np.float32(.3))
+    u.save_pretrained(tmp_path/"u", **facts)
+    record = json.loads((tmp_path/"u/distilltv.json").read_text())
+    assert {k: record[k] for k in facts} == dict(lam=.5, at="a/b", depth=[1, .5], by={"('a', 1)": [1, 2]}, scores=None)
+    assert add_scores(tmp_path/"u", dict(phones=.5))["scores"] == dict(phones=.5)
+    merge_recipe(tmp_path/"u/recipe.yaml", tmp_path/"v")
+    for f in (tmp_path/"u").iterdir(): assert f.read_bytes() == (tmp_path/"v"/f.name).read_bytes(), f.name
+    with pytest.raises(ValueError, match="scores is 5; give a table"): u.save_pretrained(tmp_path/"w", scores=5)
 
 def test_unwritable_dtypes(trio, tmp_path):
     base, s, _ = algebra(trio)
@@ -393,6 +425,7 @@ def test_memory_does_not_grow_with_inputs_beyond_one_tensor_each(tmp_path):
         (tmp_path/f"{i}").mkdir()
         save_file({f"{n:02}": torch.from_numpy(rng.normal(size=one).astype("float32")) for n in range(12)},
                   tmp_path/f"{i}/model.safetensors")
+        (tmp_path/f"{i}/config.json").write_text("{}")
     origin = load_student(tmp_path/"0").hash
     for k in (2, 6):
         base, *students = (load_student(tmp_path/f"{i}", origin) for i in range(k+1))
@@ -530,6 +563,10 @@ def test_a_folder_of_somebody_else_is_not_replaced(trio, tmp_path):
 def test_a_folder_without_a_model(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere holds no model.safetensors"): load_student(tmp_path/"nowhere")
 
+def test_a_folder_without_a_config(mine):
+    (mine/"speech/config.json").unlink()
+    with pytest.raises(FileNotFoundError, match="speech holds no config.json"): load_student(mine/"speech")
+
 # --- weight normalisation
 
 def _old_names(t):
@@ -616,27 +653,32 @@ def dies_after(call, when):
 where, when = sys.argv[3].split()
 if where == "exchange": runs._exchange = dies_after(runs._exchange, when)
 else: os.replace = dies_after(os.replace, when)
-with runs.atomic_folder(sys.argv[1]) as t: (t/"result.json").write_text("new")
+with runs.atomic_folder(sys.argv[1]) as t: (t/"distilltv.json").write_text(sys.argv[4])
 """
+
+def note(version): return json.dumps(dict(weights_hash="0"*64, version=version))
+def put(folder, version):
+    with atomic_folder(folder) as t: (t/"distilltv.json").write_text(note(version))
+def version(folder): return json.loads((folder/"distilltv.json").read_text())["version"]
 
 @pytest.mark.parametrize("exchange, dies, left", [
     ("with", "exchange before", "old"), ("with", "exchange after", "new"), ("with", "rename before", "new"),
     ("without", "rename before", "old"), ("without", "rename after", None)])
 def test_killed_between_two_renames(tmp_path, exchange, dies, left):
     if exchange == "with" and sys.platform != "linux": pytest.skip("only Linux exchanges two names in one step")
-    with atomic_folder(tmp_path/"u") as t: (t/"result.json").write_text("old")
-    subprocess.run([sys.executable, "-c", BETWEEN, str(tmp_path/"u"), exchange, dies], cwd=ROOT)
-    if left: assert (tmp_path/"u/result.json").read_text() == left # the name was never without a whole folder
-    else: assert (tmp_path/".u.old/result.json").read_text() == "old" and not (tmp_path/"u").exists()
+    put(tmp_path/"u", "old")
+    subprocess.run([sys.executable, "-c", BETWEEN, str(tmp_path/"u"), exchange, dies, note("new")], cwd=ROOT)
+    if left: assert version(tmp_path/"u") == left # the name was never without a whole folder
+    else: assert version(tmp_path/".u.old") == "old" and not (tmp_path/"u").exists()
     try:
         with atomic_folder(tmp_path/"u") as t:
             # the next one finds it, whatever becomes of itself
-            assert (tmp_path/"u/result.json").read_text() == (left or "old")
+            assert version(tmp_path/"u") == (left or "old")
             raise KeyboardInterrupt
     except KeyboardInterrupt: pass
-    assert (tmp_path/"u/result.json").read_text() == (left or "old")
-    with atomic_folder(tmp_path/"u") as t: (t/"result.json").write_text("newer")
-    assert (tmp_path/"u/result.json").read_text() == "newer"
+    assert version(tmp_path/"u") == (left or "old")
+    put(tmp_path/"u", "newer")
+    assert version(tmp_path/"u") == "newer"
 
 # --- the notebook
 

@@ -77,8 +77,8 @@ def test_replay_of_weights_that_no_decimal_says(mine):
 def test_a_merge_of_merges_says_what_to_do(mine):
     base, v = vectors(mine)
     a, b = (merge(base, v, dict(speech=.5, music=.5), r) for r in ("ties", "model_stock"))
-    with pytest.raises(ValueError, match="save the inner merge first"):
-        (base + (a-base) + (b-base)).save_pretrained(mine/"x")
+    for u in (base + (a-base) + (b-base), merge(base, dict(a=a-base, music=v["music"]), rule="ties")):
+        with pytest.raises(ValueError, match="save the inner merge first"): u.save_pretrained(mine/"x")
     assert not (mine/"x").exists()
     a.save_pretrained(mine/"inner")
     assert load_student(mine/"inner").origin == base.hash
@@ -127,7 +127,10 @@ BAD = {"density: 50": ("ties", "parameters: {density: 50}"),
        "seed is '1e3'": ("dare_ties", "parameters: {seed: 1e3}"),
        "add up to 0": ("linear", "", "-0.5"), "has no parameter t": ("task_arithmetic", "parameters: {t: .1}"),
        "'self_attn' is never used": ("task_arithmetic", "", "[{filter: self_attn, value: .9}, {value: .4}]"),
-       "model_stock takes its models as equals": ("model_stock", ""), "lower epsilon": ("della", ""),
+       "model_stock takes its models as equals": ("model_stock", ""),
+       "lower epsilon": ("della", "parameters: {density: .9}"),
+       "linear has no parameter lambda": ("linear", "parameters: {lambda: .5}"),
+       "t and weight are both given": ("slerp", "parameters: {t: .3}"),
        "normalize is 'yes'": ("ties", "parameters: {normalize: 'yes'}"),
        "lambda is '1/0'": ("ties", "parameters: {lambda: 1/0}"),
        "an earlier one fits": ("task_arithmetic", "", "[{value: .9}, {filter: conv, value: .4}]")}
@@ -141,6 +144,43 @@ def test_values_of_a_recipe_that_are_refused(mine, says, how):
     with pytest.raises(ValueError, match="r.yaml: .*" + says.replace(": 50", " is 50")):
         merge_recipe(mine/"r.yaml", mine/"out")
     assert not (mine/"out").exists()
+
+@pytest.mark.parametrize("method, base, own, says", [
+    ("task_arithmetic", {}, {"lambda": .5}, "lambda of one model, such as speech"),
+    ("ties", {}, dict(normalize="maybe"), "normalize of one model"),
+    ("dare_ties", {}, dict(seed=3), "seed of one model"),
+    ("dare_ties", {}, dict(rescale=False), "rescale of one model"), ("slerp", {}, dict(t=.3), "t of one model"),
+    ("ties", dict(weight=.5, density=77), {}, "density, weight of base has no meaning")])
+def test_settings_of_one_model_that_would_be_ignored(mine, method, base, own, says):
+    models = [dict(model="base", parameters=base), dict(model="speech", parameters=own), dict(model="music")]
+    with pytest.raises(ValueError, match=f"r.yaml: .*{says}"):
+        recipe_student(note(mine, merge_method=method, base_model="base", models=models))
+
+def test_a_base_among_the_models(mine):
+    "mergekit's TIES recipes list it and mean nothing by that; of a mean it is a part."
+    base, v = vectors(mine)
+    models = [dict(model="base"), *two(speech=.5, music=.4)]
+    assert (recipe_student(note(mine, merge_method="ties", base_model="base", models=models))[0].hash
+            == merge(base, v, dict(speech=.5, music=.4), "ties", density=1.).hash)
+    mean = note(mine, merge_method="linear", base_model="base", models=two(base=.5, speech=.5))
+    assert recipe_student(mean)[0].hash == (base + .5*v["speech"]).hash
+
+def test_a_mean_whose_weights_add_up_but_for_the_last_bit(mine):
+    models, says = two(speech=.3, music=.7), "add up to 1.1, not 1"
+    r = dict(merge_method="linear", base_model="base", parameters=dict(normalize=False))
+    base, v = vectors(mine)
+    want = base + .3*v["speech"] + .7*v["music"]
+    assert recipe_student(note(mine, **r, models=models))[0].hash == want.hash
+    with pytest.raises(ValueError, match=says): recipe_student(note(mine, **r, models=two(speech=.4, music=.7)))
+
+def test_a_list_over_one_layer_gives_it_the_last_value(tmp_path):
+    for i, d in enumerate(("base", "speech")):
+        more = dict(base_hash=weights_hash(tiny(0, num_hidden_layers=1))) if i else {}
+        save_encoder(tiny(i, num_hidden_layers=1), tmp_path/d, **more)
+    s, _ = recipe_student(note(tmp_path, merge_method="task_arithmetic", base_model="base", models=two(speech=[0, 1])))
+    base, speech, n = load_student(tmp_path/"base"), load_student(tmp_path/"speech"), "encoder.layers.0.layer_norm.bias"
+    assert np.array_equal(s[n], speech[n])
+    assert np.array_equal(s["encoder.layer_norm.bias"], base["encoder.layer_norm.bias"])
 
 @pytest.mark.parametrize("text, says", [
     ("merge_method: ties\nmodels: [speech, music]", "a model is 'speech'; it must be a table"),
@@ -205,6 +245,16 @@ def test_fuzzed_recipes_give_a_student_or_a_sentence(trio, tmp_path_factory, met
     try: recipe_student(note(top, **r))[0]["encoder.layer_norm.bias"]
     except (ValueError, OSError) as e: assert len(str(e)) < 3000
     (top/"r.yaml").unlink()
+
+def test_facts_under_any_name(mine):
+    facts = {"folder": 1, "dtype2": 2, "self": 3, "a": {"2020-01-01": 3}}
+    (mine/"r.yaml").write_text("merge_method: task_arithmetic\nbase_model: base\nmodels: [{model: speech}]\n"
+                               "facts: {folder: 1, dtype2: 2, self: 3, a: {2020-01-01: 3}}\n")
+    record = merge_recipe(mine/"r.yaml", mine/"made")
+    assert {k: record[k] for k in facts} == facts
+    for said, says in (({"dtype": 1}, "dtype is recorded by itself"), ({"scores": 5}, "scores is 5; give a table")):
+        r = note(mine, merge_method="task_arithmetic", base_model="base", models=two(speech=1), facts=said)
+        with pytest.raises(ValueError, match=f"r.yaml: {says}"): merge_recipe(r, mine/"out")
 
 def test_models_without_a_record_need_trust(mine):
     for d in ("speech", "music"): (mine/d/"distilltv.json").unlink()
@@ -354,7 +404,7 @@ for m in ("base", "a", "c"):
 for name, r in yaml.safe_load(Path(sys.argv[2]).read_text()).items():
     for m in [r, *r["models"]]:
         for k in {"base_model", "model"} & set(m): m[k] = f"{top/m[k]}.safetensors"
-    (top/"r.yaml").write_text(yaml.safe_dump(r | dict(merge_method=name, dtype="float32")))
+    (top/"r.yaml").write_text(yaml.safe_dump(r | dict(merge_method=name.split("__")[0], dtype="float32")))
     subprocess.run([str(Path(sys.executable).with_name("mergekit-pytorch")), top/"r.yaml", top/name], check=True,
                    capture_output=True)
     t = load_file(next((top/name).glob("*.safetensors")))
@@ -383,6 +433,14 @@ della: {base_model: base, parameters: {density: 1.0, epsilon: 0.0},
         models: [{model: a, parameters: {weight: 0.4}}, {model: c, parameters: {weight: 0.6}}]}
 slerp: {base_model: a, models: [{model: a}, {model: c}], parameters: {t: 0.3}}
 model_stock: {base_model: base, models: [{model: a}, {model: c}]}
+linear__base: {base_model: base, models: [{model: base, parameters: {weight: 1}}, {model: a, parameters: {weight: 3}}]}
+breadcrumbs__all: {base_model: base,
+                   models: [{model: a, parameters: {weight: 0.4}}, {model: c, parameters: {weight: 0.6}}]}
+breadcrumbs_ties__wide: {base_model: base, parameters: {density: 0.8, gamma: 0.4},
+                         models: [{model: a, parameters: {weight: 0.4}}, {model: c, parameters: {weight: 0.6}}]}
+della__all: {base_model: base, models: [{model: a, parameters: {weight: 0.4}}, {model: c, parameters: {weight: 0.6}}]}
+della_linear__all: {base_model: base,
+                    models: [{model: a, parameters: {weight: 0.4}}, {model: c, parameters: {weight: 0.6}}]}
 """
 MERGEKIT = dict(
     linear=[0.03, -0.1875, 0.6525, -0.3925, -1.185, 0.09, -0.415, -1.3775, -0.3325, -0.6725, -1.0575, -1.3275, -0.4025,
@@ -405,6 +463,16 @@ MERGEKIT = dict(
            -1.60659, -0.68423, 0.8138, 0.02578, -0.93188, 0.89771],
     model_stock=[0.16208, 0.44978, 0.87257, -0.16831, -0.62159, -0.30382, 0.05402, -0.60778, 0.32238, -1.16085,
                  -0.19351, -0.85276, -0.39789, 0.32296, -0.00539, -0.38818, 0.86594],
+    linear__base=[-0.1425, 0.2275, 0.8225, -0.78, -1.2075, 0.16, -0.36, -1.455, -0.42, -0.815, -0.5, -1.1425, 0.2, 0.64,
+                  -0.2675, -0.44, 0.49],
+    breadcrumbs__all=[0.352, -0.24, 0.6, 0.276, -0.73, -0.33, -0.058, -0.618, 0.336, -0.956, -0.872, -1.1, -1.022,
+                      0.438, 0.226, -0.74, 0.986],
+    breadcrumbs_ties__wide=[0.444, 1.36, 0.6, 0.42, -0.784, -0.162, -0.058, 0.126, 0.96, -0.956, 1.57, -1.1, 0.424,
+                            0.438, 0.226, -0.02, 1.162],
+    della__all=[0.72, -0.24, 0.6, 1.04, -1.51, 0.39, -0.058, -1.92, -0.81, -0.956, -0.872, -1.1, -1.022, 0.438, 0.226,
+                -0.74, 1.39],
+    della_linear__all=[0.352, -0.24, 0.6, 0.276, -0.73, -0.33, -0.058, -0.618, 0.336, -0.956, -0.872, -1.1, -1.022,
+                       0.438, 0.226, -0.74, 0.986],
     dropped=[0.0, 0.299, -0.274, -0.891, -0.0, -0.0, 0.0, 0.0, -0.492, -0.0, 0.0, 0.357],
     magpruned=[0.0, 0.299, -0.274, -0.891, -0.0, -0.0, 0.0, 1.34, -0.492, -0.0, 0.0, 0.357],
 )
@@ -417,8 +485,8 @@ def test_recipes_agree_with_mergekit(tmp_path, rule):
         save_file({n: torch.from_numpy(rng.normal(size=s).round(2).astype("float32"))
                    for n, s in dict(b=(5,), w=(3, 4)).items()}, tmp_path/m/"model.safetensors")
         (tmp_path/m/"config.json").write_text("{}")
-    merge_recipe(note(tmp_path, merge_method=rule, **yaml.safe_load(MERGEKIT_RECIPES)[rule]), tmp_path/"out",
-                 trust=True)
+    r = note(tmp_path, merge_method=rule.split("__")[0], **yaml.safe_load(MERGEKIT_RECIPES)[rule])
+    merge_recipe(r, tmp_path/"out", trust=True)
     t = load_file(tmp_path/"out/model.safetensors")
     np.testing.assert_allclose(np.concatenate([t["b"].numpy(), t["w"].numpy().ravel()]), MERGEKIT[rule], atol=2e-5)
 
@@ -566,6 +634,7 @@ def test_a_header_takes_memory_in_proportion_to_its_file(tmp_path_factory, value
     text = json.dumps(head, separators=(",", ":")).encode()
     file = tmp_path_factory.mktemp("header")/"model.safetensors"
     file.write_bytes(len(text).to_bytes(8, "little") + text + bytes(4 if where != "shape" else 0))
+    (file.parent/"config.json").write_text("{}")
     tracemalloc.start()
     try: Checkpoint(file.parent)["w"]
     except ValueError as e: assert str(file) in str(e)

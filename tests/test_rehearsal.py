@@ -82,6 +82,9 @@ def test_from_distilling_to_the_results_page(rehearsed):
     assert len(table) == 1 and (made/"results/findings.json").exists() and (made/"results/05_results.ipynb").exists()
     student = json.loads((made/"students/both/music/distilltv.json").read_text())
     assert student["steps"] == 4
+    for stamp in made.rglob("stamp.json"): # the runner knows every name that a notebook writes
+        files = [f.name for f in stamp.parent.iterdir() if f.is_file() and f != stamp]
+        assert json.loads(stamp.read_text())["files"] == sorted(files)
     if REAL and "DISTILLTV_RECORD" in os.environ:
         Path(os.environ["DISTILLTV_RECORD"]).write_text(costs(made), encoding="utf-8")
 

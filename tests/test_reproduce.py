@@ -5,7 +5,7 @@ import numpy as np, pytest, soundfile as sf
 from distilltv import reproduce as command
 from distilltv.corpora import load_corpus
 from distilltv.grid import GridRun, _check_apart, code_of, digest, fresh, grid, key, simplex, stamp
-from distilltv.runner import Progress, alone, run_stale
+from distilltv.runner import Progress, alone, execute, run_stale
 from distilltv.runs import root
 
 SLOW = "import time; time.sleep(1.5)\n"
@@ -406,6 +406,47 @@ def test_what_somebody_else_put_into_a_run_folder_stays(repo):
     run_stale(small((9,)))
     assert (repo/"runs/m0/notes.txt").read_text() == "mine" and (repo/"runs/m0/number.txt").read_text() == "9"
     assert "notes.txt" not in stamp(small((9,))[0])["files"]
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_what_came_while_a_run_went_on_stays(repo, ends):
+    "Also after a run that was killed; of a stage's own notebook only what it writes is removed, when the key changes."
+    def how(run):
+        (run.folder/"mine").mkdir(exist_ok=True)
+        for name in ("scores.csv", "make.ipynb", "notes.txt", "scores-mine.csv"): (run.folder/name).write_text("x")
+        if not ends: raise KeyboardInterrupt
+    def again(x, how):
+        try: execute(GridRun("probe", "p", at("make.ipynb"), dict(x=x), "p"), {}, how)
+        except KeyboardInterrupt: pass
+    again(1, how)
+    again(2, lambda run: (run.folder/"result.json").write_text("{}"))
+    left = {f.name for f in (repo/"runs/p").iterdir()}
+    assert left == {"mine", "notes.txt", "scores-mine.csv", "result.json", "stamp.json"}
+
+BROKEN = "[]", "null", "3", '"x"', '{"found": 5}', '{"files": [{}]}', '{"key": []}', "["*10**5
+
+@pytest.mark.parametrize("text", BROKEN, ids=range(len(BROKEN)))
+def test_a_broken_stamp_is_none(repo, text):
+    run = small((1,))[0]
+    run.folder.mkdir(parents=True)
+    (run.folder/"stamp.json").write_text(text)
+    (run.folder/"notes.txt").write_text("mine")
+    assert stamp(run) == {} and not fresh(run, {})
+    execute(run, {}, lambda run: (run.folder/"number.txt").write_text("1"))
+    assert fresh(run, {}) and stamp(run)["files"] == ["number.txt"]
+
+def test_a_name_may_be_any_bytes(tmp_path):
+    (tmp_path/os.fsdecode(b"\xff.wav")).write_bytes(b"1")
+    one = digest(tmp_path)
+    (tmp_path/os.fsdecode(b"\xff.wav")).rename(tmp_path/os.fsdecode(b"\xfe.wav"))
+    assert digest(tmp_path) != one != "absent"
+    for name in (os.fsdecode(b"a\xff.toml"), "a\nb.toml"):
+        said = cli("new", name, cwd=tmp_path)
+        assert said.returncode == 2 and "characters that cannot be shown" in said.stderr
+
+def test_a_terminal_of_few_letters(tmp_path):
+    for env in (dict(LC_ALL="C", PYTHONCOERCECLOCALE="0", PYTHONUTF8="0"), dict(PYTHONIOENCODING="ascii")):
+        said = cli("status", "--home", "runs", cwd=tmp_path, **env)
+        assert said.returncode == 0 and r"lam-0.30 (to run) \u2026" in said.stdout, said.stderr
 
 def test_a_profile_beside_which_the_command_is_given(tmp_path):
     "A path is relative to where one is, also when teachers are looked at before anything runs."

@@ -1,14 +1,17 @@
 "Paths, whole files and folders, and whose they are."
 import errno, json, os, shutil, subprocess, sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-import pytest
+import numpy as np, pytest
 from distilltv import runs
-from distilltv.runs import atomic_folder, check_replaceable, commit, data_dir, home, root, write_atomic, write_json
+from distilltv.runs import atomic_folder, cached, commit, data_dir, home, root, write_atomic, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 
+def note(text): return json.dumps(dict(weights_hash="0"*64, text=text))
+
 def write(folder, text="new"):
-    with atomic_folder(folder) as t: (t/"distilltv.json").write_text(text, encoding="utf-8")
+    with atomic_folder(folder) as t: (t/"distilltv.json").write_text(note(text), encoding="utf-8")
 
 def left(folder): return sorted(f.name for f in folder.iterdir())
 
@@ -16,27 +19,39 @@ def left(folder): return sorted(f.name for f in folder.iterdir())
 
 FOREIGN = {"a file of theirs": ["notes.txt"], "a folder of theirs": ["thesis/notes.txt"],
            "a model of others": ["config.json", "model.safetensors", "README.md"],
-           "theirs beside ours": ["distilltv.json", "model.safetensors", "notes.txt"],
-           "a folder beside ours": ["distilltv.json", "old/model.safetensors"]}
+           "checkpoints of others": ["checkpoint.pt", "best.pt", "config.json", "model.safetensors"],
+           "a training of others": ["checkpoint.pt", "log.csv", "train.ipynb"],
+           "notes of others": ["distilltv.json", "result.json", "stamp.json", "README.md"],
+           "a hidden folder of theirs": [".work.tmp/a.txt"]}
+BESIDE = ["notes.txt", "old/model.safetensors", "thesis.ipynb", ".ipynb_checkpoints/thesis-checkpoint.ipynb",
+          ".notes.tmp", "old.ipynb/a.txt", "best.pt/a.txt"]    # each beside what is ours
+FOREIGN |= {f"{f} beside ours": ["model.safetensors", f] for f in BESIDE}
 
 @pytest.mark.parametrize("what", FOREIGN)
 def test_a_folder_of_others_is_refused_by_name(tmp_path, what):
     for f in FOREIGN[what]:
         (tmp_path/"models"/f).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path/"models"/f).write_text("three years", encoding="utf-8")
+    if what.endswith("beside ours"): (tmp_path/"models/distilltv.json").write_text(note("old"), encoding="utf-8")
     with pytest.raises(ValueError, match="models holds .*which distilltv did not write: choose another folder"):
         write(tmp_path/"models")
     assert all((tmp_path/"models"/f).read_text(encoding="utf-8") == "three years" for f in FOREIGN[what])
     assert left(tmp_path) == ["models"]
 
-@pytest.mark.parametrize("ours",
-                         [[], ["result.json", "02_distill.ipynb"], ["stamp.json"],
-                          ["checkpoint.pt", "log.csv", "best.pt"],
-                                  ["distilltv.json", "config.json", "model-00001-of-00002.safetensors",
-                                   "model.safetensors.index.json", "recipe.yaml"]])
+SAID = {"distilltv.json": note(""), "stamp.json": json.dumps(dict(key="1"*64)),
+        "result.json": json.dumps(dict(parameters={}, inputs={}, metrics={}, versions={})),
+        "log.csv": "step,loss,speech_4,gradient\n"}
+
+@pytest.mark.parametrize("ours", [
+    [], ["result.json", "02_distill.ipynb", ".ipynb_checkpoints/02_distill-checkpoint.ipynb"], ["stamp.json"],
+    ["checkpoint.pt", "log.csv", "best.pt", ".best.pt.7.0123abcd-99.tmp"],
+    ["distilltv.json", "config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json",
+     "recipe.yaml"]])
 def test_a_folder_of_ours_is_replaced(tmp_path, ours):
     (tmp_path/"u").mkdir()
-    for f in ours: (tmp_path/"u"/f).touch()
+    for f in ours:
+        (tmp_path/"u"/f).parent.mkdir(exist_ok=True)
+        (tmp_path/"u"/f).write_text(SAID.get(f, ""), encoding="utf-8")
     write(tmp_path/"u")
     assert left(tmp_path/"u") == ["distilltv.json"] and left(tmp_path) == ["u"]
 
@@ -50,6 +65,12 @@ def test_a_hidden_folder_of_others_is_refused(tmp_path):
     (tmp_path/".u.old/notes.txt").touch()
     with pytest.raises(ValueError, match=r"\.u\.old holds notes.txt"): write(tmp_path/"u")
     assert left(tmp_path) == [".u.old"]
+
+def test_a_link_of_others_under_the_second_name_stays(tmp_path):
+    write(tmp_path/"elsewhere")
+    (tmp_path/".u.old").symlink_to(tmp_path/"elsewhere")
+    with pytest.raises(ValueError, match=r"\.u\.old is not a folder"): write(tmp_path/"u")
+    assert left(tmp_path) == [".u.old", "elsewhere"]
 
 def test_what_came_while_it_was_written_is_refused(tmp_path):
     with pytest.raises(ValueError, match="holds notes.txt"):
@@ -67,7 +88,7 @@ def test_a_link_is_followed(tmp_path, there):
     for text in ("one", "two"):
         write(tmp_path/"link", text)
         assert (tmp_path/"link").is_symlink()
-        assert (tmp_path/"disk/big/distilltv.json").read_text(encoding="utf-8") == text
+        assert (tmp_path/"disk/big/distilltv.json").read_text(encoding="utf-8") == note(text)
     assert left(tmp_path) == ["disk", "link"] and left(tmp_path/"disk") == ["big"]
 
 def test_a_file_behind_a_link_is_written(tmp_path):
@@ -88,13 +109,22 @@ def test_a_folder_that_cannot_be_renamed_is_filled(tmp_path, monkeypatch, code):
         replace(a, b)
     monkeypatch.setattr(runs, "_exchange", lambda a, b: False)
     monkeypatch.setattr(os, "replace", refuse)
+    copy2 = shutil.copy2
+    def full(a, b):
+        if Path(a).name == "model.safetensors": raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return copy2(a, b)
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="no space left"):
+        patch.setattr(shutil, "copy2", full)
+        with atomic_folder(u) as t:
+            for f in ("config.json", "model.safetensors"): (t/f).write_text("new", encoding="utf-8")
+    assert left(tmp_path) == ["u"] and left(tmp_path/"u") == ["distilltv.json", "recipe.yaml"]
     with atomic_folder(u) as t:
         for f in ("distilltv.json", "model.safetensors"): (t/f).write_text("new", encoding="utf-8")
     assert left(tmp_path) == ["u"] and left(tmp_path/"u") == ["distilltv.json", "model.safetensors"]
     assert (tmp_path/"u/distilltv.json").read_text(encoding="utf-8") == "new"
 
 MOUNTS = """
-cd {0} && mkdir -p lower/lam upper work merged mp && touch lower/lam/distilltv.json
+cd {0} && mkdir -p lower/lam upper work merged mp && echo '{2}' > lower/lam/distilltv.json
 mount -t overlay overlay -o lowerdir={0}/lower,upperdir={0}/upper,workdir={0}/work merged &&
   mount -t tmpfs none mp || exit 77
 mkdir sealed sealed/out && mount -t tmpfs none sealed && mkdir sealed/out && mount -t tmpfs none sealed/out &&
@@ -108,10 +138,21 @@ done
 
 def test_layers_and_mount_points_of_a_container(tmp_path):
     if not shutil.which("unshare"): pytest.skip("only Linux has mount namespaces")
-    done = subprocess.run(["unshare", "-m", "bash", "-c", MOUNTS.format(tmp_path, sys.executable)], capture_output=True,
-                          text=True, env=os.environ | dict(PYTHONPATH=str(ROOT)))
+    script = MOUNTS.format(tmp_path, sys.executable, note("old"))
+    done = subprocess.run(["unshare", "-m", "bash", "-c", script], capture_output=True, text=True,
+                          env=os.environ | dict(PYTHONPATH=str(ROOT)))
     if done.returncode == 77 or "unshare" in done.stderr: pytest.skip("this user may not mount")
     assert done.returncode == 0, done.stderr
+
+def test_threads_write_one_file(tmp_path):
+    with ThreadPoolExecutor(3) as pool: list(pool.map(lambda i: write_json(tmp_path/"a.json", [i]*99), range(300)))
+    assert len(set(json.loads((tmp_path/"a.json").read_text(encoding="utf-8")))) == 1 and left(tmp_path) == ["a.json"]
+
+def test_a_cache_leaves_arrays_of_others(tmp_path):
+    ones, old = (lambda: np.ones(9)), tmp_path/f"{'0'*32}.npy"
+    for f in (tmp_path/"theirs.npy", old): np.save(f, ones())
+    cached(tmp_path/f"{'1'*40}.npy", len, ones, 1)
+    assert left(tmp_path) == [f"{'1'*40}.npy", "theirs.npy"]
 
 def test_a_file_is_whole_or_absent(tmp_path):
     with pytest.raises(KeyboardInterrupt):
