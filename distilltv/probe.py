@@ -13,7 +13,7 @@ from .answers import LRS
 from .features import features, table_hash
 from .fit import fit_probes
 from .frozen import Transformer, check_encoder, choose_view, open_encoder
-from .runs import Run, commit, peak_memory, versions, write_atomic
+from .runs import Run, commit, peak_memory, user_path, versions, write_atomic
 from .tasks import TASKS, Leak, TableError, check_leakage, duplicates, find_task
 from .tasks import leakage, task_names, task_table
 from . import mini, published     # they enter their tasks
@@ -105,10 +105,10 @@ def _probe_all(encoders, names, seeds, view, seed, root, out, head):
             rows[i] += [dict(infos[i], **v, **made) for v in r]
             if k: kept[i][n] = k
     tables = [pd.DataFrame(r).reindex(columns=COLUMNS) for r in rows]
-    for o, e, i, d, k in zip(out or [], encoders, infos, tables, kept):
+    for o, e, i, d, k in zip(map(user_path, out or []), encoders, infos, tables, kept):
         with Run(o, encoder=i["encoder"], tasks=names, view=view, head=head, seed=seed, seeds=seeds) as run:
             run.began -= (time.perf_counter() - began)/len(encoders)
-            _write(run, Path(o), d, k, e)
+            _write(run, o, d, k, e)
     return tables
 
 def _not_run(name, head, error):

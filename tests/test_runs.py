@@ -12,6 +12,16 @@ def write(folder, text="new"):
 
 def left(folder): return sorted(f.name for f in folder.iterdir())
 
+@pytest.mark.parametrize("threads", ["abc", "0", "-1", "1.5", "1e3"])
+def test_a_wrong_number_of_threads_is_named(monkeypatch, threads):
+    monkeypatch.setenv("DISTILLTV_THREADS", threads)
+    with pytest.raises(ValueError, match=f"DISTILLTV_THREADS={threads} is not a number of threads"): runs.use_threads()
+
+def test_what_a_killed_run_left_may_be_there_if_it_is_said(tmp_path):
+    for f in ("best.pt", "log.csv"): (tmp_path/f).touch()
+    with pytest.raises(ValueError, match="holds best.pt, log.csv"): check_replaceable(tmp_path)
+    check_replaceable(tmp_path, ("best.pt", "log.csv"))
+
 # --- folders: only what this package wrote is replaced
 
 FOREIGN = {"a file of theirs": ["notes.txt"], "a folder of theirs": ["thesis/notes.txt"],
