@@ -15,12 +15,12 @@ from transformers import HubertModel, PreTrainedConfig
 from .audio import SAMPLE_RATE
 from .corpora import load_corpus
 from .encoders import FAMILIES, Heads, load_encoder, student_config
-from .objective import check_teachers
+from .objective import check_length, check_teachers
 from .profiles import profile as get_profile
 from .scale import Stream
 from .students import listens_to, taught_by
 from .tasks import table_task
-from .training import check_training
+from .training import check_training, needs_gpu
 
 # %% ../nbs/01a_check.ipynb #02304f8e
 RATE = 1.05e14    # operations a second in the paper's step on one H100, as measured (`data/mini/results/gpu.json`)
@@ -73,6 +73,10 @@ def _teachers(p, check):
         check.lines.append(f"  {d}: {path}, {c.model_type}, {c.num_hidden_layers} layers of {c.hidden_size}, "
                            f"{whole.sample_rate:,} Hz, {size/1e6:.1f} M parameters")
         with check.noting(): check_teachers({d: whole}, p.predict)
+        try: check_length(p.seconds, f"the teacher of {d}", c, whole.sample_rate)
+        except ValueError as e:
+            check.wrong.append(str(e))
+            del opened[d]
     return opened
 
 def _audio(p, check):
@@ -91,7 +95,7 @@ def _audio(p, check):
 def _held(domain, name, p, check):
     "What a stream, a folder or a shipped corpus holds."
     if name.startswith("stream:"):
-        Stream(name)
+        next(Stream(name, block=1).examples)
         return "a stream: heard in the order it comes, with no validation audio of its own"
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
@@ -111,7 +115,9 @@ def _held(domain, name, p, check):
 def _student(p, opened, check):
     "The student's configuration, if its teacher can be opened and it can be built."
     if p.init not in opened: return None
-    try: config = student_config(opened[p.init].config, p.student_layers, p.student_width, p.student_heads)
+    try:
+        config = student_config(opened[p.init].config, p.student_layers, p.student_width, p.student_heads)
+        check_length(p.seconds, "the student", config)
     except ValueError as e:
         check.wrong.append(f"no student can start from the teacher of {p.init}: {e}")
         return None
@@ -134,6 +140,8 @@ def _budget(p, opened, student, check):
     students = [*p.domains, "ensemble"] if several else p.domains
     check.lines.append(f"distil\n  {', '.join(students)}: {p.steps:,} steps of {p.batch} crops of {p.seconds:g} s, "
                        f"{seconds/3600:,.1f} h of audio each; corpus = {p.corpus}")
+    if (wants := needs_gpu(p)) and not torch.cuda.is_available():
+        check.lines.append(f"  {wants} needs a GPU: none here")
     if student is not None and len(opened) == len(p.teachers):
         teach = {d: operations(_cut(t.config, max(p.predict)), p.seconds) for d, t in opened.items()}
         step = operations(student, p.seconds, backward=True)
@@ -168,5 +176,5 @@ def check_profile(profile # a profile, its name or its file
     _audio(p, check)
     _budget(p, opened, _student(p, opened, check), check)
     _tasks(p, check)
-    with check.noting(): check_training(p, corpora=len(listens_to(p, "ensemble")) if p.short == "alone" else 1)
+    with check.noting(): check_training(p, corpora=len(listens_to(p, "ensemble")))
     return check

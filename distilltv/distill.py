@@ -15,9 +15,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from .encoders import Heads, load_encoder, make_base, save_encoder, weights_hash
-from .objective import Distiller, check_teachers
+from .objective import Distiller, NamedModules, check_length, check_teachers, teacher_rate
 from .profiles import Profile, profile as get_profile, record, with_settings
-from .runs import Run, commit, data_dir, read_json, use_threads, write_atomic
+from .runs import (Run, check_replaceable, commit, data_dir, read_json, use_threads, user_path,
+                            write_atomic)
 from .scale import Crops, merge_quarantines, processes, write_quarantine
 from .students import as_asked, listens_to, settings_of, student_folder, taught_by
 from .training import TargetCache, check_training, fit
@@ -93,13 +94,17 @@ def distil(p:Profile,     # teachers, audio, objective, budget and seed
     """Distil one student from θ₀ and save it as a plain `HubertModel` that records the hash of its θ₀. A `ValueError`
     says what is wrong with teachers, audio or profile, before anything is written. A finished student that this would
     repeat is left as it is."""
-    folder = Path(out or student_folder(p, who, corpus, seed, steps))
+    folder = user_path(out) if out else student_folder(p, who, corpus, seed, steps)
     p, state = as_asked(p, corpus, steps, seed), processes()
+    # of a run that has begun
+    check_replaceable(folder.resolve(), ("best.pt", "log.csv", "quarantine.csv", "02_distill.ipynb"))
+    check_training(p, state.num_processes, len(listens_to(p, who)), state.device.type)
     crops, held_out = crops_of(p, listens_to(p, who)), validation_crops(p)
-    check_training(p, state.num_processes, crops.several)
     teachers = {d: load_encoder(p.teachers[d], max(p.predict)) for d in taught_by(p, who)}
     check_teachers(teachers, p.predict)
+    for d, t in teachers.items(): check_length(p.seconds, f"the teacher of {d}", t.config, teacher_rate(t))
     with state.main_process_first(): student = base_of(p)
+    check_length(p.seconds, "the student", student.config)
     for model in (student, *teachers.values()): model.set_attn_implementation(p.attention)
     start = weights_hash(student)
     inputs = dict(base=start, audio=crops.hash, **{f"{d}_teacher": weights_hash(t) for d, t in teachers.items()})
@@ -157,7 +162,7 @@ def load_heads(folder # of a student
     if not file.exists():
         raise FileNotFoundError(f"{folder} holds no heads.safetensors, without which a student has no loss: "
                                 "distil it again with nbs/02_distill.ipynb")
-    state, heads = load_file(file), nn.ModuleDict()
+    state, heads = load_file(file), NamedModules()
     for name in sorted({k.split(".")[0] for k in state}):
         wide, dim = state[f"{name}.expand.weight"].shape
         heads[name] = Heads(dim, len(state[f"{name}.predict.0.weight"]), wide//dim)
@@ -175,7 +180,8 @@ def main(args:list=None # arguments; default those of the command line
     a.add_argument("--steps", type=int, default=0, help="optimiser steps; 0: the profile's")
     a.add_argument("--seed", type=int, help="of the heads, dropout and the order of the data; default: the profile's")
     a.add_argument("--out", default="", help="folder of the student")
-    a.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="values of the profile, such as loss=cl")
+    a.add_argument("--set", nargs="*", action="extend", default=[], metavar="NAME=VALUE",
+                   help="values of the profile, such as loss=cl")
     o = a.parse_args(args)
     try:
         p = with_settings(get_profile(o.profile), o.set)

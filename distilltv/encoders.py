@@ -233,6 +233,10 @@ def student_config(teacher:HubertConfig, # of the teacher that θ₀ copies
                          f"from, not {teacher.model_type} with {teacher.num_hidden_layers}; choose another with `init`")
     shape = dict(num_hidden_layers=layers, hidden_size=width or teacher.hidden_size,
                  num_attention_heads=heads or teacher.num_attention_heads)
+    wide, groups = shape["hidden_size"], teacher.num_conv_pos_embedding_groups
+    if wide % groups:
+        raise ValueError(f"width = {wide} cannot be shared by the {groups} groups of the teacher's positional "
+                         "convolution: use a multiple of it")
     unmasked = dict(layerdrop=0., apply_spec_augment=False, mask_time_prob=0., mask_feature_prob=0.)
     return HubertConfig(**teacher.to_dict() | shape | unmasked
                         | dict(feat_proj_layer_norm=False, architectures=["HubertModel"]))

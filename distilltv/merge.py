@@ -17,7 +17,7 @@ import yaml
 from .cards import licence_of, model_card, provenance
 from .parts import ByName, finite, parts, spread
 from .rules import RULES, apply_rule, check_options
-from .runs import Fingerprint, atomic_folder, commit, write_atomic
+from .runs import Fingerprint, atomic_folder, commit, user_path, write_atomic
 from .weights import (Checkpoint, Loaded, blocks, check_dtype, check_same, gathered, pieces, read_json,
                                write_weights)
 
@@ -346,7 +346,7 @@ def save_all(students:dict,       # `{folder to write: student}`, of one archite
             raise ValueError(f"{', '.join(sorted(taken))} is recorded by itself; give the fact another name")
         if not isinstance(f.get("scores") or {}, dict):
             raise ValueError(f"scores is {f['scores']!r}; give a table of tasks and numbers")
-    place, inputs = {f: Path(f).expanduser() for f in students}, {c for s in students.values() for c in _leaves(s)}
+    place, inputs = {f: user_path(f) for f in students}, {c for s in students.values() for c in _leaves(s)}
     _check_places(list(place.values()), inputs)
     first, records, made_at = next(iter(students.values())), {}, commit()
     prep = _preprocessor(inputs, first.config)
@@ -371,7 +371,7 @@ def add_scores(folder,     # a merged folder
                scores:dict # `{task: score}`
               ) -> dict:   # the record
     "Note scores in the record, the card and the recipe of a merged folder."
-    folder = Path(folder).expanduser()
+    folder = user_path(folder)
     record = read_json(folder/"distilltv.json")
     steps = yaml.safe_load((folder/"recipe.yaml").read_text(encoding="utf-8"))
     steps["facts"] |= dict(scores=(record.get("scores") or {}) | {t: float(s) for t, s in scores.items()})

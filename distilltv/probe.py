@@ -15,7 +15,7 @@ from .answers import LRS, Unheard
 from .features import features, table_hash
 from .fit import fit_probes
 from .frozen import Transformer, check_encoder, choose_view, open_encoder
-from .runs import Run, commit, peak_memory, versions, write_atomic
+from .runs import Run, commit, peak_memory, user_path, versions, write_atomic
 from .tasks import TASKS, Leak, TableError, check_leakage, duplicates, find_task
 from .tasks import find_tasks, leakage, task_names, task_table
 from . import mini, published     # they enter their tasks
@@ -122,10 +122,10 @@ def _probe_all(encoders, tasks, seeds, view, seed, root, out, head):
             if k: kept[i][t.name] = k
     tables = [pd.DataFrame(r).reindex(columns=COLUMNS) for r in rows]
     names = [t.name for t in tasks]
-    for o, e, i, d, k in zip(out, encoders, infos, tables, kept):
+    for o, e, i, d, k in zip(map(user_path, out), encoders, infos, tables, kept):
         with Run(o, encoder=i["encoder"], tasks=names, view=view, head=head, seed=seed, seeds=seeds) as run:
             run.began -= (time.perf_counter() - began)/len(encoders)
-            _write(run, Path(o), d, k, e)
+            _write(run, o, d, k, e)
     return tables
 
 def _not_run(t, head, error):

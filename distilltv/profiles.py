@@ -11,14 +11,17 @@ import difflib, json, os, re, sys
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib import resources
 from pathlib import Path
-from .runs import Choice, Integer, Number, Text, data_dir, home, version_of, write_atomic
+from .runs import Choice, Integer, Number, Text, data_dir, home, user_path, version_of, write_atomic
 if sys.version_info >= (3, 11): import tomllib
 else: import tomli as tomllib
 
 # %% ../nbs/00a_profiles.ipynb #dc51b04e
 SHIPPED = ("mini", "hub", "paper")
-# these have a meaning of their own, as folders or settings
-RESERVED = ("ensemble", "average", "both", "own", "base", "random", "logmel")
+# these have a meaning of their own, as folders, settings or groups of tasks
+RESERVED = ("ensemble", "average", "both", "own", "base", "random", "logmel", "mixed", "all", "more", *SHIPPED,
+            "training", "teacher", "teachers", "students", "merged", "probes", "results")
+# what stands around the name of a student's folder
+_AFFIXES = re.compile(r"ensemble-.*|.*-(seed\d+|\d+x|\d+steps|cl)")
 
 @dataclass(frozen=True)
 class Profile:
@@ -113,7 +116,8 @@ def _wrong_domains(p):
         if not _is_word(d):
             wrong.append(f"domain {d!r} cannot be a folder's name: begin with a letter, go on with letters, digits, "
                          "dashes and underscores")
-        elif d.lower() in RESERVED: wrong.append(f"domain {d!r} has a meaning of its own here: choose another name")
+        elif d.lower() in RESERVED or _AFFIXES.fullmatch(d.lower()):
+            wrong.append(f"domain {d!r} has a meaning of its own here: choose another name")
         elif lower.count(d.lower()) > 1:
             wrong.append(f"domain {d!r} differs from another in capitals only: choose another name")
         if not (isinstance(teacher, str) and teacher.strip()):
@@ -189,7 +193,7 @@ def profile(name_or_path="mini", # `mini`, `hub`, `paper` or the path of a .toml
     name = str(name_or_path)
     if name in SHIPPED:
         with resources.as_file(_SHIPPED/f"{name}.toml") as path: return _read(path, Path.cwd())
-    path = Path(name).expanduser()
+    path = user_path(name)
     if path.suffix.lower() != ".toml":
         raise ValueError(f"profile {name!r} is unknown; use one of {', '.join(SHIPPED)}, or the path of a .toml file")
     if not path.is_file():
@@ -250,7 +254,7 @@ def _placed(place, text, folder):
     if not isinstance(text, str): return text
     return place(re.sub(r"\$\{(\w+)\}", lambda m: os.environ.get(m[1], ""), text), folder)
 
-def _here(text, folder): return os.path.normpath(folder/Path(text).expanduser())
+def _here(text, folder): return os.path.normpath(folder/user_path(text))
 
 def _teacher(text, folder):
     "A shipped teacher, a folder, or else a hub name as it stands."
@@ -305,7 +309,7 @@ def with_settings(p:Profile,     # an experiment
 def new_profile(path # of the .toml file to write; it must not exist yet
                ) -> Path:
     "Write a commented profile to start from; a `ValueError` says why it cannot be written."
-    path = Path(path).expanduser()
+    path = user_path(path)
     if path.suffix.lower() != ".toml": raise ValueError(f"{path} does not end in .toml: a profile is such a file")
     if os.path.lexists(path): raise ValueError(f"{path} exists already: choose another name, or delete it first")
     if not path.parent.is_dir():

@@ -18,14 +18,14 @@ from .audio import SAMPLE_RATE
 from .encoders import WINDOW
 from .features import whole_frames
 from .letters import Words
-from .runs import home
+from .runs import home, user_path
 from .tasks import Task, add_task, samples_of
 from . import mini    # whose tasks come first, whatever is imported first
 
 # %% ../nbs/04h_published.ipynb #ac06f75a
 def datasets_dir() -> Path:
     "The folder of the published data sets: `$DISTILLTV_DATASETS`, else `datasets` in `home()`."
-    return Path(os.environ.get("DISTILLTV_DATASETS") or home()/"datasets").absolute()
+    return user_path(os.environ.get("DISTILLTV_DATASETS") or home()/"datasets", "DISTILLTV_DATASETS=").absolute()
 
 @dataclass(frozen=True)
 class Source:

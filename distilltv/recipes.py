@@ -14,6 +14,7 @@ import yaml
 from .merge import TaskVector, load_student, merge, save_all
 from .parts import ByName, finite
 from .rules import FAMILY, RULES, options_of
+from .runs import user_path
 from .weights import check_dtype, read_json
 
 # %% ../nbs/03b_recipes.ipynb #1c4d57ce
@@ -171,7 +172,7 @@ def _places(file):
         if path.startswith("in memory/"):
             raise ValueError(f"{file}: {path[10:]} was a model in memory and lies in no folder; "
                              "save it with save_encoder and name that folder")
-        tried = [folder/Path(path).expanduser() for folder in (file.resolve().parent, file.parent)]
+        tried = [folder/user_path(path) for folder in (file.resolve().parent, file.parent)]
         return next((p for p in tried if p.exists()), file.parent/path)
     return at
 
@@ -218,7 +219,7 @@ def recipe_student(file,       # a recipe; its paths are relative to its folder
                    trust=False # take models that record no θ₀ as trained from `base_model`
                   ) -> tuple:  # the `Student` and what the recipe says
     "The student that a recipe describes, nothing computed yet; a `ValueError` says what is wrong in the recipe."
-    file = Path(file).expanduser()
+    file = user_path(file)
     r, at = _read(file), _places(file)
     names = [m["model"] for m in r["models"]]
     base = load_student(at(r["base_model"])) if "base_model" in r else None
@@ -258,7 +259,7 @@ def push_to_hub(folder,       # a merged folder
                 api=None      # a `huggingface_hub.HfApi`; made with your login where none is given
                ) -> str:      # address of the commit
     "Upload a merged folder to the Hugging Face hub; a `ValueError` if it is not a whole one."
-    folder = Path(folder).expanduser()
+    folder = user_path(folder)
     wanted = "distilltv.json", "recipe.yaml", "README.md", "config.json", "model.safetensors"
     if lacking := [f for f in wanted if not (folder/f).exists()]:
         raise ValueError(f"{folder} holds no {', '.join(lacking)}; only a saved merge can be pushed")

@@ -12,9 +12,9 @@ from pathlib import Path
 from . import slurm
 from .grid import digest, fresh, grid, key, stamp, state
 from .jobs import needs_of
-from .profiles import STAGES, new_profile, profile as get_profile
+from .profiles import SHIPPED, STAGES, new_profile, profile as get_profile
 from .runner import run_stale, shown
-from .runs import home, keep_memory, root
+from .runs import home, keep_memory, root, user_path
 
 # %% ../nbs/06_reproduce.ipynb #37d1ac72
 _HELP = """One small encoder for speech and music: distil two students, merge them, probe everything.
@@ -113,8 +113,8 @@ def _runs_of(args, parser):
         parser.error(f"there are no notebooks in {root()}: `distilltv {args.command}` runs those of "
                      "the repository, so clone it and give the command inside")
     if args.seeds < 1: parser.error(f"--seeds {args.seeds} is too few; use 1 or more")
-    if args.home: os.environ["DISTILLTV_HOME"] = str(args.home.expanduser().absolute())
     try:
+        if args.home: os.environ["DISTILLTV_HOME"] = str(user_path(args.home).absolute())
         p = get_profile(args.profile)
         if args.corpus not in ("", "both", "own", *p.domains):
             raise ValueError(f"--corpus {args.corpus} is unknown; use both, own or one of {', '.join(p.domains)}")
@@ -124,6 +124,8 @@ def _runs_of(args, parser):
 def _reproduce(args, parser):
     p, runs = _runs_of(args, parser)
     if args.jobs < 1: parser.error(f"--jobs {args.jobs} is too few; use 1 or more")
+    _check_slurm(args, parser)
+    _settle(p)
     os.chdir(root())
     if threading.current_thread() is threading.main_thread(): signal.signal(signal.SIGINT, _stop)
     try:
@@ -136,6 +138,22 @@ def _reproduce(args, parser):
     else: _print_results(runs[-1].folder)
     print(f"executed notebooks: {shown(home()/p.name)}/*/")
     return 1 if failed else 0
+
+def _check_slurm(args, parser):
+    "Refuse what would be passed over, or is no number of hours or jobs."
+    given = [k for k, v in vars(args).items() if k.startswith("slurm_") and v]
+    if given and not args.slurm:
+        option = given[0].replace("_", "-")
+        parser.error(f"--{option} is for jobs of a Slurm cluster: give --slurm too, or leave it out")
+    for option, n in (("--slurm-time", args.slurm_time), ("--slurm-jobs", args.slurm_jobs)):
+        if not 0 <= n < float("inf"): parser.error(f"{option} {n} is no number to go by; use one above 0")
+
+def _settle(p):
+    "Let folders in the environment mean the same in the kernels, which work in another directory."
+    for name in ("DISTILLTV_HOME", "DISTILLTV_DATA", "DISTILLTV_DATASETS"):
+        if said := os.environ.get(name): os.environ[name] = str(user_path(said, f"{name}=").absolute())
+    for d, audio in p.audio.items():
+        if p.name in SHIPPED and os.environ.get(name := f"DISTILLTV_{d.upper()}"): os.environ[name] = audio
 
 def _look_first(p, runs):
     "Before anything is written: refuse an experiment of one's own whose teachers or audio cannot be opened."

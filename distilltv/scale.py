@@ -6,7 +6,7 @@
 __all__ = ['Stream', 'processes', 'Crops', 'merge_quarantines', 'write_quarantine']
 
 # %% ../nbs/00d_scale.ipynb #e10699a5
-import csv, hashlib, json, os
+import csv, hashlib, json, os, re
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, islice
 from pathlib import Path
@@ -16,7 +16,7 @@ from accelerate.utils import parse_flag_from_env
 from datasets import Audio, load_dataset
 from datasets.distributed import split_dataset_by_node
 from .audio import SAMPLE_RATE, AudioError, load_audio
-from .corpora import DRAWS, Segments, as_batch, draw_crop, open_segments
+from .corpora import DRAWS, Segments, as_batch, draw_crop, open_segments, split_of, splits_above
 from .runs import write_atomic
 
 # %% ../nbs/00d_scale.ipynb #91957291
@@ -46,7 +46,7 @@ class Stream:
         self.data.load_state_dict(began)
         while True:
             rows = iter(self.data)
-            while some := list(islice(rows, self.block)):
+            while some := self._block(rows):
                 order = np.random.default_rng([self.seed, epoch, block]).permutation(len(some)).tolist()
                 for n, i in enumerate(order[used:], used+1):
                     self.place = dict(epoch=epoch, block=block, used=n, data=began)
@@ -57,6 +57,11 @@ class Stream:
                                  "or use fewer processes")
             self.data.set_epoch(epoch+1)
             epoch, block, began = epoch+1, 0, self.data.state_dict()
+    def _block(self, rows):
+        try: return list(islice(rows, self.block))
+        except ImportError:
+            raise ValueError(f"{self.name} holds plain audio files, which `datasets` reads with torchcodec only: "
+                             "name the folder without stream:, or pip install torchcodec") from None
     def _unique(self, path, i, quarantine):
         "The name of an unusable example, with its place in the stream if another one has that name."
         block, of_another = self.place["block"], path in quarantine and path not in self.bad
@@ -89,6 +94,7 @@ class Stream:
 def _open_stream(name):
     "The data set of `stream:NAME[:CONFIG[:SPLIT]]`, its audio as bytes, and the name of the audio column."
     _, path, config, split, *_ = (name + ":::").split(":")
+    _check_split(name, path, split)
     try: data = load_dataset(path, config or None, split=split or "train", streaming=True)
     except Exception as e:
         raise ValueError(f"{name} cannot be opened as stream:NAME:CONFIG:SPLIT of a `datasets` audio set "
@@ -97,6 +103,15 @@ def _open_stream(name):
     if not columns:
         raise ValueError(f"{name} has no audio column, only {', '.join(data.features or ())}: name a data set of audio")
     return data.cast_column(columns[0], Audio(decode=False)), columns[0]
+
+def _check_split(name, path, split):
+    "A `ValueError` for what is not to be trained on: a split of held-out audio, or a folder of it on this disk."
+    asked = re.sub(r"\[[^+]*", "", split).split("+")
+    held = [s for s in asked if s.strip() == "all" or split_of(s) in ("test", "valid")]
+    if not held and os.path.isdir(path): held = [s for s in splits_above(path) if s in ("test", "valid")]
+    if held:
+        raise ValueError(f"{name} asks for {held[0]} audio, which is for validation and probes only: "
+                         "name a split and a folder to train on")
 
 # %% ../nbs/00d_scale.ipynb #5606d7bf
 def processes() -> PartialState: # of accelerate: this process's rank, how many there are, and how they wait
@@ -124,7 +139,6 @@ class Crops:
         self.streams = [s for s in self.sources if isinstance(s, Stream)]
         _check_choices(short, epoch, self.streams)
         self.bins = [_by_length(s, self.samples) if short == "alone" else {1: s} for s in self.sources]
-        self.several = 1 if self.joined else len(corpora)    # corpora whose crops have lengths of their own
         self.parts = [np.random.default_rng([seed, j]).permutation(self.epoch*self._slots(j))
                       for j in range(len(corpora))]
         self.quarantine = {path: why for s in self.sources if s not in self.streams for path, why in s.refused.items()}
@@ -180,6 +194,11 @@ class Crops:
         "What is drawn from: names and bounds of the segments, or the name of a stream."
         ids = [s.name if s in self.streams else [(r["id"], r["start"], r["end"]) for r in s.rows] for s in self.sources]
         return hashlib.sha256(json.dumps(ids).encode()).hexdigest()
+    @property
+    def contents(self) -> str:
+        "What the files hold that are drawn from, wherever they lie; of a stream its name."
+        of = [s.name if s in self.streams else s.contents for s in self.sources]
+        return hashlib.sha256(json.dumps(of).encode()).hexdigest()[:16]
     def state(self, step) -> dict:
         "What a process must know to go on at that step: where its streams are, its quarantine, and where that was met."
         return dict(streams=self._marks.get(step, []), quarantine=dict(self.quarantine),

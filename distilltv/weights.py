@@ -14,7 +14,8 @@ from contextlib import ExitStack
 from pathlib import Path
 import numpy as np
 from safetensors import safe_open
-from .runs import Fingerprint, read_json
+from .runs import Fingerprint, read_json, user_path
+
 
 # %% ../nbs/03f_weights.ipynb #87dbcb18
 _DTYPES = dict(F64="<f8", F32="<f4", F16="<f2", BF16="<u2") # numpy has no bfloat16: its bits are read as integers
@@ -108,7 +109,7 @@ def all_finite(t) -> bool: # whether the float array `t` holds neither NaN nor i
 class Checkpoint:
     "A model folder whose tensors are read when they are asked for, and checked and hashed as they are read."
     def __init__(self, folder): # holds config.json and model.safetensors
-        self.folder = Path(folder).expanduser()
+        self.folder = user_path(folder)
         self.file = self.folder/"model.safetensors"
         if not self.file.is_file(): raise FileNotFoundError(_no_model(self.folder))
         if not (self.folder/"config.json").is_file():

@@ -23,7 +23,7 @@ def mine(tmp_path_factory):
             (d/n/split).mkdir(parents=True)
             sf.write(d/n/split/"x.wav", np.random.default_rng(ord(n)).normal(0, .1, 36_000), 16_000)
     text += ('[audio]\na = "a"\nb = "b"\nc = "c"\n[student]\nlayers = 2\n'
-             '[training]\npredict = [2, 3]\nsteps = 9\nbatch = 2\nseconds = 1\n')
+             '[training]\npredict = [2, 3]\nsteps = 9\nbatch = 3\nseconds = 1\n')
     (d/"mine.toml").write_text(text, encoding="utf-8")
     return d/"mine.toml"
 
@@ -31,7 +31,7 @@ def test_a_right_profile_fits_on_one_screen(mine):
     check = check_profile(mine)
     assert not check.wrong and len(check.lines) < 24 and max(map(len, check.lines)) < 300
     says = str(check)
-    for part in ("a, b, c, ensemble: 9 steps of 2 crops of 1 s", "0.00 h train, 0.00 h valid",
+    for part in ("a, b, c, ensemble: 9 steps of 3 crops of 1 s", "0.00 h train, 0.00 h valid",
                  "2 layers of 48, 4 heads", "merges of a, b, c", "3 teachers, 4 students"):
         assert part in says, part
     assert not (mine.parent/"runs").exists() and not profile(mine).folder.exists()      # nothing is written
@@ -54,10 +54,20 @@ def test_every_mistake_is_said_at_once(mine, tmp_path):
                           "the audio of c cannot be used: .*cannot be opened as stream"),
                          (dict(audio=p.audio | dict(c=str(mine.parent/"a/train"))), "no validation audio"),
                          (dict(cache="float16"), "with epoch=0 nothing is"),
-                         (dict(loss="cl", accumulate=2), "use accumulate=1"),
-                         (dict(short="alone"), "choose a multiple of 3")):
+                         (dict(loss="cl", accumulate=2, batch=4), "use accumulate=1"),
+                         (dict(batch=2), "batch = 2 is fewer than the 3 corpora .*: choose at least 3"),
+                         (dict(loss="cl", batch=1, corpus="a"), "batch = 1 is too small for loss = cl"),
+                         (dict(compile="nonsense"), "compile = 'nonsense' is no backend"),
+                         (dict(student_width=42, student_heads=2), "width = 42 cannot be shared by the 4 groups"),
+                         (dict(audio=p.audio | dict(c=f"stream:{mine.parent}/a::test")),
+                          "the audio of c cannot be used: .* asks for test audio"),
+                         (dict(short="alone", batch=4), "choose a multiple of 3")):
         found = check_profile(replace(p, **change)).wrong
         assert len(found) == (3 if "predict" in change else 1) and re.search(says, found[0]), (change, found)
+    short = check_profile(replace(p, seconds=.02)).wrong
+    assert len(short) == 3 and "seconds = 0.02 is too short for the teacher of a" in short[0]
+    half = check_profile(replace(p, precision="fp16"))      # it may be meant for another machine
+    assert half.wrong == [] and ("fp16 needs a GPU: none here" in str(half)) == (not torch.cuda.is_available())
     both = check_profile(replace(p, predict=(9,), audio=p.audio | dict(c="")))
     assert len(both.wrong) == 4                     # the layer, of three teachers, and the audio
     assert check_profile(replace(p, audio=p.audio | dict(c=""), corpus="a")).wrong == []     # c is not heard

@@ -1,5 +1,5 @@
 """The shipped corpora keep their promises, and bad audio is refused by name."""
-import hashlib, io, os, re, resource, tracemalloc, unicodedata
+import hashlib, io, os, re, resource, sys, tracemalloc, unicodedata
 from collections import defaultdict
 import numpy as np, pandas as pd, pyarrow as pa, pytest, soundfile as sf, torch
 from datasets import Audio, Dataset
@@ -400,7 +400,17 @@ SPLIT_OF = dict(train="train", training="train", test="test", testing="test", de
                 devices="", testimonials="", Testament="", Devo="", trains="", latest="", contest="", evaluate="",
                 testdrive="", **{
                 "test-clean": "test", "dev-other": "valid", "train-clean-100": "train", "test_set": "test",
-                "dev-drums": "", "test drive": "", "dev.2": "valid"})
+                "dev-drums": "", "test drive": "", "dev.2": "valid"}) | {
+    name: split for split, names in dict(
+        test="""nsynth-test,testset,TestSet,test1,test92,test set,test-en,test_A,test-v2,test_final,testdata,my_test,
+                cv-valid-test,clean_testset_wav,noisy_testset_wav,heldout,held-out,Held_Out,holdout,test (copy),test(1),
+                dev_test""",
+        valid="eval92,dev93,eval2000,devset,cv-valid-dev,Dev Set",
+        train="trainset,cv-valid-train,noisy_trainset_28spk_wav",
+        none="""train_test_split,train-wreck-band,Crash_Test_Dummies,Test Dream,The Test,A Test,Test Me,Night Train,
+                Training Day,attestation,protest,developer,valentine,dataset,pytest-of-me"""
+        ).items() for name in re.split(r",\s*", names)}
+SPLIT_OF = {name: split.replace("none", "") for name, split in SPLIT_OF.items()}
 
 @pytest.mark.parametrize("name", SPLIT_OF)
 def test_a_folder_says_its_split_by_its_whole_name(name): assert corpora.split_of(name) == SPLIT_OF[name]
@@ -412,10 +422,14 @@ def audio_in(*folders):
 
 def test_naming_a_test_folder_as_the_corpus_trains_on_nothing(tmp_path):
     audio_in(tmp_path/"LibriSpeech/test-clean/1089", tmp_path/"set/train/a", tmp_path/"set/test/a",
-             tmp_path/"home/test/mine", tmp_path/"eval")
+             tmp_path/"home/test/mine", tmp_path/"eval", tmp_path/"nsynth-test/audio", tmp_path/"nsynth-train/audio",
+             tmp_path/"home/my_test/mine", tmp_path/"x/test_names_of_tests0/mine", tmp_path/"train_test_split/train")
     for folder, split in (("LibriSpeech/test-clean", "test"), ("LibriSpeech/test-clean/1089", "test"),
                           ("set/test", "test"), ("set/test/a", "test"),
-                          ("set/train/a", "train"), ("home/test/mine", "train"), ("eval", "valid")):
+                          ("set/train/a", "train"), ("home/test/mine", "train"), ("eval", "valid"),
+                          ("nsynth-test", "test"), ("nsynth-test/audio", "test"), ("nsynth-train/audio", "train"),
+                          ("home/my_test/mine", "train"), ("x/test_names_of_tests0/mine", "train"),
+                          ("train_test_split/train", "train")):
         assert load_corpus(tmp_path/folder)["split"][:] == [split], folder
         if split != "train":
             with pytest.raises(ValueError, match="has no train audio"): crop_batch(str(tmp_path/folder), 0, 1, 1.)
@@ -441,6 +455,54 @@ HEAD = "id,file,start,end,split,license\n"
 def test_a_wrong_row_is_named(tmp_path, row, says):
     (tmp_path/"metadata.csv").write_text(HEAD + "ok,a.ogg,0,9,train,MIT\n" + row + "\n", encoding="utf-8")
     with pytest.raises(ValueError, match=f"metadata.csv.*{says}"): load_corpus(tmp_path)
+
+@pytest.mark.parametrize("head", [HEAD, HEAD.replace(",license", ",source")])
+def test_a_segment_behind_the_end_of_its_file_is_named(tmp_path, head):
+    "Of a shard or of a loose file; positions are those at 16 kHz."
+    rate = SAMPLE_RATE if "license" in head else 44_100
+    sf.write(tmp_path/"a.wav", tone(2, rate), rate)
+    def written(*spans):
+        rows = [f"{i},a.wav,{a},{b},train,MIT\n" for i, (a, b) in enumerate(spans)]
+        (tmp_path/"metadata.csv").write_text(head + "".join(rows), encoding="utf-8")
+    written((0, 16_000), (16_000, 32_000))
+    assert crop_batch(str(tmp_path), 0, 2, 1.).shape == (2, 16_000)
+    for beyond in ((0, 88_200), (40_000, 80_000)):
+        written((0, 16_000), beyond)
+        with pytest.raises(ValueError, match=f"row 3: end = {beyond[1]} .* a.wav, which has 32000 samples"):
+            crop_batch(str(tmp_path), 0, 2, 1.)
+
+def test_a_part_that_a_shard_does_not_have_is_named(tmp_path):
+    sf.write(tmp_path/"a.wav", tone(1), SAMPLE_RATE, subtype="PCM_16")
+    row = dict(id="a", path=str(tmp_path/"a.wav"), start=20_000, end=30_000, shard=True)
+    with pytest.raises(AudioError, match="a.wav has no samples from 2.* on"):
+        corpora.Segments([row]).crop(8000, np.random.default_rng(0))
+
+def test_a_corpus_is_what_lies_there_now(tmp_path, monkeypatch):
+    "After a file has come, in another working directory, and with another folder of data."
+    heard = lambda name: [r["path"] for r in corpora.open_segments(name, "train").rows]
+    audio_in(tmp_path/"one/a/train", tmp_path/"two/a/train", tmp_path/"data/speech")
+    monkeypatch.chdir(tmp_path/"one")
+    assert heard("a") == [str(tmp_path/"one/a/train/x.wav")]
+    monkeypatch.chdir(tmp_path/"two")
+    assert heard("a") == [str(tmp_path/"two/a/train/x.wav")]
+    assert corpora.open_segments("a", "train") is corpora.open_segments("a", "train")
+    sf.write("a/train/y.wav", tone(1), SAMPLE_RATE)
+    assert heard("a") == [str(tmp_path/f"two/a/train/{n}.wav") for n in "xy"]
+    assert len(heard("speech")) > 1
+    monkeypatch.setenv("DISTILLTV_DATA", str(tmp_path/"data"))
+    assert heard("speech") == [str(tmp_path/"data/speech/x.wav")]
+
+def test_crops_know_the_contents_of_their_files_wherever_they_lie(tmp_path):
+    audio_in(tmp_path/"a/train", tmp_path/"a/other")
+    def seen(folder): return (crops := Crops([tmp_path/folder], 2, 1.)).contents, crops.hash
+    first = seen("a")
+    (tmp_path/"a").rename(tmp_path/"b")
+    os.utime(tmp_path/"b/train/x.wav", (1, 1))
+    moved = seen("b")
+    sf.write(tmp_path/"b/train/x.wav", np.random.default_rng(9).normal(0, .1, 32_000), SAMPLE_RATE)
+    changed = seen("b")
+    assert first == moved and first[0] != changed[0] and first[1] == changed[1]
+    assert Crops(["speech"], 2, 1.).contents != Crops(["music"], 2, 1.).contents
 
 @settings(max_examples=200, deadline=None)
 @given(st.binary(max_size=60) | st.text(max_size=60).map(lambda t: t.encode("utf-8", "surrogatepass")))
@@ -586,7 +648,6 @@ def test_broken_files_are_quarantined_and_change_no_other_crop(tmp_path):
     for k in range(4): whole(k)
     met = [k for k in range(4) if any(f == "2" for f in whole.files(k))]
     cut(folder/"2.flac")                                    # the header stays good: only decoding can tell
-    corpora.open_segments.cache_clear()
     crops = Crops([folder], 4, 1., seed=1)
     after = [crops(k) for k in range(4)]
     assert met and list(crops.quarantine) == [str(folder/"2.flac")]
@@ -599,7 +660,6 @@ def test_broken_files_are_quarantined_and_change_no_other_crop(tmp_path):
 def test_quarantine_has_every_fault_and_becomes_a_table(tmp_path):
     folder = folder_of(tmp_path, 3)
     for fault, (make, _) in BAD.items(): make(folder/f"{fault}.wav")
-    corpora.open_segments.cache_clear()
     with pytest.warns(UserWarning, match="3 of 8 files left out"): crops = Crops([folder], 8, .5)
     for k in range(20): crops(k)
     write_quarantine(merge_quarantines([crops.state(20), dict(quarantine={"b,c.wav": "is \"odd\""})]), tmp_path)
@@ -610,7 +670,6 @@ def test_quarantine_has_every_fault_and_becomes_a_table(tmp_path):
 def test_a_corpus_of_broken_files_ends_in_a_sentence(tmp_path):
     folder = folder_of(tmp_path, 2)
     for f in folder.glob("*"): cut(f)
-    corpora.open_segments.cache_clear()
     with pytest.raises(AudioError, match=r"\d\.flac.*draws of a crop in a row met unusable files"):
         Crops([folder], 2, 1.)(0)
     with pytest.raises(ValueError, match="has no valid audio: a file's split comes from the folders above"):
@@ -619,7 +678,6 @@ def test_a_corpus_of_broken_files_ends_in_a_sentence(tmp_path):
 @pytest.mark.parametrize("rate, channels", [(44_100, 2), (8_000, 1), (48_000, 2)])
 def test_crops_of_other_rates_are_16k_mono_and_of_one_length(tmp_path, rate, channels):
     sf.write(tmp_path/"tone.wav", np.stack([tone(1.3, rate)]*channels, 1), rate)
-    corpora.open_segments.cache_clear()
     x = Crops([tmp_path], 6, 1.0001)(0)
     assert x.shape == (6, 16_001)
     assert abs(np.abs(np.fft.rfft(x[0]))[:4000].argmax() - 440) <= 3
@@ -635,7 +693,6 @@ def test_a_long_file_is_cropped_without_being_decoded(tmp_path, monkeypatch):
     with pytest.raises(AudioError, match="long.wav.*3.2 h, more than the limit of 3 h: cut it"): load_audio(path)
     read, frames = audio._read, []
     monkeypatch.setattr(audio, "_read", lambda p, start, n, *a: frames.append(n) or read(p, start, n, *a))
-    corpora.open_segments.cache_clear()
     assert Crops([tmp_path], 2, 1.)(0).shape == (2, 16_000) and max(frames) == 16_000
 
 @pytest.mark.filterwarnings("ignore:.*files left out")
@@ -751,7 +808,6 @@ def lengths(tmp_path):
     for i, s in enumerate((.5, 1.2, 2.5, 3., 9.)):
         sf.write(tmp_path/f"train/{i}.wav", .1*i + .1 + np.linspace(0, .09, int(s*SAMPLE_RATE)), SAMPLE_RATE,
                  subtype="FLOAT")
-    corpora.open_segments.cache_clear()
     return tmp_path
 
 def heard_alone(crops, step, monkeypatch):
@@ -781,7 +837,6 @@ def test_short_recordings_alone_are_heard_in_shorter_crops_and_more_of_them(leng
 def test_batches_by_seconds_follow_seed_and_step_and_are_shared(lengths):
     crops = lambda **more: Crops([lengths, "speech"], 4, 3., seed=2, short="alone", **more)
     whole, several = crops(), 0
-    assert whole.several == 2
     for k in range(12):
         batch, parts = whole(k), [crops(rank=r, world=2).items(k, slice(2*r, 2*r+2)) for r in range(2)]
         if not isinstance(batch, tuple):
@@ -823,6 +878,25 @@ def test_what_a_stream_cannot_do_is_a_sentence(parquet):
             Crops([parquet], 2, 1., **choice)
     with pytest.raises(ValueError, match="short = 'pad' is unknown; use join or alone"):
         Crops(["speech"], 2, 1., short="pad")
+
+@pytest.mark.parametrize("split, held", [("test", "test"), ("train+test", "test"), ("test[:10%]", "test"),
+                                         ("all", "all"), ("validation", "validation")])
+def test_a_stream_of_held_out_audio_is_refused(parquet, split, held):
+    with pytest.raises(ValueError, match=f"asks for {held} audio, which is for validation and probes only"):
+        Stream(f"{parquet}::{split}")
+    with pytest.raises(ValueError, match="cannot be opened"): Stream(f"{parquet}::train.clean.100")
+
+def test_a_stream_of_a_folder_of_test_audio_is_refused(tmp_path):
+    audio_in(tmp_path/"LibriSpeech/test-clean/a")
+    for folder in ("test-clean", "test-clean/a"):
+        with pytest.raises(ValueError, match="test-clean.* asks for test audio"):
+            Stream(f"stream:{tmp_path}/LibriSpeech/{folder}")
+
+def test_a_stream_of_plain_audio_needs_torchcodec(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchcodec", None)
+    audio_in(tmp_path/"a")
+    with pytest.raises(ValueError, match="plain audio files.* with torchcodec only: name the folder without stream:"):
+        Stream(f"stream:{tmp_path}/a").crop(8000, np.random.default_rng(0))
 
 def test_a_stream_that_cannot_be_opened_is_named(tmp_path):
     with pytest.raises(ValueError, match="cannot be opened as stream:NAME:CONFIG:SPLIT"):

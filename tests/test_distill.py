@@ -214,13 +214,34 @@ def test_training_moves_the_student_and_its_heads_but_not_the_teacher():
 
 def test_feature_gradient_is_a_tenth():
     one, tenth = distiller().eval(), distiller().eval()
-    one.student.feature_extractor._forward_hooks.clear()
+    one.feature_grad = 1.
     wav = torch.randn(1, 4000)
     grads = []
     for d in (one, tenth):
         d(wav)["loss"].backward()
         grads.append(d.student.feature_extractor.conv_layers[0].conv.weight.grad)
     torch.testing.assert_close(grads[1], grads[0]*.1, rtol=1e-3, atol=1e-7)
+
+def test_a_student_is_left_as_it_was_by_its_distiller():
+    "A second one scales the gradient of the convolutions once, as the first did."
+    first = distiller().eval()
+    again = Distiller(first.student, first._teachers).eval()
+    again.heads.load_state_dict(first.heads.state_dict())
+    wav, grads = torch.randn(1, 4000), []
+    for d in (first, again):
+        d.zero_grad()
+        d(wav)["loss"].backward()
+        grads.append(d.student.feature_extractor.conv_layers[0].conv.weight.grad.clone())
+    assert torch.equal(*grads) and not first.student.feature_extractor._forward_hooks
+
+def test_heads_may_have_the_names_of_methods():
+    names = tuple("""pop items keys values type train eval half float double to clear update cpu apply children
+                     forward""".split())
+    d = distiller(names)
+    assert set(d.train().eval()(torch.randn(1, 4000))) == {"loss", *(f"{n}_{l}" for n in names for l in (4, 8, 12))}
+    assert {k.split(".")[0] for k in d.heads.state_dict()} == set(names)
+    old = torch.nn.ModuleDict(dict(speech=distiller().heads["speech"]))      # what older versions saved
+    distiller().heads.load_state_dict(old.state_dict())
 
 def test_schedule_warms_up_and_ends_near_zero():
     lr = [lr_at(k, 100, 1., .1) for k in range(100)]
@@ -391,8 +412,8 @@ def test_damaged_targets_are_computed_again(tmp_path, damage):
     assert torch.equal(d.targets(teacher, batch_at(0)), first) and d.cache.made == 2 and file.read_bytes() == whole
     assert torch.equal(d.targets(teacher, batch_at(0)), first) and d.cache.made == 2
 
-def test_cached_targets_are_keyed_by_all_that_decides_them(tmp_path):
-    "Weights, configuration, attention, sampling rate, layers, numbers, samples."
+def test_cached_targets_are_keyed_by_all_that_decides_them(tmp_path, monkeypatch):
+    "Weights, configuration, attention, sampling rate, layers, numbers, samples, libraries."
     cache, layers = TargetCache("float32", 1e9, tmp_path), (4, 8, 12)
     def teacher(rate=16_000, seed=0, **config):
         torch.manual_seed(seed)
@@ -407,7 +428,10 @@ def test_cached_targets_are_keyed_by_all_that_decides_them(tmp_path):
     keys += [cache.key(teacher(), batch_at(1), layers), cache.key(teacher(), batch_at(0), (4, 8)),
              TargetCache("float16", 1, tmp_path).key(teacher(), batch_at(0), layers)]
     with torch.autocast("cpu", torch.bfloat16): keys.append(cache.key(teacher(), batch_at(0), layers))
-    assert len(set(keys)) == 9 and cache.key(teacher(), batch_at(0), layers) == keys[0]
+    with monkeypatch.context() as m:
+        m.setattr(training, "version_of", lambda name: "1.0")
+        keys.append(cache.key(teacher(), batch_at(0), layers))
+    assert len(set(keys)) == 10 and cache.key(teacher(), batch_at(0), layers) == keys[0]
 
 def test_what_cannot_be_cached_is_a_sentence(tmp_path):
     with pytest.raises(ValueError, match="cache = 'half' is unknown; use float32 or float16"): TargetCache("half", 1)
@@ -528,6 +552,25 @@ def test_a_checkpoint_of_another_corpus_is_refused(tmp_path):
     with pytest.raises(ValueError, match="belongs to a run with"):
         fit(distiller(), batch_at, tmp_path, P, steps=2, inputs=dict(audio=corpus("e", 1)))
 
+def test_a_checkpoint_of_other_audio_of_the_same_names_and_lengths_is_refused(tmp_path):
+    def go(folder, first=0):
+        (tmp_path/folder).mkdir(exist_ok=True)
+        for i in range(3): sf.write(tmp_path/folder/f"{i}.wav", noise(first+i), 16_000)
+        return fit(distiller(), Crops([tmp_path/folder], 2, .25), tmp_path/"run", P, steps=2)
+    go("a"), go("b")      # the same audio in another place goes on
+    with pytest.raises(ValueError, match="checkpoint.pt belongs to a run with audio_contents = "): go("b", first=9)
+
+def test_gradients_are_those_of_the_profile_whatever_the_environment_says(tmp_path, monkeypatch):
+    "`accelerate launch` sets such variables."
+    whole = fit(distiller(), batch_at, tmp_path/"a", P, steps=2, log_every=1)
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "nothing")
+    assert fit(distiller(), batch_at, tmp_path/"b", P, steps=2, log_every=1).equals(whole)
+
+@pytest.mark.parametrize("seed", [4295, 2**32-1])
+def test_any_seed_of_a_profile_trains(tmp_path, seed):
+    assert len(fit(Toy(), batch_at, tmp_path, replace(P, seed=seed), steps=2, log_every=1)) == 2
+
 def test_time_left_counts_what_is_computed_once():
     "While targets are made, once they are read, with validations, and where an earlier run has left them."
     clock = TimeLeft(1000, once=100, check_every=200)
@@ -590,6 +633,8 @@ def test_the_command_takes_the_notebooks_parameters(monkeypatch, capsys):
     assert capsys.readouterr().out == "folder\n"
     distill.main([])
     assert seen[1] == (profile("mini"), "speech", "", 0, None, "")
+    distill.main("--set lr=0.5 seed=2 --set batch=4".split())
+    assert seen[2][0] == replace(profile("mini"), lr=.5, seed=2, batch=4)
     for wrong in (["--set", "los=cl"], ["--set", "lr"], ["--profile", "nowhere.toml"]):
         with pytest.raises(SystemExit): distill.main(wrong)
     said = capsys.readouterr().err
@@ -850,9 +895,19 @@ def test_a_teacher_that_is_refused_leaves_nothing_behind(tmp_path, monkeypatch, 
     for change, says in ((dict(short="alone", batch=4), "4 crops cannot be divided .* 3 corpora .* a multiple of 3"),
                          (dict(loss="cl", accumulate=2), "use accumulate=1"),
                          (dict(log_with="trackio"), "pip install trackio"),
-                         (dict(cache="float16"), "set epoch to a number of steps")):
+                         (dict(cache="float16"), "set epoch to a number of steps"),
+                         (dict(batch=2), "batch = 2 is fewer than the 3 corpora .*: choose at least 3"),
+                         (dict(batch=1, loss="cl", corpus="sound"), "batch = 1 is too small for loss = cl"),
+                         (dict(precision="fp16"), "precision = fp16 needs a GPU"),
+                         (dict(attention="flash_attention_2"), "pip install flash-attn"),
+                         (dict(compile="nonsense"), "compile = 'nonsense' is no backend of torch.compile"),
+                         (dict(seconds=.02), "seconds = 0.02 is too short for the teacher of speech")):
         with pytest.raises(ValueError, match=says): distil(replace(tiny_three, **change), "ensemble")
-    assert not list((tmp_path/"home").glob("three/**/*"))
+    (tmp_path/"mine").mkdir()
+    (tmp_path/"mine/notes.txt").touch()
+    for out, says in ((tmp_path/"mine", "mine holds notes.txt"), ("~no-such-user/x", "no such user's home")):
+        with pytest.raises(ValueError, match=says): distil(replace(tiny_three, steps=10**6), "sound", out=out)
+    assert not list((tmp_path/"home").glob("three/**/*")) and len(list((tmp_path/"mine").iterdir())) == 1
 
 def test_a_seed_is_one_thing_and_is_recorded_as_used(tmp_path, monkeypatch, tiny_three):
     """From the profile, from a call or from `--set`: the same student, in a folder of its own; records say what was

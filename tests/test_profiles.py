@@ -87,6 +87,10 @@ WRONG = {  # what is written -> the sentence
     "name = 'x'\n[teacher]\na = 'b'\n[teachers]\na = 'b'": "teacher is unknown: did you mean teachers",
     "name = 'x'\n[teachers]\nensemble = 'b'": "'ensemble' has a meaning of its own",
     "name = 'x'\n[teachers]\naverage = 'b'": "'average' has a meaning of its own",
+    **{f"name = 'x'\n[teachers]\n{d} = 'b'": f"'{d}' has a meaning of its own"
+       for d in "mixed paper Hub students results voice-seed1 voice-2x voice-30steps voice-cl ensemble-2x".split()},
+    "name = 'x'\n[teachers]\na = '~no-such-user/b'": "~no-such-user/b: there is no such user's home",
+    "name = 'x'\n[teachers]\na = 'b'\n[audio]\na = '~no-such-user/b'": "~no-such-user/b: there is no such user's home",
     "name = 'x'\n[teachers]\n'a/b' = 'b'": "domain 'a/b' cannot be a folder's name",
     "name = 'x'\n[teachers]\nA = 'b'\na = 'b'": "capitals only",
     "name = 'x'\n[teachers]\na = 3": "the teacher of a is 3",
@@ -128,7 +132,8 @@ def test_what_a_file_cannot_say_is_a_sentence(tmp_path, text):
 def test_what_is_no_profile_is_a_sentence(tmp_path):
     for name, says in (("maxi", "use one of mini, hub, paper, or the path of a .toml"),
                        (tmp_path/"no.toml", "is not a file.*`distilltv new .*no.toml`"),
-                       (tmp_path, "the path of a .toml file")):
+                       (tmp_path, "the path of a .toml file"),
+                       ("~no-such-user/x.toml", "no such user's home; write the path in full")):
         with pytest.raises(ValueError, match=says): profile(name)
     with pytest.raises(ValueError, match="not UTF-8"): profile(written(tmp_path, "name = 'ü'".encode("latin-1")))
     with pytest.raises(ValueError, match="larger than a profile"): profile(written(tmp_path, "#"*2**21))

@@ -5,6 +5,7 @@ import numpy as np, pytest, soundfile as sf
 from distilltv import reproduce as command
 from distilltv.corpora import load_corpus
 from distilltv.grid import GridRun, _check_apart, code_of, digest, fresh, grid, key, simplex, stamp
+from distilltv.profiles import profile
 from distilltv.runner import Progress, alone, execute, run_stale
 from distilltv.runs import root
 
@@ -176,6 +177,28 @@ def test_command_line(tmp_path, repo):
     assert few.returncode == 2 and "--jobs 0 is too few" in few.stderr
     none = cli("merge", "nothing.yaml", "out", cwd=repo)
     assert none.returncode == 2 and "nothing.yaml" in none.stderr and "Traceback" not in none.stderr
+
+@pytest.mark.parametrize("given, says", [
+    ("--slurm-partition gpu", "--slurm-partition is for jobs of a Slurm cluster: give --slurm too"),
+    ("--slurm-time 3", "--slurm-time is for jobs"), ("--slurm-jobs 3", "--slurm-jobs is for jobs"),
+    ("--slurm --slurm-time -2", "--slurm-time -2.0 is no number to go by"),
+    ("--slurm --slurm-time nan", "--slurm-time nan is no number"), ("--slurm --slurm-jobs -1", "--slurm-jobs -1 is no"),
+    ("--home ~no-such-user/x", "~no-such-user/x: there is no such user's home")])
+def test_an_option_that_would_be_passed_over_or_means_nothing_is_refused(monkeypatch, capsys, given, says):
+    monkeypatch.setattr(command, "_look_first", lambda *_: pytest.fail("began"))
+    with pytest.raises(SystemExit): command.main(["reproduce", *given.split()])
+    assert says in capsys.readouterr().err
+
+def test_folders_of_the_environment_mean_the_same_in_the_kernels(tmp_path, monkeypatch):
+    "Which work in the repository, whatever the working directory of the command."
+    folders = dict.fromkeys(("DISTILLTV_HOME", "DISTILLTV_DATA", "DISTILLTV_DATASETS", "DISTILLTV_SPEECH"), "mine")
+    for name, folder in (folders | dict(DISTILLTV_MUSIC="stream:some/set")).items(): monkeypatch.setenv(name, folder)
+    monkeypatch.chdir(tmp_path)
+    p = profile("hub")
+    command._settle(p)
+    monkeypatch.chdir("/")
+    assert profile("hub") == p and p.audio == dict(speech=str(tmp_path/"mine"), music="stream:some/set")
+    assert all(os.environ[name] == str(tmp_path/"mine") for name in folders)
 
 def test_without_notebooks_it_says_what_to_do(tmp_path):
     "A package installed from a wheel, away from any clone."

@@ -4,7 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import numpy as np, pytest
 from distilltv import runs
-from distilltv.runs import atomic_folder, cached, commit, data_dir, home, root, write_atomic, write_json
+from distilltv.runs import atomic_folder, cached, check_replaceable, data_dir, home, root, write_atomic, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -14,6 +14,16 @@ def write(folder, text="new"):
     with atomic_folder(folder) as t: (t/"distilltv.json").write_text(note(text), encoding="utf-8")
 
 def left(folder): return sorted(f.name for f in folder.iterdir())
+
+@pytest.mark.parametrize("threads", ["abc", "0", "-1", "1.5", "1e3"])
+def test_a_wrong_number_of_threads_is_named(monkeypatch, threads):
+    monkeypatch.setenv("DISTILLTV_THREADS", threads)
+    with pytest.raises(ValueError, match=f"DISTILLTV_THREADS={threads} is not a number of threads"): runs.use_threads()
+
+def test_what_a_killed_run_left_may_be_there_if_it_is_said(tmp_path):
+    for f in ("best.pt", "log.csv"): (tmp_path/f).touch()
+    with pytest.raises(ValueError, match="holds best.pt, log.csv"): check_replaceable(tmp_path)
+    check_replaceable(tmp_path, ("best.pt", "log.csv"))
 
 # --- folders: only what this package wrote is replaced
 
