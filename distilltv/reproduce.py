@@ -164,7 +164,7 @@ def _print_results(out):
     says = json.loads((out/"findings.json").read_text(encoding="utf-8"))
     print(pd.read_csv(out/"table.csv", dtype=str, keep_default_na=False).to_string(index=False), "", *says, "",
           sep="\n")
-    print(f"figure: {shown(out/'tradeoff.png')}")
+    if (out/"tradeoff.png").exists(): print(f"figure: {shown(out/'tradeoff.png')}")
 
 def _stop(*_):
     # kernels watch their parent and end with it; what they had checkpointed stays
