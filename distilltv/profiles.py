@@ -53,6 +53,7 @@ class Profile:
     cache_gb:float = 20.         # disk space that they may take
     licence:str = ""             # of what the profile makes; "": not known, and then none is recorded
     tasks:dict = field(default_factory=dict) # questions of your own: name -> its table, label, group and domain
+    ask:str = "all"              # asked of every encoder: `all` (eight and yours), `own`, `more`, `paper`, names; no result
     slurm:dict = field(default_factory=dict) # stage -> what its job asks for; decides no result
 
     def __post_init__(self):
@@ -83,7 +84,7 @@ _SPECS = dict(
     seed=Integer(0, 2**32-1), loss=Choice("kd", "cl"), accumulate=Integer(1, 10**6), validate_every=Integer(0, 10**9),
     attention=Choice("eager", "sdpa", "flash_attention_2"), compile=Text(),
     log_with=Choice("", "tensorboard", "trackio"), short=Choice("join", "alone"), epoch=Integer(0, 10**9),
-    cache=Choice("", "float32", "float16"), cache_gb=Number(0, 1e9), licence=Text())
+    cache=Choice("", "float32", "float16"), cache_gb=Number(0, 1e9), licence=Text(), ask=Text(empty=False))
 
 def _wrong(p):
     "What is wrong with the values of a profile, each a part of a sentence."
@@ -140,8 +141,9 @@ def _wrong_tasks(p):
     "What is wrong with the questions of a profile."
     if not isinstance(p.tasks, dict): return ["tasks is not a table of questions"]
     wrong = []
+    if p.ask == "own" and not p.tasks: wrong.append("ask = 'own', but it has no question: add one as [tasks.NAME]")
     for name, said in p.tasks.items():
-        if name in ("all", "more", "paper") or isinstance(p.teachers, dict) and name in p.teachers:
+        if name in ("all", "own", "more", "paper") or isinstance(p.teachers, dict) and name in p.teachers:
             wrong.append(f"tasks.{name} has a name that asks for several tasks, as a domain's does: choose another")
         if not _is_word(name):
             wrong.append(f"tasks.{name} is no name for a task: use letters, digits, dashes and underscores")
@@ -179,7 +181,7 @@ _TRAINING = """predict corpus steps batch seconds lr warmup clip weight_decay pr
                validate_every attention compile log_with short epoch cache cache_gb""".split()
 _TABLES = dict(student=dict(init="init", layers="student_layers", width="student_width", heads="student_heads"),
                training={k: k for k in _TRAINING})
-_TOP = ("name", "licence", "teachers", "audio", "student", "training", "tasks", "slurm")
+_TOP = ("name", "licence", "ask", "teachers", "audio", "student", "training", "tasks", "slurm")
 _SHIPPED = resources.files("distilltv")/"shipped"
 
 def profile(name_or_path="mini", # `mini`, `hub`, `paper` or the path of a .toml file; a `Profile` is returned as it is
@@ -215,7 +217,7 @@ def _fields(said, folder):
     _known("", said, _TOP)
     for k in ("name", "teachers"):
         if k not in said: raise ValueError(f"{k} is missing")
-    found = {k: said[k] for k in ("name", "licence", "slurm") if k in said}
+    found = {k: said[k] for k in ("name", "licence", "ask", "slurm") if k in said}
     teachers, audio, tasks = (_table(k, said) for k in ("teachers", "audio", "tasks"))
     found["teachers"] = {d: _placed(_teacher, t, folder) for d, t in teachers.items()}
     found["audio"] = {d: _placed(_audio, a, folder) for d, a in audio.items()}
@@ -264,7 +266,8 @@ def _audio(text, folder):
     return text if not text or text.startswith("mini:") else _here(text, folder)
 
 # %% ../nbs/00a_profiles.ipynb #d0872429
-_NO_RESULT = ("slurm", "cache_gb", "log_with", "tasks")    # tasks decide what is asked of a student, not what it is
+# tasks and ask decide what a student is asked, not what it is
+_NO_RESULT = ("slurm", "cache_gb", "log_with", "tasks", "ask")
 _COMPUTE = "torch torchaudio transformers accelerate datasets soundfile numpy".split()
 
 def record(p:Profile # an experiment

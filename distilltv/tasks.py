@@ -124,13 +124,16 @@ def find_task(name:"str|Task") -> Task:
     "The task of that name."
     if isinstance(name, Task): return name
     if name in TASKS: return TASKS[name]
-    raise ValueError(f"task {name!r} is unknown; use all, more, paper, a domain, or some of {', '.join(TASKS)}")
+    raise ValueError(f"task {name!r} is unknown; use all, own, more, paper, a domain, or some of {', '.join(TASKS)}; "
+                     "a question of your own is known with -p profile FILE")
 
-def task_names(tasks) -> list: # `all`, `more`, `paper`, a domain (its default tasks), names with commas, or a list
-    "The names that are meant."
-    if tasks in ASKED: return [t.name for t in TASKS.values() if t.asked == tasks]
+def task_names(tasks) -> list: # `all`, `own`, `more`, `paper`, a domain, names with commas, or a list
+    "The names that are meant; a domain asks for its default tasks and for those of a profile."
+    if tasks == "own" and not any(t.asked == "own" for t in TASKS.values()):
+        raise ValueError("there is no question of your own; name the profile that has one with -p profile FILE")
+    if tasks in (*ASKED, "own"): return [t.name for t in TASKS.values() if t.asked == tasks]
     if isinstance(tasks, str) and tasks not in TASKS:
-        of_domain = [t.name for t in TASKS.values() if t.domain == tasks and t.asked == "all"]
+        of_domain = [t.name for t in TASKS.values() if t.domain == tasks and t.asked in ("all", "own")]
         if of_domain: return of_domain
     return [find_task(t.strip()).name for t in (tasks.split(",") if isinstance(tasks, str) else tasks)]
 

@@ -336,7 +336,7 @@ def test_an_unknown_encoder_is_named(name):
     with pytest.raises(ValueError, match="no config.json"): Z.open_encoder(name)
 
 def test_unknown_tasks_and_views_are_named():
-    with pytest.raises(ValueError, match="task 'tempo' is unknown; use all, more, paper, a domain, or some of phones"):
+    with pytest.raises(ValueError, match="task 'tempo' is unknown; use all, own, more, paper, a domain, or some of phones"):
         P.probe("logmel", "tempo")
     with pytest.raises(ValueError, match="layer from 0 to 0"): Z.choose_view(Z.LogMel(), "3")
     assert Z.choose_view(Z.LogMel()) == "last"

@@ -116,6 +116,10 @@ WRONG = {  # what is written -> the sentence
         "tasks.all has a name that asks for several tasks",
     "name = 'x'\n[teachers]\na = 'b'\n[tasks.a]\ntable = 'a.csv'\nlabel = 'who'\ngroup = 'day'\ndomain = 'a'":
         "tasks.a has a name that asks for several tasks",
+    "name = 'x'\n[teachers]\na = 'b'\n[tasks.own]\ntable = 'a.csv'\nlabel = 'who'\ngroup = 'day'\ndomain = 'a'":
+        "tasks.own has a name that asks for several tasks",
+    "name = 'x'\nask = 'own'\n[teachers]\na = 'b'": "ask = 'own', but it has no question: add one as .tasks.NAME.",
+    "name = 'x'\nask = 3\n[teachers]\na = 'b'": "ask = 3 is not text",
     "name = 'x'\n[teachers]\na = 'b'\n[slurm.distil]\ngpu = 1": "slurm.distil.gpu is unknown: did you mean gpus",
     "name = 'x'\n[teachers]\na = 'b'\n[slurm.distil]\ngpus = -1": "slurm.distil.gpus = -1 is not a whole number",
 }
@@ -136,9 +140,9 @@ def test_what_is_no_profile_is_a_sentence(tmp_path):
 
 def test_the_record_holds_every_value_but_what_decides_no_result(tmp_path):
     p = profile(written(tmp_path, GOOD))
-    names = {f.name for f in fields(Profile)} - {"slurm", "cache_gb", "log_with", "tasks"}
+    names = {f.name for f in fields(Profile)} - {"slurm", "cache_gb", "log_with", "tasks", "ask"}
     assert set(record(p)) == names | {"versions"} and json.loads(json.dumps(record(p))) == record(p)
-    assert record(replace(p, slurm={}, cache_gb=1., log_with="tensorboard")) == record(p)
+    assert record(replace(p, slurm={}, cache_gb=1., log_with="tensorboard", ask="paper")) == record(p)
     for change in (dict(steps=11), dict(seed=1), dict(predict=(1,)), dict(audio=dict(speech="/x")),
                    dict(precision="bf16"), dict(licence="MIT")):
         assert record(replace(p, **change)) != record(p)

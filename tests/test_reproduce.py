@@ -290,6 +290,15 @@ def test_a_profiles_question_makes_probes_stale_and_no_student(tmp_path):
     student, probe = zip(*seen)
     assert len(set(student)) == 1 and len(set(probe)) == 5
 
+def test_what_a_profile_asks_is_asked_of_every_encoder(tmp_path):
+    def asked(line):
+        text = f'name = "one"\n{line}\n[teachers]\na = "x/y"\n[tasks.high]\n'
+        text += 'table = "t.csv"\nlabel = "what"\ngroup = "who"\ndomain = "a"\n'
+        (tmp_path/"one.toml").write_text(text, encoding="utf-8")
+        return {r.parameters.get("tasks") for r in grid(tmp_path/"one.toml") if r.stage == "probe"}
+    assert asked("") == asked('ask = "all"') == {None}      # as ever, so what was run before stays up to date
+    assert asked('ask = "own"') == {"own"} and asked('ask = "high,pitch"') == {"high,pitch"}
+
 def test_a_student_is_stale_with_what_it_reads_and_nothing_else(tmp_path, monkeypatch):
     for d in ("a", "b", "c", "heard"):
         (tmp_path/d).mkdir()

@@ -481,10 +481,16 @@ def question(tmp_path):
     yield tmp_path
     T.TASKS.pop("high", None)
 
+def test_no_question_of_ones_own_is_a_sentence(monkeypatch):
+    monkeypatch.setattr(T, "TASKS", {n: t for n, t in T.TASKS.items() if t.asked != "own"})
+    with pytest.raises(ValueError, match="no question of your own.*-p profile FILE"): T.task_names("own")
+    with pytest.raises(ValueError, match="task 'kind' is unknown.*own is known with -p profile FILE"): T.find_task("kind")
+
 def test_a_question_of_a_profile(question):
     p = profile(question/"mine.toml")
     assert T.profile_tasks(p) == T.profile_tasks(p) == ["high"]     # entered once, however often
     assert "high" not in T.task_names("all")
+    assert T.task_names("own") == T.task_names("tones") == ["high"]     # a domain asks for its own questions too
     t = T.task_table("high")
     assert t.split.value_counts().to_dict() == dict(train=16, valid=8, test=8)
     assert t.who[0] == "000" and set(t.start) == {0, 8_000}
