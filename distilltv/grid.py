@@ -256,6 +256,7 @@ def fresh(run:GridRun, # the run
 def state(run:GridRun, # the run
           runs:dict,   # id -> run, for those it needs
          ) -> str:
-    "How a run is: `up to date`, `begun` or `to run`."
+    "How a run is: `up to date`, `stale` (done, but with other inputs or other results), `begun` or `to run`."
     if fresh(run, runs): return "up to date"
-    return "begun" if stamp(run) and not stamp(run).get("made") else "to run"
+    if not (s := stamp(run)): return "to run"
+    return "stale" if s.get("made") else "begun"

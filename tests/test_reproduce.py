@@ -3,7 +3,7 @@ import json, os, shutil, signal, subprocess, sys, time
 from pathlib import Path
 import pytest
 from distilltv import reproduce as command
-from distilltv.grid import GridRun, code_of, digest, fresh, grid, key, simplex, stamp
+from distilltv.grid import GridRun, code_of, digest, fresh, grid, key, simplex, stamp, state
 from distilltv.runner import Progress, alone, run_stale
 from distilltv.runs import root
 
@@ -71,6 +71,10 @@ def test_only_the_stale_runs(repo):
 
     began = time.time()
     assert run_stale(small()) == {} and ran(repo) == []
+    def states(xs): return {r.name: state(r, {c.id: c for c in small(xs)}) for r in small(xs)}
+    assert states((1, 2)) == dict.fromkeys(("m0", "m1", "s0", "s1", "t"), "up to date")
+    assert states((1, 3, 5)) == dict(m0="up to date", s0="up to date", m1="stale", s1="up to date", m2="to run",
+                                     s2="to run", t="stale")
     assert time.time()-began < 1
 
     run_stale(small((1, 3)))                                  # a parameter
@@ -436,3 +440,22 @@ def test_time_left_of_a_distillation_by_its_own_steps(tmp_path, monkeypatch):
     log(2)
     assert p.time_left() < p.expected[student.id] + 5*300 < 300/2*1000
     p.close()
+
+# --- the command's output
+
+def test_status_names_four_of_a_stage_or_all(monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("DISTILLTV_HOME", str(tmp_path))
+    monkeypatch.setattr(command, "state", lambda *_: "stale")
+    def merges(*more):
+        assert command.main(["status", *more]) == 0
+        return next(line for line in capsys.readouterr().out.splitlines() if line.startswith("merge"))
+    assert merges().count("(stale)") == 4 and merges().endswith(" …")
+    assert merges("--all").count("(stale)") == 11 and "…" not in merges("--all")
+
+def test_a_reader_that_goes_away_ends_the_command_quietly(tmp_path):
+    read, write = os.pipe()
+    os.close(read)
+    code = f"import sys; from distilltv.reproduce import main; sys.exit(main(['new', {str(tmp_path/'mine.toml')!r}]))"
+    done = subprocess.run([sys.executable, "-c", code], stdout=write, stderr=subprocess.PIPE, text=True, cwd=root())
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")
