@@ -92,10 +92,11 @@ def _wrong(p):
     if not (isinstance(p.name, str) and re.fullmatch(r"\w[\w.-]{0,99}", p.name)):
         wrong.append(f"name = {p.name!r} cannot be a folder's name: use letters, digits, dots, dashes and underscores")
     wrong += _wrong_domains(p) + _wrong_tasks(p) + _wrong_slurm(p.slurm)
-    wrong += [f"{n} = {getattr(p, n)!r} is not {s}" for n, s in _SPECS.items() if not s.ok(getattr(p, n))]
+    wrong += [f"{n.replace('student_', 'student.')} = {getattr(p, n)!r} is not {s}" for n, s in _SPECS.items()
+              if not s.ok(getattr(p, n))]
     layers = p.predict if isinstance(p.predict, tuple) else ()
     if not layers or not all(map(Integer(1, 1000).ok, layers)) or sorted(set(layers)) != list(layers):
-        wrong.append(f"predict = {p.predict!r} is not a list of teacher layers, counted from 1, in rising order, "
+        wrong.append(f"predict = {list(layers) or p.predict!r} is not a list of teacher layers, counted from 1, in rising order, "
                      "such as [4, 8, 12]")
     if not wrong and p.student_heads and p.student_width % p.student_heads:
         wrong.append(f"width = {p.student_width} cannot be shared by heads = {p.student_heads}: use a multiple of it")
@@ -193,7 +194,9 @@ def profile(name_or_path="mini", # `mini`, `hub`, `paper` or the path of a .toml
         with resources.as_file(_SHIPPED/f"{name}.toml") as path: return _read(path, Path.cwd())
     path = Path(name).expanduser()
     if path.suffix.lower() != ".toml":
-        raise ValueError(f"profile {name!r} is unknown; use one of {', '.join(SHIPPED)}, or the path of a .toml file")
+        file = f": did you mean {name}.toml?" if Path(f"{path}.toml").is_file() else ""
+        raise ValueError(f"profile {name!r} is unknown"
+                         + (file or f"; use one of {', '.join(SHIPPED)}, or the path of a .toml file"))
     if not path.is_file():
         raise ValueError(f"profile {name} is not a file: check the path, or write one with `distilltv new {name}`")
     p = _read(path, path.absolute().parent)

@@ -78,8 +78,9 @@ class Task:
                              f"cannot be kept within a split; give each row its {self.group}, or one of its own")
         astray = df.groupby(self.group).split.nunique().pipe(lambda n: n[n > 1])
         if len(astray):
-            raise ValueError(f"{name}: {self.group} {astray.index[0]!r} is in more than one split "
-                             f"(as are {len(astray)-1} others); split by {self.group}")
+            others = f", as are {len(astray)-1} others" if len(astray) > 1 else ""
+            raise ValueError(f"{name}: {astray.index[0]!r} (column {self.group}) is in several splits{others}: "
+                             "put each into one")
         df["usable"] = self.answer.usable(df.label, df.label[df.split == "train"])
         poor = [s for s, d in df.groupby("split") if not d.usable.any()]
         if poor:
@@ -242,7 +243,7 @@ def _read_csv(path, where):
     try:
         with open(path, newline="", encoding="utf-8-sig") as f: rows = list(enumerate(csv.reader(f, strict=True), 1))
     except UnicodeDecodeError: raise TableError(f"{where} is not UTF-8 text; save it as UTF-8") from None
-    except csv.Error as e: raise TableError(f"{where} is not a table ({e}); write it again") from None
+    except csv.Error as e: raise TableError(f"{where} is not a table ({e}); separate columns by commas and write it again") from None
     except OSError as e: raise TableError(f"{where} cannot be read ({e.strerror}); check its permissions") from None
     rows = [(i, r) for i, r in rows if r]
     if len(rows) < 2: raise TableError(f"{where} has no rows below the names of its columns; write it again")

@@ -100,6 +100,8 @@ WRONG = {  # what is written -> the sentence
     "name = 'x'\n[teachers]\na = 'b'\n[training]\nlr = nan": "lr = nan is not a number",
     "name = 'x'\n[teachers]\na = 'b'\n[training]\nlr = inf": "lr = inf is not a number",
     "name = 'x'\n[teachers]\na = 'b'\n[training]\nwarmup = 7": "warmup = 7.0 is not a number in .0, 1.",
+    "name = 'x'\n[teachers]\na = 'b'\n[student]\nlayers = 0": "student.layers = 0 is not a whole number",
+    "name = 'x'\n[teachers]\na = 'b'\n[training]\npredict = [0, 4]": r"predict = \[0, 4\] is not a list",
     "name = 'x'\n[teachers]\na = 'b'\n[training]\npredict = []": "predict = .. is not a list of teacher layers",
     "name = 'x'\n[teachers]\na = 'b'\n[training]\npredict = [8, 4]": "in rising order",
     "name = 'x'\n[teachers]\na = 'b'\n[training]\nprecision = 'fp8'":
@@ -134,6 +136,8 @@ def test_what_is_no_profile_is_a_sentence(tmp_path):
                        (tmp_path/"no.toml", "is not a file.*`distilltv new .*no.toml`"),
                        (tmp_path, "the path of a .toml file")):
         with pytest.raises(ValueError, match=says): profile(name)
+    written(tmp_path, GOOD)
+    with pytest.raises(ValueError, match="mine' is unknown: did you mean .*mine.toml\\?$"): profile(tmp_path/"mine")
     with pytest.raises(ValueError, match="not UTF-8"): profile(written(tmp_path, "name = 'ü'".encode("latin-1")))
     with pytest.raises(ValueError, match="larger than a profile"): profile(written(tmp_path, "#"*2**21))
     with pytest.raises(ValueError, match="seed = -1"): replace(profile(), seed=-1)

@@ -507,7 +507,7 @@ def test_a_question_of_a_profile(question):
     (lambda d: d.assign(file="no.wav"), "names no.wav, which is not there"),
     (lambda d: d.assign(end="soon"), "no number of seconds"),
     (lambda d: d.assign(end="7"), "row 2 of .*, 0.wav, is empty or ends after its recording"),
-    (lambda d: d.assign(who="a"), "who 'a' is in more than one split"),
+    (lambda d: d.assign(who="a"), "'a' .column who. is in several splits: put each into one"),
     (lambda d: d[d.split != "dev"], "the valid split of table table.csv is empty"),
     (None, "there is no table .*table.csv; correct tasks.high.table")])
 def test_a_question_that_cannot_be_asked_is_a_sentence(question, change, says):
@@ -548,6 +548,7 @@ def test_a_cell_that_is_wrong_is_named_by_row_and_column(question, change, says)
     test_a_question_that_cannot_be_asked_is_a_sentence(question, change, says)
 
 @pytest.mark.parametrize("change, says", [
+    (lambda b: b.replace(b",", b'";"').replace(b"file", b'"file'), "is not a table.*separate columns by commas"),
     (lambda b: b.replace(b",", b";"), "has one column, file;split;what;who;start;end; separate columns by commas"),
     (lambda b: b.replace(b"who", b"what", 1), "has two columns what"),
     (lambda b: b + b"1.wav,train,low\n", "row 34 of .* has 3 cells, but there are 6 columns"),
