@@ -60,6 +60,8 @@ def _open(path, data=None):
         if info.format == "MP3": info.frames = _counted(path, data, info.frames)
     except sf.LibsndfileError as e:
         if cut: raise AudioError(path, _TRUNCATED) from None
+        if e.error_string.startswith("File does not exist"):    # it does, so it is not what the decoder looks for
+            raise AudioError(path, "is damaged or not what its name says: fetch it again or leave it out") from None
         raise AudioError(path, f"cannot be read as audio ({e.error_string.rstrip('.')}): convert it, "
                                "for example `ffmpeg -i IN -ar 16000 -ac 1 OUT.flac`") from None
     except OSError as e:

@@ -6,9 +6,10 @@
 __all__ = ['RATE', 'operations', 'gpu_time', 'Check', 'check_profile']
 
 # %% ../nbs/01a_check.ipynb #e5d9301f
-import warnings
+import difflib, warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import HubertModel, PreTrainedConfig
@@ -16,11 +17,13 @@ from .audio import SAMPLE_RATE
 from .corpora import load_corpus
 from .encoders import FAMILIES, Heads, load_encoder, student_config
 from .objective import check_length, check_teachers
-from .profiles import profile as get_profile
+from .profiles import SHIPPED, profile as get_profile
 from .scale import Stream
 from .students import listens_to, taught_by
-from .tasks import table_task
+from .tasks import profile_tasks, table_task, task_names
 from .training import check_training, needs_gpu
+from . import mini, published     # they enter their tasks
+
 
 # %% ../nbs/01a_check.ipynb #02304f8e
 RATE = 1.05e14    # operations a second in the paper's step on one H100, as measured (`data/mini/results/gpu.json`)
@@ -61,12 +64,18 @@ class Check:
         verdict = [f"  - {w}" for w in self.wrong] if self.wrong else ["  nothing"]
         return "\n".join([*self.lines, "wrong", *verdict])
 
-def _teachers(p, check):
+def _no_folder(path, p, folder):
+    "What to add of a teacher that is not found, where one's own file writes it like a hub name."
+    if Path(path).is_absolute() or p.name in SHIPPED: return ""
+    return f" (there is no folder {folder/path}; a folder is written ./{path})"
+
+def _teachers(p, check, folder):
     "Open the teachers, each up to the highest layer that is predicted; those that can be opened, by domain."
     opened = {}
     check.lines.append("teachers")
     for d, path in p.teachers.items():
-        with check.noting(f"the teacher of {d} cannot be opened: "): opened[d] = load_encoder(path)
+        with check.noting(f"the teacher of {d} cannot be opened{_no_folder(path, p, folder)}: "):
+            opened[d] = load_encoder(path)
         if d not in opened: continue
         whole, c = opened[d], opened[d].config
         size = sum(t.numel() for t in whole.parameters())
@@ -77,6 +86,10 @@ def _teachers(p, check):
         except ValueError as e:
             check.wrong.append(str(e))
             del opened[d]
+    depths = {d: t.config.num_hidden_layers for d, t in opened.items()}
+    if len(set(depths.values())) > 1:
+        check.lines.append(f"  layers {', '.join(map(str, p.predict))} are predicted of each, of "
+                           f"{', '.join(f'{n} ({d})' for d, n in depths.items())}")
     return opened
 
 def _audio(p, check):
@@ -107,10 +120,16 @@ def _held(domain, name, p, check):
     if not split["valid"]:
         check.wrong.append(f"{name} has no validation audio, so no loss on held-out {domain} is measured: "
                            "put some files below a folder named dev or valid")
-    hours = ", ".join(f"{sum(n)/SAMPLE_RATE/3600:.2f} h {s}" for s, n in split.items())
+    held = ", ".join(f"{_time(sum(n)/SAMPLE_RATE)} {s}" for s, n in split.items())
     short = sum(n < p.seconds*SAMPLE_RATE for n in split["train"])
-    text = f"{hours}; {short} of {len(split['train'])} recordings are shorter than a crop"
+    text = f"{held}; {short} of {len(split['train'])} training recordings are shorter than a crop"
     return "; ".join([text, *(str(w.message) for w in told if issubclass(w.category, UserWarning))])
+
+def _time(seconds):
+    "Such as `2.50 h`, `2.3 min` or `4.5 s`; `none` where there is no audio."
+    if not seconds: return "none"
+    if seconds >= 360: return f"{seconds/3600:.2f} h"
+    return f"{seconds/60:.1f} min" if seconds >= 60 else f"{seconds:.1f} s"
 
 def _student(p, opened, check):
     "The student's configuration, if its teacher can be opened and it can be built."
@@ -157,13 +176,25 @@ def _cut(config, layers):
     return type(config)(**config.to_dict() | dict(num_hidden_layers=min(layers, config.num_hidden_layers)))
 
 def _tasks(p, check):
-    "The profile's own questions, each with its items by split."
+    "What is asked, and the profile's own questions, each with its items by split."
+    with check.noting():
+        if p.ask != "all":
+            profile_tasks(p)
+            check.lines.append(f"  asked of each: {', '.join(task_names(p.ask))}")
     for name, said in p.tasks.items():
         with check.noting():
             t = table_task(name, **said).split()
             items = ", ".join(f"{(t.usable & (t.split == s)).sum():,} {s}" for s in ("train", "valid", "test"))
-            check.lines.append(f"  beside the default tasks {name} ({said['domain']}): {t.label.nunique()} classes, "
-                               f"{items} items")
+            classes = t.label[t.label != ""].nunique()
+            check.lines.append(f"  {'beside the default tasks ' if p.ask == 'all' else ''}{name} ({said['domain']}"
+                               f"{_misspelt(said['domain'], p.domains)}): {classes} classes, {items} items")
+
+def _misspelt(domain, domains):
+    "What to note of a question's domain that no teacher and no default task has."
+    known = [*domains, "speech", "music", "sound", "mixed"]
+    if domain in known: return ""
+    close = difflib.get_close_matches(domain.lower(), known, 1)
+    return f", no domain of the profile{f': did you mean {close[0]}?' if close else ''}"
 
 def check_profile(profile # a profile, its name or its file
                  ) -> Check:
@@ -172,7 +203,8 @@ def check_profile(profile # a profile, its name or its file
     with check.noting(): p = get_profile(profile)
     if check.wrong: return check
     check.lines.append(f"profile {p.name}, runs in {p.folder}")
-    with torch.random.fork_rng(devices=[]): opened = _teachers(p, check)
+    folder = Path(profile).expanduser().absolute().parent if isinstance(profile, (str, Path)) else Path.cwd()
+    with torch.random.fork_rng(devices=[]): opened = _teachers(p, check, folder)
     _audio(p, check)
     _budget(p, opened, _student(p, opened, check), check)
     _tasks(p, check)

@@ -320,8 +320,9 @@ def _segments(name, split, state):
     rows, refused = _rows(name)
     rows = [r for r in rows if r["split"] == split]
     if not rows:
-        raise ValueError(f"corpus {name!r} has no {split} audio: a file's split comes from the folders above it "
-                         "(train, dev or valid, test)")
+        lacks = dict(train="training audio: all of it lies below folders that are for validation or test",
+                     valid="validation audio: put some files below a folder named dev or valid")
+        raise ValueError(f"corpus {name!r} has no {lacks.get(split, f'{split} audio')}")
     return Segments(rows, refused)
 
 # %% ../nbs/00_corpora.ipynb #0c000002

@@ -6,7 +6,7 @@
 __all__ = ['base_of', 'crops_of', 'validation_crops', 'validate', 'distil', 'load_heads', 'main']
 
 # %% ../nbs/02_distill.ipynb #bf474f44
-import argparse, json, sys
+import argparse, json, os, sys
 from dataclasses import replace
 from pathlib import Path
 import pandas as pd, torch
@@ -187,6 +187,10 @@ def main(args:list=None # arguments; default those of the command line
         p = with_settings(get_profile(o.profile), o.set)
         folder, _ = distil(p, o.teacher or p.domains[0], o.corpus, o.steps, o.seed, o.out)
     except (ValueError, OSError, FloatingPointError) as e: a.error(str(e))
+    except KeyboardInterrupt:
+        if os.environ.get("RANK", "0") == "0":
+            print("\n\nstopped; the same command continues from here", file=sys.stderr, flush=True)
+        sys.exit(130)
     if processes().is_main_process: print(folder)
 
 if __name__ == "__main__" and "__file__" in globals(): main()

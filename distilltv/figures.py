@@ -34,26 +34,32 @@ def how_made(scores,        # from `gather`
 # %% ../nbs/05b_figures.ipynb #66cb2df7
 def plot_tradeoff(draws,     # from `with_means`
                   scores,    # from `gather`
-                  pages=None # encoder -> address that its mark leads to, where the figure is an SVG
+                  pages=None, # encoder -> address that its mark leads to, where the figure is an SVG
+                  domains=() # the profile's, which come first; none: the tasks' domains
                  ):
     """The means of two domains against each other: the λ curve with 95 % intervals, and all other encoders as marks.
-    Merges of three domains have a triangle instead."""
-    if len(shares(scores).columns) == 3: return plot_simplex(draws, scores)
+    Merges of three domains have a triangle instead. `None` where no encoder has the means of two domains."""
+    every = _domains(scores, domains)
+    two = [d for d in every if f"{d} mean" in draws][:2]
+    if len(shares(scores).columns) == 3 and two: return plot_simplex(draws, scores)
+    if len(two) < 2: return None
     style()
-    i, info, domains = interval(draws), scores.drop_duplicates("encoder").set_index("encoder"), _two(scores)
-    x, y = (_means(i, d) for d in domains)
-    fig, (ax, near) = plt.subplots(1, 2, figsize=(9, 4.9))
+    i, info = interval(draws), scores.drop_duplicates("encoder").set_index("encoder")
+    x, y = (_means(i, d) for d in two)
     shown = [e for e in order(scores) if e in x.index and e in y.index]
+    if not shown: return None
+    fig, (ax, near) = plt.subplots(1, 2, figsize=(9, 4.9))
     for a in (ax, near):
-        for e in shown: _mark(a, e, x, y, info, domains)
+        for e in shown: _mark(a, e, x, y, info, every)
         if pages:    # what a pointer meets
             links = a.scatter(x.estimate[shown], y.estimate[shown], s=150, alpha=0, zorder=9)
             links.set_urls([pages.get(e) for e in shown])
         for (corpus, method), d in sweeps(scores).items():
             on = [e for e in d.encoder if e in shown]
+            if not on: continue
             a.plot(x.estimate[on], y.estimate[on], color=COLOUR["merged"], lw=1.6, zorder=2,
-                   label=f"{method} merge, λ from 0 to 1")
-        a.set(xlabel=f"{domains[0]} mean (accuracy, %)", ylabel=f"{domains[1]} mean (accuracy, %)")
+                   label=f"{method} merge, {_lams(info.lam[on])}")
+        a.set(xlabel=f"{two[0]} mean (accuracy, %)", ylabel=f"{two[1]} mean (accuracy, %)")
     made = [e for e in shown if info.role[e] in ("merged", "endpoint", "ensemble", "base")]
     _zoom(ax, near, x.estimate[made], y.estimate[made])
     fig.legend(*ax.get_legend_handles_labels(), frameon=False, fontsize=9, loc="lower center", ncols=4)
@@ -77,7 +83,12 @@ def label_sweep(ax, # whose limits are set
         ax.annotate(name, (np.asarray(x)[i], np.asarray(y)[i]), xytext=aside, textcoords="offset points", ha="center",
                     va="center", fontsize=9, color=COLOUR["merged"], zorder=4)
 
-def _two(scores): return (domains_of(scores) + ["speech", "music"])[:2]
+def _domains(scores, domains): return list(dict.fromkeys([*domains, *domains_of(scores)]))
+
+def _lams(lams):
+    "The λ of a curve in words: each of a few, else the first and the last."
+    if len(lams) > 3: return f"λ from {lams.iloc[0]:.2g} to {lams.iloc[-1]:.2g}"
+    return "λ = " + ", ".join(f"{lam:.2g}" for lam in lams)
 
 def _means(i, domain):
     "Intervals of a domain's means in percent, one row for each encoder."
@@ -146,8 +157,9 @@ def plot_simplex(draws, # from `with_means`
     return fig
 
 # %% ../nbs/05b_figures.ipynb #db1f6eef
-def plot_tasks(draws, # from `with_means`
-               scores # from `gather`
+def plot_tasks(draws,     # from `with_means`
+               scores,    # from `gather`
+               domains=() # the profile's, for their colours
               ):
     "Each task over λ, with 95 % band, and the ensemble, teachers, θ₀ and log-mel as lines."
     style()
@@ -155,7 +167,7 @@ def plot_tasks(draws, # from `with_means`
     tasks = [t for t in task_order(scores) if t in draws.columns.unique(0)]
     fig, axes = plt.subplots(-(-len(tasks)//4), 4, figsize=(11, 2.7*-(-len(tasks)//4)), sharex=True, squeeze=False)
     for ax, t in zip(axes.flat, tasks):
-        _over_lam(ax, i.loc[t], scores, info)
+        _over_lam(ax, i.loc[t], scores, info, _domains(scores, domains))
         m = metrics(scores)[t]
         what = ("accuracy" if m.startswith("accuracy") else m) + (", % (less is better)" if m in LOWER else ", %")
         ax.set(title=f"{t} ({scores.domain[scores.task == t].iloc[0]})", ylabel=what)
@@ -166,7 +178,7 @@ def plot_tasks(draws, # from `with_means`
     fig.tight_layout(rect=(0, .05, 1, 1))
     return fig
 
-def _over_lam(ax, r, scores, info):
+def _over_lam(ax, r, scores, info, domains):
     "One task over λ, and the encoders that have no λ as lines."
     for d in sweeps(scores).values():
         on = d[d.encoder.isin(r.index)]
@@ -175,7 +187,7 @@ def _over_lam(ax, r, scores, info):
     for e in order(scores):
         if e not in r.index or info.role[e] not in ("ensemble", "teacher", "base", "logmel"): continue
         dash = dict(teacher=":", logmel="--").get(info.role[e], "-")
-        ax.axhline(r.estimate[e], color=_colour(e, info, domains_of(scores)), lw=1.2, ls=dash, label=label_of(e, info))
+        ax.axhline(r.estimate[e], color=_colour(e, info, domains), lw=1.2, ls=dash, label=label_of(e, info))
 
 # %% ../nbs/05b_figures.ipynb #c31f12a7
 def plot_differences(tests # from `paired_tests`
@@ -202,7 +214,8 @@ def plot_differences(tests # from `paired_tests`
 # %% ../nbs/05b_figures.ipynb #32dc3e52
 _LINES = ("-", "--", ":", "-.")
 
-def plot_learning(curves # from `learning`
+def plot_learning(curves,    # from `learning`
+                  domains=() # the profile's, for their colours
                  ):
     "A panel for each student of the first distillation seed: its loss against each teacher layer, over the steps."
     style()
@@ -210,7 +223,7 @@ def plot_learning(curves # from `learning`
     by_student = first.groupby(["corpus", "student"])
     students = sorted(by_student, key=lambda k: (k[0][0], k[0][1].startswith("ensemble"), k[0][1]))
     teachers, layers = list(dict.fromkeys(first.teacher)), sorted(set(first.layer), reverse=True)
-    colours = domain_colours(teachers)
+    colours = domain_colours(list(dict.fromkeys([*domains, *teachers])))
     fig, axes = plt.subplots(1, max(1, len(students)), figsize=(11, 3.8), sharey=True, squeeze=False)
     for ax, ((corpus, s), own) in zip(axes[0], students):
         for (teacher, layer), d in own.groupby(["teacher", "layer"]):

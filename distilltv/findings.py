@@ -254,26 +254,27 @@ def _ensemble_claim(ev, es):
 # %% ../nbs/05d_findings.ipynb #4cdf8158
 def report(profile="mini", # name or path of a profile, or a folder that `gather` reads
            out=None        # folder to write to; default runs/<profile>/results
-          ) -> Path:       # the trade-off figure
-    "Write scores, table, tests, figures, captions, findings and claims."
+          ) -> Path:       # the trade-off figure, which is there if two domains have a mean
+    "Write scores, table, tests, figures, captions and findings; for speech and music the paper's numbers and claims."
     name = str(profile)
     p = get_profile(profile) if name in SHIPPED or name.endswith(".toml") else None
     where = find_source(profile) if p else Path(profile)
     out = Path(out or (p.folder if p else where)/"results")
     scores, hits = gather(where)
-    draws, each, domains = with_means(bootstrap(hits), scores), by_seed(hits, scores), p.domains if p else None
+    draws, each, domains = with_means(bootstrap(hits), scores), by_seed(hits, scores), p.domains if p else ()
+    of_paper = not p or set(domains) == {"speech", "music"}
     tests, curves = paired_tests(hits, draws, scores, each=each), learning(where)
     save(out, scores, hits)
-    tables = dict(table=table(draws, scores).reset_index(), tests=tests, paper=paper_table(draws, scores),
-                  code=code_table(), learning=curves)
+    tables = dict(table=table(draws, scores).reset_index(), tests=tests, learning=curves)
+    if of_paper: tables |= dict(paper=paper_table(draws, scores), code=code_table())
     for kind, df in tables.items():
         if not len(df): continue
         with write_atomic(out/f"{kind}.csv") as tmp: df.to_csv(tmp, index=False, encoding="utf-8")
-    _figures(out, draws, scores, tests, curves, name if p else "mini")
+    _figures(out, draws, scores, tests, curves, name if p else "mini", domains)
     lacking = missing(scores, students=len(domains)) if domains else missing(scores)
     write_json(out/"findings.json",
                findings(draws, scores, tests, each, domains) + [f"Not here yet: {m}." for m in lacking])
-    write_json(out/"claims.json", claims(draws, scores, each, domains))
+    if of_paper: write_json(out/"claims.json", claims(draws, scores, each, domains))
     return out/"tradeoff.png"
 
 # %% ../nbs/05d_findings.ipynb #fef0a164
@@ -283,11 +284,14 @@ _CAPTIONS = dict(tradeoff="Mean accuracy on the tasks of one domain against the 
                  differences="Merged minus ensemble on the same items; filled: significant at q = .05 "
                              "(Benjamini–Hochberg), with the same sign for each distillation seed.")
 
-def _figures(out, draws, scores, tests, curves, profile):
-    "Each figure as SVG and PNG, and what stands below it."
-    figures = dict(tradeoff=plot_tradeoff(draws, scores), tasks=plot_tasks(draws, scores),
+def _figures(out, draws, scores, tests, curves, profile, domains):
+    "Each figure as SVG and PNG, and what stands below it; a trade-off of earlier scores goes where there is none now."
+    figures = dict(tradeoff=plot_tradeoff(draws, scores, domains=domains), tasks=plot_tasks(draws, scores, domains),
                    differences=plot_differences(tests))
-    if len(curves): figures["learning"] = plot_learning(curves)
+    if len(curves): figures["learning"] = plot_learning(curves, domains)
+    if not figures["tradeoff"]:
+        del figures["tradeoff"]
+        for kind in ("svg", "png"): (out/f"tradeoff.{kind}").unlink(missing_ok=True)
     for name, fig in figures.items():
         for kind in ("svg", "png"):
             date = dict(Date=None) if kind == "svg" else None

@@ -118,8 +118,9 @@ def open_encoder(name:str,            # a model folder, a hub name, `logmel`, `r
         raise ValueError(f"encoder {name!r}: profile {profile} has no θ₀ in {where} yet; run nbs/02_distill.ipynb with "
                          "that profile, which makes it")
     if not (where/"config.json").exists() and (where.exists() or where.is_absolute() or len(where.parts) != 2):
+        teachers = " or ".join(f"teacher-{d}" for d in get_profile(profile).teachers)
         raise ValueError(f"encoder {name!r}: no config.json in {where}; "
-                         "give a model folder, a hub name, logmel, random, base or teacher-DOMAIN")
+                         f"give a model folder, a hub name, logmel, random, base, {teachers}")
     if name == "random":
         return _described(check_encoder(Transformer(random_student(AutoConfig.from_pretrained(where), seed))),
                           name=f"random-{seed}" if seed else "random", role="random")

@@ -128,9 +128,10 @@ def _merges(p, c, seed, common, lams):
 def _probes(p, c, distil, merge, common):
     "Probes of the references, the teachers, the students and the merges."
     data = ("{data}/speech", "{data}/music", *(f"task:{t}" for t in p.tasks))
+    asked = dict(common, tasks=p.ask) if p.ask != "all" else common
     def probe(name, encoder, needs=(), inputs=()):
         out = f"{p.name}/probes/{name}"
-        return GridRun("probe", name, "04_probe.ipynb", dict(common, encoder=encoder, out=f"{{home}}/{out}"), out,
+        return GridRun("probe", name, "04_probe.ipynb", dict(asked, encoder=encoder, out=f"{{home}}/{out}"), out,
                        needs, (*data, *inputs))
     start = () if _base(p) else (distil[0].id,)    # a θ₀ that does not ship is made by the first distillation
     runs = [probe("logmel", "logmel"), *(probe(n, n, start, _base(p)) for n in ("random", "base"))]
@@ -289,6 +290,7 @@ def fresh(run:GridRun, # the run
 def state(run:GridRun, # the run
           runs:dict,   # id -> run, for those it needs
          ) -> str:
-    "How a run is: `up to date`, `begun` or `to run`."
+    "How a run is: `up to date`, `stale` (done, but with other inputs or other results), `begun` or `to run`."
     if fresh(run, runs): return "up to date"
-    return "begun" if stamp(run) and not stamp(run).get("made") else "to run"
+    if not (s := stamp(run)): return "to run"
+    return "stale" if s.get("made") else "begun"

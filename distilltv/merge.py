@@ -91,7 +91,13 @@ class TaskVector(Combination):
                ) -> "TaskVector": # of the origin that both share
         "The difference `model - base` (paper, section 2.2); a `ValueError` unless `model` records `base` as its θ₀."
         base = as_student(base)
-        return as_student(model, base.origin if trust else None) - base
+        model = as_student(model, base.origin if trust else None)
+        c = next(iter(model.terms))
+        if len(model.terms) == 1 and "base_hash" not in c.record and model.origin != base.origin:
+            raise ValueError(f"no base_hash is recorded in distilltv.json of {c}, so its θ₀ is not known and it is no "
+                             f"student made by distilltv; distil it first, or give trust=True if it was trained from "
+                             f"{base}")
+        return model - base
 
     def __add__(self, other):
         if isinstance(other, TaskVector): return self._plus(other, 1, TaskVector)
@@ -106,6 +112,9 @@ class TaskVector(Combination):
         return TaskVector({c: {n: w*k[n] for n, w in ws.items()} for c, ws in self.terms.items()}, self.origin)
     def __truediv__(self, k): return self * (1/finite(k, "the divisor"))
     def __neg__(self): return self * -1
+    def __getattr__(self, name):
+        if not hasattr(Student, name): raise AttributeError(f"a task vector has no {name}")
+        raise AttributeError(f"a task vector is no model and has no {name}: add it to a base, as in base + vector")
     __rmul__ = __mul__         # `lam * speech`
     __array_ufunc__ = None     # an array times a vector is a list over depth, not an array of vectors
 

@@ -65,7 +65,7 @@ COLUMNS = ("encoder role lam weights method corpus distil_seed steps taught_by s
            "layer metric score n_test valid lr weights_hash data_hash seconds peak_mb commit versions status").split()
 
 def probe(encoder,                   # an encoder, or a name for `open_encoder`; several in a list
-          tasks="all",               # `all` (the default eight), `more`, `paper`, names with commas, or a list of any
+          tasks="all",               # `all` (the default eight), `own`, `more`, `paper`, a domain, names, or a list
           seeds:int=3,               # number of probe seeds
           view:str="default",        # see `choose_view`
           seed:int=0,                # first probe seed

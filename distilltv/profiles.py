@@ -56,6 +56,7 @@ class Profile:
     cache_gb:float = 20.         # disk space that they may take
     licence:str = ""             # of what the profile makes; "": not known, and then none is recorded
     tasks:dict = field(default_factory=dict) # questions of your own: name -> its table, label, group and domain
+    ask:str = "all"              # asked of every encoder: `all` (eight and yours), `own`, `more`, `paper`, names; no result
     slurm:dict = field(default_factory=dict) # stage -> what its job asks for; decides no result
 
     def __post_init__(self):
@@ -86,7 +87,7 @@ _SPECS = dict(
     seed=Integer(0, 2**32-1), loss=Choice("kd", "cl"), accumulate=Integer(1, 10**6), validate_every=Integer(0, 10**9),
     attention=Choice("eager", "sdpa", "flash_attention_2"), compile=Text(),
     log_with=Choice("", "tensorboard", "trackio"), short=Choice("join", "alone"), epoch=Integer(0, 10**9),
-    cache=Choice("", "float32", "float16"), cache_gb=Number(0, 1e9), licence=Text())
+    cache=Choice("", "float32", "float16"), cache_gb=Number(0, 1e9), licence=Text(), ask=Text(empty=False))
 
 def _wrong(p):
     "What is wrong with the values of a profile, each a part of a sentence."
@@ -94,10 +95,11 @@ def _wrong(p):
     if not (isinstance(p.name, str) and re.fullmatch(r"\w[\w.-]{0,99}", p.name)):
         wrong.append(f"name = {p.name!r} cannot be a folder's name: use letters, digits, dots, dashes and underscores")
     wrong += _wrong_domains(p) + _wrong_tasks(p) + _wrong_slurm(p.slurm)
-    wrong += [f"{n} = {getattr(p, n)!r} is not {s}" for n, s in _SPECS.items() if not s.ok(getattr(p, n))]
+    wrong += [f"{n.replace('student_', 'student.')} = {getattr(p, n)!r} is not {s}" for n, s in _SPECS.items()
+              if not s.ok(getattr(p, n))]
     layers = p.predict if isinstance(p.predict, tuple) else ()
     if not layers or not all(map(Integer(1, 1000).ok, layers)) or sorted(set(layers)) != list(layers):
-        wrong.append(f"predict = {p.predict!r} is not a list of teacher layers, counted from 1, in rising order, "
+        wrong.append(f"predict = {list(layers) or p.predict!r} is not a list of teacher layers, counted from 1, in rising order, "
                      "such as [4, 8, 12]")
     if not wrong and p.student_heads and p.student_width % p.student_heads:
         wrong.append(f"width = {p.student_width} cannot be shared by heads = {p.student_heads}: use a multiple of it")
@@ -144,8 +146,9 @@ def _wrong_tasks(p):
     "What is wrong with the questions of a profile."
     if not isinstance(p.tasks, dict): return ["tasks is not a table of questions"]
     wrong = []
+    if p.ask == "own" and not p.tasks: wrong.append("ask = 'own', but it has no question: add one as [tasks.NAME]")
     for name, said in p.tasks.items():
-        if name in ("all", "more", "paper") or isinstance(p.teachers, dict) and name in p.teachers:
+        if name in ("all", "own", "more", "paper") or isinstance(p.teachers, dict) and name in p.teachers:
             wrong.append(f"tasks.{name} has a name that asks for several tasks, as a domain's does: choose another")
         if not _is_word(name):
             wrong.append(f"tasks.{name} is no name for a task: use letters, digits, dashes and underscores")
@@ -183,7 +186,7 @@ _TRAINING = """predict corpus steps batch seconds lr warmup clip weight_decay pr
                validate_every attention compile log_with short epoch cache cache_gb""".split()
 _TABLES = dict(student=dict(init="init", layers="student_layers", width="student_width", heads="student_heads"),
                training={k: k for k in _TRAINING})
-_TOP = ("name", "licence", "teachers", "audio", "student", "training", "tasks", "slurm")
+_TOP = ("name", "licence", "ask", "teachers", "audio", "student", "training", "tasks", "slurm")
 _SHIPPED = resources.files("distilltv")/"shipped"
 
 def profile(name_or_path="mini", # `mini`, `hub`, `paper` or the path of a .toml file; a `Profile` is returned as it is
@@ -195,7 +198,9 @@ def profile(name_or_path="mini", # `mini`, `hub`, `paper` or the path of a .toml
         with resources.as_file(_SHIPPED/f"{name}.toml") as path: return _read(path, Path.cwd())
     path = user_path(name)
     if path.suffix.lower() != ".toml":
-        raise ValueError(f"profile {name!r} is unknown; use one of {', '.join(SHIPPED)}, or the path of a .toml file")
+        file = f": did you mean {name}.toml?" if Path(f"{path}.toml").is_file() else ""
+        raise ValueError(f"profile {name!r} is unknown"
+                         + (file or f"; use one of {', '.join(SHIPPED)}, or the path of a .toml file"))
     if not path.is_file():
         raise ValueError(f"profile {name} is not a file: check the path, or write one with `distilltv new {name}`")
     p = _read(path, path.absolute().parent)
@@ -219,7 +224,7 @@ def _fields(said, folder):
     _known("", said, _TOP)
     for k in ("name", "teachers"):
         if k not in said: raise ValueError(f"{k} is missing")
-    found = {k: said[k] for k in ("name", "licence", "slurm") if k in said}
+    found = {k: said[k] for k in ("name", "licence", "ask", "slurm") if k in said}
     teachers, audio, tasks = (_table(k, said) for k in ("teachers", "audio", "tasks"))
     found["teachers"] = {d: _placed(_teacher, t, folder) for d, t in teachers.items()}
     found["audio"] = {d: _placed(_audio, a, folder) for d, a in audio.items()}
@@ -271,8 +276,8 @@ def _audio(text, folder):
     return text if not text or text.startswith("mini:") else _here(text, folder)
 
 # %% ../nbs/00a_profiles.ipynb #d0872429
-# tasks decide what is asked of a student, not what it is
-_NO_RESULT = ("slurm", "cache_gb", "log_with", "licence", "tasks")
+# tasks and ask decide what a student is asked, not what it is
+_NO_RESULT = ("slurm", "cache_gb", "log_with", "licence", "tasks", "ask")
 _COMPUTE = "torch torchaudio transformers accelerate datasets soundfile numpy".split()
 
 def record(p:Profile # an experiment

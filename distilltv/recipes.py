@@ -6,7 +6,7 @@
 __all__ = ['Weights', 'domain_weights', 'recipe_student', 'merge_recipe', 'push_to_hub']
 
 # %% ../nbs/03b_recipes.ipynb #7457f005
-import re, reprlib
+import difflib, re, reprlib
 from fractions import Fraction
 from pathlib import Path
 import numpy as np
@@ -43,6 +43,7 @@ def _kind(file, where, value, kind, needs):
 def _read(file):
     "What a recipe says, every key known and of the right kind; a `ValueError` names the file and the key."
     try: r = yaml.load(Path(file).read_text(encoding="utf-8"), Loader=_Strict)
+    except FileNotFoundError: raise FileNotFoundError(f"there is no recipe {file}: check the path") from None
     except OSError: raise
     except Exception as e: # PyYAML raises exceptions of many kinds for values that are not what they seem
         raise ValueError(f"{file} is not YAML that can be read ({type(e).__name__}: {str(e)[:300]})") from None
@@ -158,8 +159,9 @@ def domain_weights(weights,   # `{domain: weight}`, text that holds it, or empty
     if not isinstance(weights, dict):
         raise ValueError(f"weights hold no table of domains and numbers; write them as {such}")
     if extra := [d for d in weights if d not in domains]:
-        raise ValueError(f"weights name {', '.join(map(reprlib.repr, extra))}, which is no domain of the profile; "
-                         f"write them as {such}")
+        close = difflib.get_close_matches(str(extra[0]), domains, 1)
+        raise ValueError(f"weights name {', '.join(map(reprlib.repr, extra))}, which is no domain of the profile"
+                         f"{f' (did you mean {close[0]}?)' if close else ''}; write them as {such}")
     if lacking := [d for d in domains if d not in weights]:
         raise ValueError(f"weights lack {', '.join(lacking)}; "
                          f"name every domain, with 0 for one that is to be left out: {such}")

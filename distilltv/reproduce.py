@@ -39,8 +39,8 @@ Only what is stale runs: what has changed profile, code, parameters or data, and
 at any moment (Ctrl-C, or a crash) and give the same command again: it continues. To repeat one run, delete
 its folder. Each run's folder holds the executed notebook; open it in JupyterLab.
 """
-_STATUS = """List the runs of an experiment by stage: up to date, begun, or still to run. Runs nothing and writes
-nothing."""
+_STATUS = """List the runs of an experiment by stage: up to date, stale (done, but not with what there is now), begun,
+or to run. Runs nothing and writes nothing."""
 _NEW = """Write a profile with a comment at each value: teachers, audio, student and budget of your own experiment.
 Then check it."""
 _CHECK = """Open teachers and audio, and say what would run, on how many hours, at which cost, and what is wrong.
@@ -91,7 +91,9 @@ def main(argv:list=None, # arguments; default those of the command line
                    help="hours after which a job goes back into the queue and continues, for all stages")
     s.add_argument("--slurm-jobs", type=int, default=0, metavar="N",
                    help="at most so many jobs of ours in the queue at one time (default: no limit)")
-    _grid_options(commands.add_parser("status", help="what is up to date and what is stale", description=_STATUS))
+    t = commands.add_parser("status", help="what is up to date and what is stale", description=_STATUS)
+    _grid_options(t)
+    t.add_argument("--all", action="store_true", help="name every run that is not up to date, not four of a stage")
     n = commands.add_parser("new", help="write a commented profile to start from", description=_NEW)
     n.add_argument("file", help="the .toml file to write; it must not exist yet")
     c = commands.add_parser("check", help="say what a profile would run, and what is wrong with it", description=_CHECK)
@@ -104,7 +106,13 @@ def main(argv:list=None, # arguments; default those of the command line
                    help="take models that do not record their start as trained from the recipe's base_model")
     args = parser.parse_args(argv)
     commands = dict(reproduce=_reproduce, status=_status, new=_new, check=_check, merge=_merge)
-    return commands[args.command](args, parser)
+    try:
+        status = commands[args.command](args, parser)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:    # whoever reads our output has closed it, such as `head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 141
 
 # %% ../nbs/06_reproduce.ipynb #796a210a
 def _runs_of(args, parser):
@@ -184,7 +192,7 @@ def _print_results(out):
     says = json.loads((out/"findings.json").read_text(encoding="utf-8"))
     print(pd.read_csv(out/"table.csv", dtype=str, keep_default_na=False).to_string(index=False), "", *says, "",
           sep="\n")
-    print(f"figure: {shown(out/'tradeoff.png')}")
+    if (out/"tradeoff.png").exists(): print(f"figure: {shown(out/'tradeoff.png')}")
 
 def _stop(*_):
     # kernels watch their parent and end with it; what they had checkpointed stays
@@ -202,7 +210,8 @@ def _status(args, parser):
     for stage in dict.fromkeys(r.stage for r in runs):
         of = [r for r in runs if r.stage == stage]
         todo = [f"{r.name} ({states[r.id]})" for r in of if states[r.id] != "up to date"]
-        more = f": {', '.join(todo[:4])}{' …' if len(todo) > 4 else ''}" if todo else ""
+        shown_here = todo if args.all else todo[:4]
+        more = f": {', '.join(shown_here)}{' …' if len(todo) > len(shown_here) else ''}" if todo else ""
         print(f"{stage:8} {len(of)-len(todo)} of {len(of)} up to date{more}")
     return 0
 

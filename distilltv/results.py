@@ -191,13 +191,15 @@ def _fewer(have, what, whole=None):
     return [f"{e}: {n} of {whole} {what}" for e, n in have.items() if n < whole]
 
 def missing(scores,         # from `gather`
-            lams:int=11,    # merges that a full sweep has
+            lams:int=11,    # merges that a full sweep of two domains has
             students:int=2  # domains, each with a teacher and a student
            ) -> list:
     "Sentences that name what a full comparison still needs."
     ran = scores[scores.score.notna()]
-    have = ran.drop_duplicates("encoder").role.value_counts()
-    need = dict(teacher=students, endpoint=students, ensemble=1, merged=lams, base=1, random=1, logmel=1)
+    each = ran.drop_duplicates("encoder")
+    have = each[(each.role != "merged") | each.lam.notna()].role.value_counts()    # a merge by weights has no λ
+    need = dict(teacher=students, endpoint=students, ensemble=int(students > 1), merged=lams if students == 2 else 0,
+                base=1, random=1, logmel=1)
     out = [f"{ROLES[r]}: {have.get(r, 0)} of {n}" for r, n in need.items() if have.get(r, 0) < n]
     out += _fewer(ran.groupby("encoder").task.nunique(), "tasks", ran.task.nunique())
     out += _fewer(ran[ran.role.isin(DISTILLED)].groupby("encoder").distil_seed.nunique(), "distillation seeds")
@@ -205,6 +207,8 @@ def missing(scores,         # from `gather`
     few = probes[probes < probes.groupby("task").transform("max")].groupby("encoder").first()
     out += _fewer(few, "probe seeds, so more are not counted", probes.max())
     rest = scores[scores.score.isna() & ~scores.task.isin(ran.task)].drop_duplicates("task")
+    tested = set(ran.domain[ran.metric.str.startswith("accuracy")]) - {"mixed"}
+    if students > 1 and len(tested) < 2: out.append("a trade-off, which needs a task in each of two domains")
     return out + [f"{r.task} {r.status}" for r in rest.itertuples()]
 
 # %% ../nbs/05_results.ipynb #4c930cb0

@@ -79,8 +79,9 @@ class Task:
                              f"cannot be kept within a split; give each row its {self.group}, or one of its own")
         astray = df.groupby(self.group).split.nunique().pipe(lambda n: n[n > 1])
         if len(astray):
-            raise ValueError(f"{name}: {self.group} {astray.index[0]!r} is in more than one split "
-                             f"(as are {len(astray)-1} others); split by {self.group}")
+            others = f", as are {len(astray)-1} others" if len(astray) > 1 else ""
+            raise ValueError(f"{name}: {astray.index[0]!r} (column {self.group}) is in several splits{others}: "
+                             "put each into one")
         df["usable"] = self.answer.usable(df.label, df.label[df.split == "train"])
         poor = [s for s, d in df.groupby("split") if not d.usable.any()]
         if poor:
@@ -125,21 +126,25 @@ def find_task(name:"str|Task") -> Task:
     "The task of that name."
     if isinstance(name, Task): return name
     if name in TASKS: return TASKS[name]
-    raise ValueError(f"task {name!r} is unknown; use all, more, paper, a domain, or some of {', '.join(TASKS)}")
+    raise ValueError(f"task {name!r} is unknown; use all, own, more, paper, a domain, or some of {', '.join(TASKS)}; "
+                     "a question of your own is known with -p profile FILE")
 
 def find_tasks(tasks) -> list: # see `task_names`
-    "The tasks that are meant, each a `Task`."
+    "The tasks that are meant, each a `Task`; a domain asks for its default tasks and for those of a profile."
     if isinstance(tasks, Task): return [tasks]
     if not isinstance(tasks, str): return [find_task(t.strip() if isinstance(t, str) else t) for t in tasks]
-    if tasks in ASKED: return [t for t in TASKS.values() if t.asked == tasks]
-    of_domain = [t for t in TASKS.values() if t.domain == tasks and t.asked == "all"]
+    if tasks == "own" and not any(t.asked == "own" for t in TASKS.values()):
+        raise ValueError("there is no question of your own; name the profile that has one with -p profile FILE")
+    if tasks in (*ASKED, "own"): return [t for t in TASKS.values() if t.asked == tasks]
+    of_domain = [t for t in TASKS.values() if t.domain == tasks and t.asked in ("all", "own")]
     if of_domain and tasks not in TASKS: return of_domain
     return [find_task(t.strip()) for t in tasks.split(",")]
 
-def task_names(tasks # `all`, `more`, `paper`, a domain (its default tasks), names with commas, a `Task`, or a list
+def task_names(tasks # `all`, `own`, `more`, `paper`, a domain, names with commas, a `Task`, or a list
               ) -> list:
     "The names that are meant."
     return [t.name for t in find_tasks(tasks)]
+
 
 # %% ../nbs/04f_tasks.ipynb #79992b9b
 def task_table(task,      # see `find_task`
@@ -256,7 +261,7 @@ def _read_csv(path, where):
     try:
         with open(path, newline="", encoding="utf-8-sig") as f: rows = list(enumerate(csv.reader(f, strict=True), 1))
     except UnicodeDecodeError: raise TableError(f"{where} is not UTF-8 text; save it as UTF-8") from None
-    except csv.Error as e: raise TableError(f"{where} is not a table ({e}); write it again") from None
+    except csv.Error as e: raise TableError(f"{where} is not a table ({e}); separate columns by commas and write it again") from None
     except OSError as e: raise TableError(f"{where} cannot be read ({e.strerror}); check its permissions") from None
     rows = [(i, r) for i, r in rows if r]
     if len(rows) < 2: raise TableError(f"{where} has no rows below the names of its columns; write it again")

@@ -165,6 +165,7 @@ class Checkpoint:
 
 def _no_model(folder):
     "Why a folder without model.safetensors cannot be read, and what to do."
+    if not folder.exists(): return f"the model folder {folder} does not exist; check the path"
     opens = f"HubertModel.from_pretrained('{folder}').save_pretrained('{folder}'"
     if (folder/"model.safetensors.index.json").exists():
         return f"{folder} holds its weights in several files (shards); join them with {opens}, max_shard_size='100GB')"
@@ -211,8 +212,10 @@ def _default(key):
     return HubertConfig().to_dict().get(key)
 
 def check_same(a, b):
-    "Raise a `ValueError` naming what differs between two checkpoints' tensors or configs."
-    def shape(c, n): return " ".join(map(str, c.layout[n][:2])) if n in c.layout else None
+    """Raise a `ValueError` naming what differs between two checkpoints' tensors or configs. The float type does not count
+    where one of them is loaded: `transformers` may have changed it, and no number with it."""
+    loaded = isinstance(a, Loaded) or isinstance(b, Loaded)
+    def shape(c, n): return " ".join(map(str, c.layout[n][loaded:2])) if n in c.layout else None
     for n in sorted({*a.layout, *b.layout}):
         x, y = shape(a, n), shape(b, n)
         if x == y: continue

@@ -3,9 +3,10 @@ import re
 from dataclasses import replace
 import numpy as np, pytest, soundfile as sf, torch
 from transformers import HubertConfig, HubertModel
-from distilltv.check import check_profile, operations
+from distilltv.check import _time, check_profile, operations
 from distilltv.encoders import save_encoder
 from distilltv.profiles import new_profile, profile
+from distilltv.tasks import TASKS
 
 TINY = dict(hidden_size=48, num_hidden_layers=4, num_attention_heads=4, intermediate_size=96, conv_dim=(24,)*7,
             num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=4)
@@ -31,10 +32,48 @@ def test_a_right_profile_fits_on_one_screen(mine):
     check = check_profile(mine)
     assert not check.wrong and len(check.lines) < 24 and max(map(len, check.lines)) < 300
     says = str(check)
-    for part in ("a, b, c, ensemble: 9 steps of 3 crops of 1 s", "0.00 h train, 0.00 h valid",
+    for part in ("a, b, c, ensemble: 9 steps of 3 crops of 1 s", "2.2 s train, 2.2 s valid, 2.2 s test; 0 of 1 training recordings",
                  "2 layers of 48, 4 heads", "merges of a, b, c", "3 teachers, 4 students"):
         assert part in says, part
     assert not (mine.parent/"runs").exists() and not profile(mine).folder.exists()      # nothing is written
+
+@pytest.mark.parametrize("seconds, says", [(0, "none"), (4.5, "4.5 s"), (138, "2.3 min"), (360, "0.10 h"),
+                                           (36_000, "10.00 h")])
+def test_little_audio_is_said_in_minutes_or_seconds(seconds, says): assert _time(seconds) == says
+
+def test_teachers_of_other_depths_say_what_is_predicted_of_each(mine, tmp_path):
+    p = profile(mine)
+    assert "are predicted of each" not in str(check_profile(p))
+    save_encoder(HubertModel(HubertConfig(**TINY | dict(num_hidden_layers=5))), tmp_path/"deep")
+    says = str(check_profile(replace(p, teachers=p.teachers | dict(b=str(tmp_path/"deep")))))
+    assert "layers 2, 3 are predicted of each, of 4 (a), 5 (b), 4 (c)" in says
+
+def test_a_teacher_that_is_written_like_a_hub_name(mine, monkeypatch):
+    monkeypatch.setattr("distilltv.check.load_encoder", _refuse)
+    text = mine.read_text(encoding="utf-8")
+    (mine.parent/"typo.toml").write_text(text.replace('"teacher-b"', '"enc/tlak"').replace('"mine"', '"typo"'),
+                                         encoding="utf-8")
+    wrong = check_profile(mine.parent/"typo.toml").wrong
+    assert f"b cannot be opened (there is no folder {mine.parent/'enc/tlak'}; a folder is written ./enc/tlak): " in wrong[1]
+    assert "folder is written" not in wrong[0]      # it is a folder, so that was not what is wrong
+
+def _refuse(path): raise ValueError(f"{path} is not a model folder")
+
+def test_questions_of_ones_own_are_counted_and_their_domain_is_noted(mine):
+    p, folder = profile(mine), mine.parent/"a"
+    rows = [f"{s}/x.wav,{s},{k},{s}{k}{i},{i*.5},{i*.5+.4}" for s in ("train", "dev", "test")
+            for k, i in (("one", 0), ("two", 1), ("", 2), ("two", 3))]
+    (folder/"t.csv").write_text("\n".join(["file,split,kind,who,start,end", *rows]), encoding="utf-8")
+    def says(domain, **more):
+        task = dict(table=str(folder/"t.csv"), label="kind", group="who", domain=domain)
+        found = check_profile(replace(p, tasks=dict(kind=task), **more))
+        TASKS.pop("kind", None)
+        return str(found)
+    assert "beside the default tasks kind (a): 2 classes, 3 train" in says("a")     # no label is no class
+    assert "kind (birds, no domain of the profile): " in says("birds")
+    assert "kind (Music, no domain of the profile: did you mean music?): " in says("Music")
+    assert "asked of each: kind\n  kind (a): 2 classes" in says("a", ask="own")
+    assert "task 'kinds' is unknown" in says("a", ask="kinds")
 
 def test_every_mistake_is_said_at_once(mine, tmp_path):
     p, empty = profile(mine), tmp_path/"empty"

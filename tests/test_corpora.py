@@ -187,6 +187,10 @@ def test_bad_audio_is_named(tmp_path, fault):
     make(path)
     with pytest.raises(AudioError, match=f"{fault}.wav.*{says}"): load_audio(path)
 
+def test_a_file_that_is_no_mp3_is_not_said_to_be_missing(tmp_path):
+    (tmp_path/"x.mp3").write_bytes(np.random.default_rng(0).bytes(9000))
+    with pytest.raises(AudioError, match="x.mp3 is damaged or not what its name says"): load_audio(tmp_path/"x.mp3")
+
 @pytest.mark.parametrize("suffix", ["flac", "ogg"])
 def test_truncated_audio_is_named(tmp_path, suffix):
     path = tmp_path/f"cut.{suffix}"
@@ -672,7 +676,7 @@ def test_a_corpus_of_broken_files_ends_in_a_sentence(tmp_path):
     for f in folder.glob("*"): cut(f)
     with pytest.raises(AudioError, match=r"\d\.flac.*draws of a crop in a row met unusable files"):
         Crops([folder], 2, 1.)(0)
-    with pytest.raises(ValueError, match="has no valid audio: a file's split comes from the folders above"):
+    with pytest.raises(ValueError, match="has no validation audio: put some files below a folder named dev or valid"):
         Crops([folder], 2, 1., split="valid")
 
 @pytest.mark.parametrize("rate, channels", [(44_100, 2), (8_000, 1), (48_000, 2)])

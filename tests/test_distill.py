@@ -640,6 +640,10 @@ def test_the_command_takes_the_notebooks_parameters(monkeypatch, capsys):
     said = capsys.readouterr().err
     assert "los is no setting; use one of name, " in said and "lr = '' cannot be read as float" in said
     assert "nowhere.toml is not a file" in said
+    def stopped(*_): raise KeyboardInterrupt
+    monkeypatch.setattr(distill, "distil", stopped)
+    with pytest.raises(SystemExit) as e: distill.main([])
+    assert e.value.code == 130 and capsys.readouterr().err.strip() == "stopped; the same command continues from here"
 
 # --- killed, and in two processes
 

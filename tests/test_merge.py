@@ -146,6 +146,20 @@ def test_loaded_models_merge_like_their_folders(trio, tmp_path):
                  dict(speech=.4, music=.6)).hash == made.hash
     with pytest.raises(TypeError, match="not int"): TaskVector.between(base, 3)
 
+def test_a_loaded_model_may_have_another_float_type_than_its_folder(trio, tmp_path):
+    for d in ("base", "speech", "music"): save(tmp_path/d, HubertModel.from_pretrained(trio/d).half())
+    h = Checkpoint(tmp_path/"base").hash
+    for d in ("speech", "music"): (tmp_path/d/"distilltv.json").write_text(json.dumps(dict(base_hash=h)))
+    base, s, m = algebra(tmp_path)
+    loaded = HubertModel.from_pretrained(tmp_path/"speech", dtype=torch.float32)
+    made = base + .4*TaskVector.between(base, loaded) + .6*m
+    assert made.hash == (base + .4*s + .6*m).hash
+    made.save_pretrained(tmp_path/"u")
+    merge_recipe(tmp_path/"u/recipe.yaml", tmp_path/"again")
+    assert load_student(tmp_path/"again").hash == load_student(tmp_path/"u").hash
+    save(tmp_path/"speech", HubertModel.from_pretrained(trio/"speech"), base_hash=h)    # of two folders it counts
+    with pytest.raises(ValueError, match="one architecture and type"): load_student(tmp_path/"speech") - base
+
 def test_a_model_that_is_only_in_memory_cannot_be_replayed(trio, tmp_path):
     new = tiny(9)
     with pytest.raises(ValueError, match="no base_hash is recorded"): TaskVector.between(trio/"base", new)
@@ -198,13 +212,18 @@ def test_a_student_that_does_not_fit_its_profile_is_refused(trio, tmp_path, monk
 @pytest.mark.parametrize("weights, lam, says", [
     ("", .4, r"lam is the weight of the first of two domains, and here are 3 .*-p weights"),
     ({"a": 1, "b": 1}, .5, "weights lack c; name every domain"),
-    ({"a": 1, "b": 1, "c": 1, "d": 1}, .5, "weights name 'd', which is no domain"), ("much", .5, "hold no table"),
+    ({"a": 1, "b": 1, "c": 1, "d": 1}, .5, "weights name 'd', which is no domain"),
+    ("much", .5, "hold no table"),
     ("{a: [", .5, "hold no table"),
     ({"a": 1, "b": 1, "c": "x"}, .5, "the weight of c is 'x'; give a finite number"),
     ({"a": 1, "b": 1, "c": float("inf")}, .5, "the weight of c is inf"),
     ({"a": 1, "b": 1, "c": 1}, .3, "lam = 0.3 and weights are both given")])
 def test_weights_by_domain_that_are_refused(weights, lam, says):
     with pytest.raises(ValueError, match=says): domain_weights(weights, lam, ["a", "b", "c"])
+
+def test_a_misspelt_domain_of_weights_is_named():
+    with pytest.raises(ValueError, match="'machine', which is no domain of the profile .did you mean machines\\?.; write"):
+        domain_weights({"talk": .5, "machine": .5}, .5, ["talk", "machines"])
 
 def test_weights_that_differ_have_folders_that_differ():
     lams = [.4, .40000001, 1/3, .333333, 0., 1e-9, 1.]
@@ -561,7 +580,26 @@ def test_a_folder_of_somebody_else_is_not_replaced(trio, tmp_path):
     assert (tmp_path/"models/notes.txt").read_text() == "three years"
 
 def test_a_folder_without_a_model(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere holds no model.safetensors"): load_student(tmp_path/"nowhere")
+    with pytest.raises(FileNotFoundError, match="/nowhere does not exist; check the path"):
+        load_student(tmp_path/"nowhere")
+    with pytest.raises(FileNotFoundError, match="holds no model.safetensors; write one"): load_student(tmp_path)
+
+def test_what_is_no_student_says_what_it_lacks(mine):
+    base, s, m = algebra(mine)
+    (mine/"music/distilltv.json").unlink()
+    with pytest.raises(ValueError, match="no base_hash is recorded in distilltv.json of .*music, so its θ₀ is not known.*"
+                                         "distil it first, or give trust=True if it was trained from .*speech"):
+        TaskVector.between(mine/"speech", mine/"music")
+    for name in ("save_pretrained", "model", "hash"):
+        with pytest.raises(AttributeError, match=f"no model and has no {name}: add it to a base"): getattr(s + m, name)
+    with pytest.raises(AttributeError, match="a task vector has no lenght$"): s.lenght
+
+def test_the_card_says_if_weights_do_not_add_up_to_one(trio, tmp_path):
+    base, s, m = algebra(trio)
+    for a, says in ((.4, "\nThe weights add up to 0.8.\n"), (.6, "")):
+        (base + a*s + .4*m).save_pretrained(tmp_path/f"{a}")
+        card = (tmp_path/f"{a}/README.md").read_text(encoding="utf-8")
+        assert says in card and ("add up" in card) == bool(says)
 
 def test_a_folder_without_a_config(mine):
     (mine/"speech/config.json").unlink()

@@ -85,8 +85,7 @@ def test_three_domains_from_teachers_to_the_results(mine, tmp_path):
     assert {f"{d} mean" for d in ALL} <= set(table.columns) and len(table) == len(encoders)
     assert shares(gather(tradeoff.parent)[0]).equals(w)                  # what was saved says the same
 
-def test_the_probe_notebook_asks_the_profiles_question(mine, tmp_path):
-    papermill("04_probe.ipynb", tmp_path/"04.ipynb", profile=str(mine), encoder="teacher-birds", tasks="what-birds",
-              seeds="1")
+def test_the_probe_notebook_asks_the_profiles_questions(mine, tmp_path):
+    papermill("04_probe.ipynb", tmp_path/"04.ipynb", profile=str(mine), encoder="teacher-birds", tasks="own", seeds="1")
     scores = pd.read_csv(profile(mine).folder/"probes/teacher-birds/scores.csv")
-    assert set(scores.task) == {"what-birds"} and set(scores.domain) == {"birds"} and set(scores.taught_by) == {"birds"}
+    assert set(scores.task) == {f"what-{d}" for d in ALL} and set(scores.taught_by) == {"birds"}

@@ -104,6 +104,8 @@ WRONG = {  # what is written -> the sentence
     "name = 'x'\n[teachers]\na = 'b'\n[training]\nlr = nan": "lr = nan is not a number",
     "name = 'x'\n[teachers]\na = 'b'\n[training]\nlr = inf": "lr = inf is not a number",
     "name = 'x'\n[teachers]\na = 'b'\n[training]\nwarmup = 7": "warmup = 7.0 is not a number in .0, 1.",
+    "name = 'x'\n[teachers]\na = 'b'\n[student]\nlayers = 0": "student.layers = 0 is not a whole number",
+    "name = 'x'\n[teachers]\na = 'b'\n[training]\npredict = [0, 4]": r"predict = \[0, 4\] is not a list",
     "name = 'x'\n[teachers]\na = 'b'\n[training]\npredict = []": "predict = .. is not a list of teacher layers",
     "name = 'x'\n[teachers]\na = 'b'\n[training]\npredict = [8, 4]": "in rising order",
     "name = 'x'\n[teachers]\na = 'b'\n[training]\nprecision = 'fp8'":
@@ -120,6 +122,10 @@ WRONG = {  # what is written -> the sentence
         "tasks.all has a name that asks for several tasks",
     "name = 'x'\n[teachers]\na = 'b'\n[tasks.a]\ntable = 'a.csv'\nlabel = 'who'\ngroup = 'day'\ndomain = 'a'":
         "tasks.a has a name that asks for several tasks",
+    "name = 'x'\n[teachers]\na = 'b'\n[tasks.own]\ntable = 'a.csv'\nlabel = 'who'\ngroup = 'day'\ndomain = 'a'":
+        "tasks.own has a name that asks for several tasks",
+    "name = 'x'\nask = 'own'\n[teachers]\na = 'b'": "ask = 'own', but it has no question: add one as .tasks.NAME.",
+    "name = 'x'\nask = 3\n[teachers]\na = 'b'": "ask = 3 is not text",
     "name = 'x'\n[teachers]\na = 'b'\n[slurm.distil]\ngpu = 1": "slurm.distil.gpu is unknown: did you mean gpus",
     "name = 'x'\n[teachers]\na = 'b'\n[slurm.distil]\ngpus = -1": "slurm.distil.gpus = -1 is not a whole number",
 }
@@ -135,15 +141,17 @@ def test_what_is_no_profile_is_a_sentence(tmp_path):
                        (tmp_path, "the path of a .toml file"),
                        ("~no-such-user/x.toml", "no such user's home; write the path in full")):
         with pytest.raises(ValueError, match=says): profile(name)
+    written(tmp_path, GOOD)
+    with pytest.raises(ValueError, match="mine' is unknown: did you mean .*mine.toml\\?$"): profile(tmp_path/"mine")
     with pytest.raises(ValueError, match="not UTF-8"): profile(written(tmp_path, "name = 'ü'".encode("latin-1")))
     with pytest.raises(ValueError, match="larger than a profile"): profile(written(tmp_path, "#"*2**21))
     with pytest.raises(ValueError, match="seed = -1"): replace(profile(), seed=-1)
 
 def test_the_record_holds_every_value_but_what_decides_no_result(tmp_path):
     p = profile(written(tmp_path, GOOD))
-    names = {f.name for f in fields(Profile)} - {"slurm", "cache_gb", "log_with", "licence", "tasks"}
+    names = {f.name for f in fields(Profile)} - {"slurm", "cache_gb", "log_with", "licence", "tasks", "ask"}
     assert set(record(p)) == names | {"versions"} and json.loads(json.dumps(record(p))) == record(p)
-    assert record(replace(p, slurm={}, cache_gb=1., log_with="tensorboard", licence="MIT")) == record(p)
+    assert record(replace(p, slurm={}, cache_gb=1., log_with="tensorboard", licence="MIT", ask="paper")) == record(p)
     for change in (dict(steps=11), dict(seed=1), dict(predict=(1,)), dict(audio=dict(speech="/x")),
                    dict(precision="bf16")):
         assert record(replace(p, **change)) != record(p)

@@ -111,13 +111,17 @@ def test_mergekit_filters_and_lists(mine):
     (dict(parameters=dict(normalize=False)), "normalize: False is not offered"),
     (dict(models=[dict(model="speech", parameters=dict(density=.1)), dict(model="music", parameters=dict(density=.2))]),
      "density differs between models"),
-    (dict(models=two(speech=1, nowhere=1)), "nowhere holds no model.safetensors"),
+    (dict(models=two(speech=1, nowhere=1)), "nowhere does not exist; check the path"),
     (dict(dtype="int8"), "'int8' cannot be stored"),
 ])
 def test_recipes_that_are_refused(mine, change, says):
     r = dict(merge_method="ties", base_model="base", models=two(speech=.5, music=.5)) | change
     with pytest.raises((ValueError, FileNotFoundError), match=says): merge_recipe(note(mine, **r), mine/"out")
     assert not (mine/"out").exists()
+
+def test_a_recipe_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="there is no recipe .*/nope.yaml: check the path"):
+        merge_recipe(tmp_path/"nope.yaml", tmp_path/"out")
 
 BAD = {"density: 50": ("ties", "parameters: {density: 50}"),
        "density is .0.1": ("ties", "parameters: {density: [.1, .9]}"),

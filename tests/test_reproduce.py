@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np, pytest, soundfile as sf
 from distilltv import reproduce as command
 from distilltv.corpora import load_corpus
-from distilltv.grid import GridRun, _check_apart, code_of, digest, fresh, grid, key, simplex, stamp
+from distilltv.grid import GridRun, _check_apart, code_of, digest, fresh, grid, key, simplex, stamp, state
 from distilltv.profiles import profile
 from distilltv.runner import Progress, alone, execute, run_stale
 from distilltv.runs import root
@@ -73,6 +73,10 @@ def test_only_the_stale_runs(repo):
 
     began = time.time()
     assert run_stale(small()) == {} and ran(repo) == []
+    def states(xs): return {r.name: state(r, {c.id: c for c in small(xs)}) for r in small(xs)}
+    assert states((1, 2)) == dict.fromkeys(("m0", "m1", "s0", "s1", "t"), "up to date")
+    assert states((1, 3, 5)) == dict(m0="up to date", s0="up to date", m1="stale", s1="up to date", m2="to run",
+                                     s2="to run", t="stale")
     assert time.time()-began < 1
 
     run_stale(small((1, 3)))                                  # a parameter
@@ -350,6 +354,15 @@ def test_runs_that_would_share_a_name_or_folder_are_refused(name, out):
     with pytest.raises(ValueError, match=rf"distil/voice-seed1 \(voice\) and distil/{name} \(voice-seed1\); rename"):
         _check_apart(runs)
 
+def test_what_a_profile_asks_is_asked_of_every_encoder(tmp_path):
+    def asked(line):
+        text = f'name = "one"\n{line}\n[teachers]\na = "x/y"\n[tasks.high]\n'
+        text += 'table = "t.csv"\nlabel = "what"\ngroup = "who"\ndomain = "a"\n'
+        (tmp_path/"one.toml").write_text(text, encoding="utf-8")
+        return {r.parameters.get("tasks") for r in grid(tmp_path/"one.toml") if r.stage == "probe"}
+    assert asked("") == asked('ask = "all"') == {None}      # as ever, so what was run before stays up to date
+    assert asked('ask = "own"') == {"own"} and asked('ask = "high,pitch"') == {"high,pitch"}
+
 def test_a_student_is_stale_with_what_it_reads_and_nothing_else(tmp_path, monkeypatch):
     for d in ("a", "b", "c", "heard"):
         (tmp_path/d).mkdir()
@@ -528,3 +541,22 @@ def test_time_left_of_a_distillation_by_its_own_steps(tmp_path, monkeypatch):
     log(2)
     assert p.time_left() < p.expected[student.id] + 5*300 < 300/2*1000
     p.close()
+
+# --- the command's output
+
+def test_status_names_four_of_a_stage_or_all(monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("DISTILLTV_HOME", str(tmp_path))
+    monkeypatch.setattr(command, "state", lambda *_: "stale")
+    def merges(*more):
+        assert command.main(["status", *more]) == 0
+        return next(line for line in capsys.readouterr().out.splitlines() if line.startswith("merge"))
+    assert merges().count("(stale)") == 4 and merges().endswith(" …")
+    assert merges("--all").count("(stale)") == 11 and "…" not in merges("--all")
+
+def test_a_reader_that_goes_away_ends_the_command_quietly(tmp_path):
+    read, write = os.pipe()
+    os.close(read)
+    code = f"import sys; from distilltv.reproduce import main; sys.exit(main(['new', {str(tmp_path/'mine.toml')!r}]))"
+    done = subprocess.run([sys.executable, "-c", code], stdout=write, stderr=subprocess.PIPE, text=True, cwd=root())
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")

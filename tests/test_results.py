@@ -251,6 +251,45 @@ def test_what_is_missing_is_named(tmp_path):
     shown = R.table(R.with_means(S.bootstrap(hits, 50), scores), scores)
     assert shown.loc["lam-0.50-both", "pitch"] == "not run" and "music mean" in shown
 
+def own_study(root, domains):
+    "Somebody's runs of two domains: λ = 0 and 0.4, a merge by weights, and a task in each of the `domains`."
+    tasks, p = {f"which-{d}": d for d in domains}, dict.fromkeys(domains, .6)
+    for d in ("talk", "machines"): write_encoder(root, f"{d}-both", "endpoint", p, corpus="both", tasks=tasks)
+    for lam in (0, .4): write_encoder(root, f"lam-{lam:.2f}-both", "merged", p, lam, "both", tasks=tasks)
+    write_encoder(root, "talk-0.4-machines-0.4-both", "merged", p, corpus="both", tasks=tasks,
+                  weights='{"talk": 0.4, "machines": 0.4}')
+    scores, hits = R.gather(root)
+    return scores, R.with_means(S.bootstrap(hits, 50), scores)
+
+def test_a_merge_by_weights_is_no_lambda(tmp_path):
+    scores, _ = own_study(tmp_path, ["machines", "talk"])
+    assert "merged (λ): 2 of 11" in R.missing(scores)
+    assert not [m for m in R.missing(scores, students=3) if "merged" in m]      # these have no λ
+    assert not [m for m in R.missing(scores, students=1) if "ensemble" in m]
+
+def test_the_tradeoff_is_of_the_profiles_domains(tmp_path):
+    scores, draws = own_study(tmp_path, ["speech", "music", "machines", "talk"])
+    fig = F.plot_tradeoff(draws, scores, domains=("talk", "machines"))
+    assert fig.axes[0].get_xlabel().startswith("talk mean") and fig.axes[0].get_ylabel().startswith("machines mean")
+    handles, labels = fig.axes[0].get_legend_handles_labels()
+    assert "linear merge, λ = 0, 0.4" in labels
+    colours = F.domain_colours(("talk", "machines"))
+    students = {l: h[0].get_color() for h, l in zip(handles, labels) if "student" in l}
+    assert students == {"talk student, both": colours["talk"], "machines student, both": colours["machines"]}
+
+def test_one_tested_domain_gives_no_tradeoff_and_says_so(tmp_path, monkeypatch):
+    monkeypatch.setenv("DISTILLTV_HOME", str(tmp_path))
+    scores, draws = own_study(tmp_path/"own", ["machines"])
+    assert F.plot_tradeoff(draws, scores, domains=("talk", "machines")) is None
+    (tmp_path/"mine.toml").write_text('name = "own"\n[teachers]\ntalk = "t"\nmachines = "m"\n', encoding="utf-8")
+    (tmp_path/"own/results").mkdir()
+    (tmp_path/"own/results/tradeoff.png").write_text("of earlier scores", encoding="utf-8")
+    W.report(tmp_path/"mine.toml")
+    there = {f.name for f in (tmp_path/"own/results").iterdir()}
+    assert not there & {"tradeoff.png", "tradeoff.svg", "claims.json", "paper.csv", "code.csv"}
+    says = json.loads((tmp_path/"own/results/findings.json").read_text(encoding="utf-8"))
+    assert "Not here yet: a trade-off, which needs a task in each of two domains." in says
+
 def test_an_empty_folder_says_what_to_run(tmp_path):
     with pytest.raises(ValueError, match="distilltv reproduce"): R.gather(tmp_path)
 

@@ -558,10 +558,16 @@ def question(tmp_path):
     yield tmp_path
     T.TASKS.pop("high", None)
 
+def test_no_question_of_ones_own_is_a_sentence(monkeypatch):
+    monkeypatch.setattr(T, "TASKS", {n: t for n, t in T.TASKS.items() if t.asked != "own"})
+    with pytest.raises(ValueError, match="no question of your own.*-p profile FILE"): T.task_names("own")
+    with pytest.raises(ValueError, match="task 'kind' is unknown.*own is known with -p profile FILE"): T.find_task("kind")
+
 def test_a_question_of_a_profile(question):
     p = profile(question/"mine.toml")
     assert T.profile_tasks(p) == T.profile_tasks(p) == ["high"]     # entered once, however often
     assert "high" not in T.task_names("all")
+    assert T.task_names("own") == T.task_names("tones") == ["high"]     # a domain asks for its own questions too
     t = T.task_table("high")
     assert t.split.value_counts().to_dict() == dict(train=16, valid=8, test=8)
     assert t.who[0] == "000" and set(t.start) == {0, 8_000}
@@ -578,7 +584,7 @@ def test_a_question_of_a_profile(question):
     (lambda d: d.assign(file="no.wav"), "names no.wav, which is not there"),
     (lambda d: d.assign(end="soon"), "no number of seconds"),
     (lambda d: d.assign(end="7"), "row 2 of .*, 0.wav, is empty or ends after its recording"),
-    (lambda d: d.assign(who="a"), "who 'a' is in more than one split"),
+    (lambda d: d.assign(who="a"), "'a' .column who. is in several splits: put each into one"),
     (lambda d: d[d.split != "dev"], "the valid split of table table.csv is empty"),
     (None, "there is no table .*table.csv; correct tasks.high.table")])
 def test_a_question_that_cannot_be_asked_is_a_sentence(question, change, says):
@@ -619,6 +625,7 @@ def test_a_cell_that_is_wrong_is_named_by_row_and_column(question, change, says)
     test_a_question_that_cannot_be_asked_is_a_sentence(question, change, says)
 
 @pytest.mark.parametrize("change, says", [
+    (lambda b: b.replace(b",", b'";"').replace(b"file", b'"file'), "is not a table.*separate columns by commas"),
     (lambda b: b.replace(b",", b";"), "has one column, file;split;what;who;start;end; separate columns by commas"),
     (lambda b: b.replace(b"who", b"what", 1), "has two columns what"),
     (lambda b: b + b"1.wav,train,low\n", "row 34 of .* has 3 cells, but there are 6 columns"),
