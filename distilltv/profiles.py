@@ -56,7 +56,7 @@ class Profile:
     cache_gb:float = 20.         # disk space that they may take
     licence:str = ""             # of what the profile makes; "": not known, and then none is recorded
     tasks:dict = field(default_factory=dict) # questions of your own: name -> its table, label, group and domain
-    ask:str = "all"              # asked of every encoder: `all` (eight and yours), `own`, `more`, `paper`, names; no result
+    ask:str = "all"              # what every encoder is asked: `all` (eight, and yours), `own`, `more`, `paper`, names
     slurm:dict = field(default_factory=dict) # stage -> what its job asks for; decides no result
 
     def __post_init__(self):
@@ -99,8 +99,8 @@ def _wrong(p):
               if not s.ok(getattr(p, n))]
     layers = p.predict if isinstance(p.predict, tuple) else ()
     if not layers or not all(map(Integer(1, 1000).ok, layers)) or sorted(set(layers)) != list(layers):
-        wrong.append(f"predict = {list(layers) or p.predict!r} is not a list of teacher layers, counted from 1, in rising order, "
-                     "such as [4, 8, 12]")
+        wrong.append(f"predict = {list(layers) or p.predict!r} is not a list of teacher layers, counted from 1, "
+                     "in rising order, such as [4, 8, 12]")
     if not wrong and p.student_heads and p.student_width % p.student_heads:
         wrong.append(f"width = {p.student_width} cannot be shared by heads = {p.student_heads}: use a multiple of it")
     return wrong

@@ -261,7 +261,8 @@ def _read_csv(path, where):
     try:
         with open(path, newline="", encoding="utf-8-sig") as f: rows = list(enumerate(csv.reader(f, strict=True), 1))
     except UnicodeDecodeError: raise TableError(f"{where} is not UTF-8 text; save it as UTF-8") from None
-    except csv.Error as e: raise TableError(f"{where} is not a table ({e}); separate columns by commas and write it again") from None
+    except csv.Error as e:
+        raise TableError(f"{where} is not a table ({e}); separate columns by commas and write it again") from None
     except OSError as e: raise TableError(f"{where} cannot be read ({e.strerror}); check its permissions") from None
     rows = [(i, r) for i, r in rows if r]
     if len(rows) < 2: raise TableError(f"{where} has no rows below the names of its columns; write it again")

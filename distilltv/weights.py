@@ -212,8 +212,8 @@ def _default(key):
     return HubertConfig().to_dict().get(key)
 
 def check_same(a, b):
-    """Raise a `ValueError` naming what differs between two checkpoints' tensors or configs. The float type does not count
-    where one of them is loaded: `transformers` may have changed it, and no number with it."""
+    "Raise a `ValueError` naming what differs between two checkpoints' tensors or configs."
+    # the type of a loaded model is what `transformers` opened it as, not what its folder holds
     loaded = isinstance(a, Loaded) or isinstance(b, Loaded)
     def shape(c, n): return " ".join(map(str, c.layout[n][loaded:2])) if n in c.layout else None
     for n in sorted({*a.layout, *b.layout}):

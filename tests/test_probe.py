@@ -296,7 +296,7 @@ def test_a_group_in_two_splits_is_named(corpus):
     rewrite(corpus, program=lambda m: "0",
             split=lambda m: m.split.replace("test", "valid").where(m.id != "n47", "test").where(m.id != "n46", "test"),
             pitch=lambda m: (m.id.str[1:].astype(int) % 4).astype(str))
-    with pytest.raises(ValueError, match="'0/[0-3]' .column note. is in several splits, as are"): T.task_table("pitch", str(corpus))
+    with pytest.raises(ValueError, match="'0/[0-3]' .column note. is in several"): T.task_table("pitch", str(corpus))
 
 def test_labels_only_in_test_or_missing_are_set_apart(corpus):
     rewrite(corpus, family=lambda m: m.family.where(m.id != "n47", "unheard of").where(m.id != "n0", ""))
@@ -502,7 +502,7 @@ def test_an_unknown_encoder_is_named(name):
     with pytest.raises(ValueError, match="no config.json.*base, teacher-speech or teacher-music"): Z.open_encoder(name)
 
 def test_unknown_tasks_and_views_are_named():
-    with pytest.raises(ValueError, match="task 'tempo' is unknown; use all, own, more, paper, a domain, or some of phones"):
+    with pytest.raises(ValueError, match="task 'tempo' is unknown; use all, own, more, paper, a domain, or some of"):
         P.probe("logmel", "tempo")
     with pytest.raises(ValueError, match="layer from 0 to 0"): Z.choose_view(Z.LogMel(), "3")
     assert Z.choose_view(Z.LogMel()) == "last"

@@ -561,7 +561,7 @@ def question(tmp_path):
 def test_no_question_of_ones_own_is_a_sentence(monkeypatch):
     monkeypatch.setattr(T, "TASKS", {n: t for n, t in T.TASKS.items() if t.asked != "own"})
     with pytest.raises(ValueError, match="no question of your own.*-p profile FILE"): T.task_names("own")
-    with pytest.raises(ValueError, match="task 'kind' is unknown.*own is known with -p profile FILE"): T.find_task("kind")
+    with pytest.raises(ValueError, match="task 'kind' is unknown.*is known with -p profile FILE"): T.find_task("kind")
 
 def test_a_question_of_a_profile(question):
     p = profile(question/"mine.toml")
