@@ -32,12 +32,8 @@ def test_a_right_profile_fits_on_one_screen(mine):
     check = check_profile(mine)
     assert not check.wrong and len(check.lines) < 24 and max(map(len, check.lines)) < 300
     says = str(check)
-<<<<<<< OURS
-    for part in ("a, b, c, ensemble: 9 steps of 3 crops of 1 s", "2.2 s train, 2.2 s valid, 2.2 s test; 0 of 1 training recordings",
-=======
-    for part in ("a, b, c, ensemble: 9 steps of 2 crops of 1 s",
+    for part in ("a, b, c, ensemble: 9 steps of 3 crops of 1 s",
                  "2.2 s train, 2.2 s valid, 2.2 s test; 0 of 1 training",
->>>>>>> THEIRS
                  "2 layers of 48, 4 heads", "merges of a, b, c", "3 teachers, 4 students"):
         assert part in says, part
     assert not (mine.parent/"runs").exists() and not profile(mine).folder.exists()      # nothing is written
