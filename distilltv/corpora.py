@@ -101,6 +101,33 @@ def _table_row(row, folder, where):
     # tables of this project say whose each segment is; those of others list files as they came
     return row | dict(start=int(start), end=int(end), path=str(folder/row["file"]), shard="license" in row)
 
+# counted up when what a header must be changes
+def _headers(files): return _looked("headers 3", _header, files)
+
+def _looked(kind, look, files):
+    "What `look` finds in each file, read once per state of the files."
+    kept = home()/"cache/scan"/f"{_state(kind, files)}.json"
+    try: found = json.loads(kept.read_text(encoding="utf-8"))
+    except (OSError, ValueError): found = None
+    if isinstance(found, list) and len(found) == len(files): return found
+    with ThreadPoolExecutor(8) as pool: found = list(pool.map(look, files))
+    write_json(kept, found)
+    return found
+
+def _state(kind, files):
+    "A hash of files by their names, sizes and times."
+    return hashlib.sha256(json.dumps([kind, *map(_stamp, files)]).encode()).hexdigest()[:32]
+
+def _stamp(path):
+    "What tells that a file has changed; a link to nowhere has no size."
+    try: return str(path.absolute()), path.stat().st_size, path.stat().st_mtime_ns
+    except (OSError, ValueError): return str(path.absolute()), -1, 0
+
+def _header(path):
+    "Samples at 16 kHz that the file has, or why it cannot be used."
+    try: return audio_length(path)
+    except AudioError as e: return e.reason
+
 # %% ../nbs/00_corpora.ipynb #867ce6ac
 _NAMES = dict(test="test tests testing heldout holdout",
               valid="dev devel development valid validation val eval evaluation", train="train training")
@@ -180,33 +207,6 @@ def _scan(folder):
         why = f": {_left_out(refused, 0)}" if refused else f" ({', '.join(AUDIO_SUFFIXES)})"
         raise ValueError(f"{folder} holds no readable audio file{why}")
     return rows, refused
-
-# counted up when what a header must be changes
-def _headers(files): return _looked("headers 3", _header, files)
-
-def _looked(kind, look, files):
-    "What `look` finds in each file, read once per state of the files."
-    kept = home()/"cache/scan"/f"{_state(kind, files)}.json"
-    try: found = json.loads(kept.read_text(encoding="utf-8"))
-    except (OSError, ValueError): found = None
-    if isinstance(found, list) and len(found) == len(files): return found
-    with ThreadPoolExecutor(8) as pool: found = list(pool.map(look, files))
-    write_json(kept, found)
-    return found
-
-def _state(kind, files):
-    "A hash of files by their names, sizes and times."
-    return hashlib.sha256(json.dumps([kind, *map(_stamp, files)]).encode()).hexdigest()[:32]
-
-def _stamp(path):
-    "What tells that a file has changed; a link to nowhere has no size."
-    try: return str(path.absolute()), path.stat().st_size, path.stat().st_mtime_ns
-    except (OSError, ValueError): return str(path.absolute()), -1, 0
-
-def _header(path):
-    "Samples at 16 kHz that the file has, or why it cannot be used."
-    try: return audio_length(path)
-    except AudioError as e: return e.reason
 
 def _ends(path):
     "A hash of a file's size and both its ends: other audio has others, and no file is read whole."

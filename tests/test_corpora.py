@@ -436,7 +436,7 @@ def test_naming_a_test_folder_as_the_corpus_trains_on_nothing(tmp_path):
                           ("train_test_split/train", "train")):
         assert load_corpus(tmp_path/folder)["split"][:] == [split], folder
         if split != "train":
-            with pytest.raises(ValueError, match="has no train audio"): crop_batch(str(tmp_path/folder), 0, 1, 1.)
+            with pytest.raises(ValueError, match="has no training audio"): crop_batch(str(tmp_path/folder), 0, 1, 1.)
 
 @pytest.mark.parametrize("text",
                          ["file_name,transcription\na.wav,hello\n", "a|Printing, in|Printing, in\n", "", "\0", '"',
@@ -618,9 +618,9 @@ def test_a_damaged_cache_of_a_shard_is_made_again(tmp_path, monkeypatch, keep):
     whole = corpora.read_shard(tmp_path/"a.wav")
     cached, = (tmp_path/"cache/audio").glob("*.npy")
     cached.unlink()    # what is mapped must not shrink
-    corpora._shard.cache_clear()
+    corpora._decoded.cache_clear()
     corpora.read_shard(tmp_path/"a.wav")
-    corpora._shard.cache_clear()
+    corpora._decoded.cache_clear()
     cut(cached, keep/cached.stat().st_size)
     assert np.array_equal(corpora.read_shard(tmp_path/"a.wav"), whole)
 

@@ -255,7 +255,7 @@ def test_each_module_makes_exactly_its_runs_stale(tree):
         stages[path.stem] = stale_after(tree, path, lambda text: text + "\n_edited = 1\n")
     assert {m: s for m, s in stages.items() if m in STALE} == STALE
     expected = dict(runs="distil merge probe results", profiles="distil merge probe results",
-                    objective="distil results", training="distil results",
+                    objective="distil probe results", training="distil results",
                     rules="merge", merge="merge",
                     features="probe results", fit="probe results")
     assert {m: stages[m] for m in expected} == expected
