@@ -142,8 +142,8 @@ class Classes(Answer):
         y = [torch.as_tensor(pd.Categorical(slots[c], n).codes.astype(np.int64)) for c, n in zip(slots, names)]
         sizes = [len(n) for n in names]
         if max(sizes) < 2:
-            raise Unheard(f"task {t.name}: the train split has one class only, {names[0][0]!r}, among the rows that can "
-                          "be heard; check the recordings that its table names")
+            raise Unheard(f"task {t.name}: the train split has one class only, {names[0][0]!r}, among the rows that "
+                          "can be heard; check the recordings that its table names")
         tuned = [_tuned(x, v, at, k, seeds, head, t.steps) for v, k in zip(y, sizes)]
         whole_answer = lambda parts: np.ravel_multi_index(parts, sizes) if len(parts) > 1 else parts[0]
         true = whole_answer([v[test].numpy() for v in y])

@@ -237,7 +237,7 @@ def _decoded(path, size, mtime):
 
 def read_shard(path, start:int=0, end:int=None # a shard; first sample; sample after the last, by default of all
               ) -> np.ndarray: # float32 [end - start]
-    "A part of a shard, which is decoded once per machine; an `AudioError` if it is no audio, not 16 kHz mono, or too short."
+    "A part of a shard, decoded once per machine; an `AudioError` if it is no audio, not 16 kHz mono, or too short."
     x = _shard(path)[start:end].astype(np.float32)/32768
     if not len(x): raise AudioError(path, f"has no samples from {start} on: correct the table that names them")
     return x

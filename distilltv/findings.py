@@ -37,7 +37,7 @@ class Evidence:
         "Draws of the difference of two encoders' means of a domain."
         return self.draws[f"{domain} mean", a] - self.draws[f"{domain} mean", b]
     def measured(self, domain, a, b): # of the tasks; an encoder; another
-        "The difference of two encoders' means of a domain, its 95 % interval, and the difference with each seed of both."
+        "The difference of two encoders' means of a domain, its 95 % interval, and the difference with each seed."
         d = self.difference(domain, a, b)
         single = [s[f"{domain} mean", a][0] - s[f"{domain} mean", b][0] for s in self.each.values()
                   if (f"{domain} mean", a) in s and (f"{domain} mean", b) in s]
@@ -174,7 +174,8 @@ def _where(ev, tests, ahead, lams):
     pooled = tests[tests.distil_seed == "all"]
     t = pooled[pooled.holds.astype(bool) & ((pooled.difference > 0) == ahead)]
     most = [(k, len(d), d.loc[d.difference.abs().idxmax()]) for k, d in t.groupby("task")]
-    says = ", ".join(f"{k} at {n} of {lams} λ ({100*m.difference:+.1f} points at λ = {ev.lam(m.encoder)})" for k, n, m in most)
+    says = ", ".join(f"{k} at {n} of {lams} λ ({100*m.difference:+.1f} points at λ = {ev.lam(m.encoder)})"
+                     for k, n, m in most)
     return f"Significantly {'better' if ahead else 'worse'} than the ensemble student: {says or 'on no task'}."
 
 def _teachers(ev):

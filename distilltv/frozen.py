@@ -172,7 +172,8 @@ def _provenance(folder, role=None):
     info, last = _record(folder), folder.absolute().name
     role, made = role or _role(info, _below(folder.absolute())), {}
     if role in ("merged", "endpoint", "ensemble"):
-        made = {k: info.get(k) for k in ("lam", "method", "corpus", "steps")} | dict(settings=settings_hash(info, folder))
+        made = {k: info.get(k) for k in ("lam", "method", "corpus", "steps")}
+        made["settings"] = settings_hash(info, folder)
     # more than two domains
     if info.get("weights") and info.get("lam") is None: made["weights"] = json.dumps(info["weights"])
     seed = (info.get("seed") or 0) if made else None

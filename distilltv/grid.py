@@ -89,7 +89,8 @@ def _check_apart(runs):
             twin = seen.setdefault(getattr(r, what), r)
             if twin is r: continue
             own, other = (f"{q.id} ({q.parameters.get('teacher') or q.out})" for q in (twin, r))
-            raise ValueError(f"two runs would have one name or folder: {own} and {other}; rename a domain in the profile")
+            raise ValueError(f"two runs would have one name or folder: {own} and {other}; "
+                             "rename a domain in the profile")
 
 # %% ../nbs/06a_grid.ipynb #adb6fd8a
 def _tag(seed): return f"-seed{seed}" if seed else ""

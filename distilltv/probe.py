@@ -114,7 +114,8 @@ def _probe_all(encoders, tasks, seeds, view, seed, root, out, head):
     for t in tasks:
         start = time.perf_counter()
         try: scored = score_encoders(encoders, t, view, range(seed, seed+seeds), root, head)
-        except (FileNotFoundError, Leak, TableError, Unheard) as e: scored = [([_not_run(t, head, e)], {})]*len(encoders)
+        except (FileNotFoundError, Leak, TableError, Unheard) as e:
+            scored = [([_not_run(t, head, e)], {})]*len(encoders)
         seconds = round((time.perf_counter() - start)/len(encoders), 2)
         made = dict(seconds=seconds, peak_mb=round(peak_memory()), commit=now, versions=software)
         for i, (r, k) in enumerate(scored):

@@ -60,8 +60,8 @@ def read_table(file) -> pd.DataFrame: # CSV that this package wrote
     "A table whose names are text: `007` stays `007` and `NA` is a name; only an empty field is missing."
     return pd.read_csv(file, dtype={n: str for n in _NAMES}, keep_default_na=False, na_values=[""], encoding="utf-8")
 
-_NAMES = ("encoder role method corpus taught_by settings task domain probe view metric status weights_hash commit student "
-          "teacher").split()
+_NAMES = ("encoder role method corpus taught_by settings task domain probe view metric status weights_hash commit "
+          "student teacher").split()
 
 # %% ../nbs/05_results.ipynb #5e01ae04
 def _score_files(source):
@@ -116,7 +116,8 @@ def _check_alike(files, tables):
     if "settings" not in t: return
     t = t[t.settings.notna()]
     sweep = t.method.fillna("linear") + " merges on " + t.corpus.fillna("")
-    t = t.assign(family=t.encoder.where(t.role != "merged", sweep), how=t.settings + t.steps.fillna(0).map(" {:g}".format))
+    t = t.assign(family=t.encoder.where(t.role != "merged", sweep),
+                 how=t.settings + t.steps.fillna(0).map(" {:g}".format))
     mixed = t[t.groupby("family").how.transform("nunique") > 1].sort_values("made", kind="stable")
     if not len(mixed): return
     new = mixed.groupby("family").how.last()

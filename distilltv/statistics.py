@@ -69,8 +69,8 @@ def bootstrap(hits,            # from `gather`
               draws:int=2000,  # redrawn test sets
               seed:int=0       # of the draws
              ) -> pd.DataFrame: # columns (task, encoder); row 0 is the estimate, the others are draws
-    """Scores of every encoder on redrawn test items (by group, the same for all), probe seeds and distillation seeds; the
-    draws are `nan` where all items are of one group."""
+    """Scores of every encoder on redrawn test items (by group, the same for all), probe seeds and distillation seeds;
+    the draws are `nan` where all items are of one group."""
     rng, out = np.random.default_rng(seed), {}
     for task, h in hits.items():
         group = np.unique(h["group"], return_inverse=True)[1]
@@ -120,7 +120,7 @@ def mcnemar(b:int, c:int) -> float: # items that only the one has right; that on
     return float(stats.binomtest(b, b+c).pvalue) if b + c else 1.
 
 def bootstrap_p(d) -> float: # draws of a difference, row 0 the estimate
-    "Two-sided p of no difference: twice the share of draws on the other side of zero, and never 0; `nan` without draws."
+    "Two-sided p of no difference: twice the share of draws beyond zero, and never 0; `nan` without draws."
     d = _known(d)
     if not len(d): return np.nan
     return float(min(1., 2*(min((d <= 0).sum(), (d >= 0).sum()) + 1)/(len(d) + 1)))

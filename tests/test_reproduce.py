@@ -315,11 +315,10 @@ def test_a_profiles_question_makes_probes_stale_and_no_student(tmp_path):
         runs = {r.id: r for r in grid(tmp_path/"one.toml")}
         return [key(runs[r], runs) for r in ("distil/a", "probe/logmel")]
     (tmp_path/"one.toml").write_text(text, encoding="utf-8")
-    seen = [keys()]
+    seen, two = [keys()], f"file,split,what,who\n{far},test,b,c\n../near.wav,test,b,c\n"
     for change in (lambda: (tmp_path/"q/t.csv").write_text("file,split,what,who\na.wav,test,b,c\n", encoding="utf-8"),
                    lambda: (tmp_path/"q/a.wav").write_bytes(b"new"),
-                   lambda: (tmp_path/"q/t.csv").write_text(f"file,split,what,who\n{far},test,b,c\n../near.wav,test,b,c\n",
-                                                           encoding="utf-8"),
+                   lambda: (tmp_path/"q/t.csv").write_text(two, encoding="utf-8"),
                    lambda: far.write_bytes(b"new"), lambda: (tmp_path/"near.wav").write_bytes(b"new"),
                    lambda: (tmp_path/"one.toml").write_text(text.replace('"who"', '"day"'), encoding="utf-8"),
                    lambda: (tmp_path/"one.toml").write_text(text[:text.index("[tasks")], encoding="utf-8")):

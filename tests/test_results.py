@@ -318,7 +318,8 @@ def test_seeds_of_other_settings_are_not_averaged(tmp_path):
     assert R.gather(tmp_path)[0].encoder.nunique() == 4
     probe("speech", "endpoint", "9999")
     probe("lam-0.50", "merged", "8888", 0, .5)
-    left = "ensemble-2x, ensemble-2x-seed1, ensemble-2x-seed2, lam-0.50-seed1, lam-0.50-seed2, speech-seed1, speech-seed2"
+    left = ("ensemble-2x, ensemble-2x-seed1, ensemble-2x-seed2, lam-0.50-seed1, lam-0.50-seed2, "
+            "speech-seed1, speech-seed2")
     with pytest.raises(ValueError, match=rf"remove the older folders from probes/ \({left}\)"): R.gather(tmp_path)
     for name in left.split(", "): shutil.rmtree(tmp_path/"probes"/name)
     probe("lam-0.90", "merged", "45e6", 0, .9)    # a λ of the old settings, but the newest file
@@ -348,7 +349,8 @@ def test_a_folder_without_any_score_says_so(tmp_path):
     f = tmp_path/"probes/a/scores.csv"
     f.write_text(f.read_text().splitlines()[0] + "\n")
     with pytest.raises(ValueError, match="no task has been run there"): R.gather(tmp_path)
-    row = dict(encoder="a", role="other", task="sid", domain="speech", probe="linear", seed=-1, view="", metric="accuracy",
+    row = dict(encoder="a", role="other", task="sid", domain="speech", probe="linear", seed=-1, view="",
+               metric="accuracy",
                n_test=0, score=None, status="not run: VoxCeleb1 is not here: fetch it")
     pd.DataFrame([row]).to_csv(f.with_name("not_run.csv"), index=False)
     np.savez(f.with_name("predictions.npz"))

@@ -4,7 +4,8 @@ from dataclasses import replace
 from pathlib import Path
 import datasets, numpy as np, pandas as pd, pytest, soundfile as sf, torch
 from hypothesis import given, settings, strategies as st
-from distilltv import adapters as A, answers as N, features as E, fit as F, frozen as Z, letters as L, probe as P, published as B
+from distilltv import adapters as A, answers as N, features as E, fit as F, frozen as Z, letters as L
+from distilltv import probe as P, published as B
 from distilltv import tasks as T
 from distilltv.profiles import profile
 
