@@ -10,7 +10,7 @@ __all__ = ['provenance', 'settings_hash', 'licence_of', 'licence_line', 'encoder
 import hashlib, json
 from fractions import Fraction
 from pathlib import Path
-from .runs import versions
+from .runs import read_json, versions
 
 # %% ../nbs/03h_cards.ipynb #ea348898
 def _numbers_of(weight):
@@ -57,7 +57,7 @@ def _hashed(said): return hashlib.sha256(json.dumps(said, sort_keys=True).encode
 def _student_of(entry, folder):
     "Settings and steps of an input of a merge, if it still lies there."
     file = folder/entry["path"]/"distilltv.json"
-    try: record = json.loads(file.read_text(encoding="utf-8"))
+    try: record = read_json(file)
     except (OSError, ValueError): return None
     same = record.get("weights_hash") == entry["hash"] and "inputs" not in record
     found = settings_hash(record, file.parent) if same else None

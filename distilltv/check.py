@@ -6,7 +6,7 @@
 __all__ = ['RATE', 'operations', 'gpu_time', 'Check', 'check_profile']
 
 # %% ../nbs/01a_check.ipynb #e5d9301f
-import difflib, warnings
+import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +17,8 @@ from .audio import SAMPLE_RATE
 from .corpora import load_corpus
 from .encoders import FAMILIES, Heads, load_encoder, student_config
 from .objective import check_length, check_teachers
-from .profiles import SHIPPED, profile as get_profile
+from .profiles import SHIPPED, closest, profile as get_profile
+from .runs import user_path
 from .scale import Stream
 from .students import listens_to, taught_by
 from .tasks import profile_tasks, table_task, task_names
@@ -193,8 +194,8 @@ def _misspelt(domain, domains):
     "What to note of a question's domain that no teacher and no default task has."
     known = [*domains, "speech", "music", "sound", "mixed"]
     if domain in known: return ""
-    close = difflib.get_close_matches(domain.lower(), known, 1)
-    return f", no domain of the profile{f': did you mean {close[0]}?' if close else ''}"
+    close = closest(domain.lower(), known)
+    return f", no domain of the profile{f': did you mean {close}?' if close else ''}"
 
 def check_profile(profile # a profile, its name or its file
                  ) -> Check:
@@ -203,7 +204,7 @@ def check_profile(profile # a profile, its name or its file
     with check.noting(): p = get_profile(profile)
     if check.wrong: return check
     check.lines.append(f"profile {p.name}, runs in {p.folder}")
-    folder = Path(profile).expanduser().absolute().parent if isinstance(profile, (str, Path)) else Path.cwd()
+    folder = user_path(profile).absolute().parent if isinstance(profile, (str, Path)) else Path.cwd()
     with torch.random.fork_rng(devices=[]): opened = _teachers(p, check, folder)
     _audio(p, check)
     _budget(p, opened, _student(p, opened, check), check)

@@ -6,7 +6,7 @@
 __all__ = ['base_of', 'crops_of', 'validation_crops', 'validate', 'distil', 'load_heads', 'main']
 
 # %% ../nbs/02_distill.ipynb #bf474f44
-import argparse, json, os, sys
+import argparse, os, sys
 from dataclasses import replace
 from pathlib import Path
 import pandas as pd, torch
@@ -138,7 +138,7 @@ def _finished(folder, p, who, inputs):
     code = commit()
     if code == "unknown" or code.endswith("+"): return None  # which code this is, nobody can tell
     try:
-        note, result = (json.loads((folder/f).read_text(encoding="utf-8")) for f in ("distilltv.json", "result.json"))
+        note, result = (read_json(folder/f) for f in ("distilltv.json", "result.json"))
         same = result["inputs"] == inputs and note["versions"].items() >= record(p)["versions"].items()
         if not same or not note.items() >= dict(_note(p, who), commit=code).items(): return None
         load_heads(folder)

@@ -58,7 +58,7 @@ def plot_tradeoff(draws,     # from `with_means`
             on = [e for e in d.encoder if e in shown]
             if not on: continue
             a.plot(x.estimate[on], y.estimate[on], color=COLOUR["merged"], lw=1.6, zorder=2,
-                   label=f"{method} merge, {_lams(info.lam[on])}")
+                   label=f"{method} merge, {_lams([lam_text(info.lam[e], info) for e in on])}")
         a.set(xlabel=f"{two[0]} mean (accuracy, %)", ylabel=f"{two[1]} mean (accuracy, %)")
     made = [e for e in shown if info.role[e] in ("merged", "endpoint", "ensemble", "base")]
     _zoom(ax, near, x.estimate[made], y.estimate[made])
@@ -87,8 +87,7 @@ def _domains(scores, domains): return list(dict.fromkeys([*domains, *domains_of(
 
 def _lams(lams):
     "The λ of a curve in words: each of a few, else the first and the last."
-    if len(lams) > 3: return f"λ from {lams.iloc[0]:.2g} to {lams.iloc[-1]:.2g}"
-    return "λ = " + ", ".join(f"{lam:.2g}" for lam in lams)
+    return f"λ from {lams[0]} to {lams[-1]}" if len(lams) > 3 else f"λ = {', '.join(lams)}"
 
 def _means(i, domain):
     "Intervals of a domain's means in percent, one row for each encoder."

@@ -147,8 +147,9 @@ def _opened(path, name):
 # %% ../nbs/04a_frozen.ipynb #7ad9c9eb
 def shipped_or_run(name, p):
     "A folder below that of a profile; of `mini`, which ships, the one in the data where you have made none."
-    own = get_profile(p).folder/name
-    return data_dir()/name if get_profile(p).name == "mini" and not (own/"config.json").exists() else own
+    p = get_profile(p)
+    own = p.folder/name
+    return data_dir()/name if p.name == "mini" and not (own/"config.json").exists() else own
 
 def encoder_names(text:str # for `open_encoder`: one name, or several with commas
                  ) -> list:

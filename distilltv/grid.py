@@ -13,7 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from .cards import merged_name, weights_name
 from .profiles import AUDIO_SUFFIXES, SHIPPED, Profile, profile as get_profile, record
-from .runs import data_dir, file_hash, home, root
+from .runs import data_dir, file_hash, home, read_json, root, user_path
 from .students import as_asked, listens_to, student_folder, taught_by
 
 # %% ../nbs/06a_grid.ipynb #e73bf74c
@@ -66,7 +66,7 @@ def grid(profile:str="mini",   # a shipped profile's name, or the path of a .tom
         ) -> list:             # of `GridRun`, each after those it needs
     "The runs that an experiment takes."
     p = get_profile(profile)
-    named = str(profile) if str(profile) in SHIPPED else str(Path(profile).expanduser().absolute())
+    named = str(profile) if str(profile) in SHIPPED else str(user_path(profile).absolute())
     c, common = corpus or p.corpus, dict(profile=named)
     distil, merge = [], []
     for seed in range(p.seed, p.seed + seeds):
@@ -272,9 +272,9 @@ def key(run:GridRun, # the run
 # %% ../nbs/06a_grid.ipynb #99a3baf1
 def stamp(run:GridRun) -> dict: # `key`, `made`, `seconds`; empty where there is none
     "What a run noted when it ended, or when it began."
-    try: said = json.loads((run.folder/"stamp.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError): return {}
-    return said if isinstance(said, dict) and all(_is_noted(said, n) for n in said) else {}
+    try: said = read_json(run.folder/"stamp.json")
+    except ValueError: return {}
+    return said if all(_is_noted(said, n) for n in said) else {}
 
 def _is_noted(said, name):
     "Whether a value of a stamp is of the kind that is written there."

@@ -6,13 +6,14 @@
 __all__ = ['Weights', 'domain_weights', 'recipe_student', 'merge_recipe', 'push_to_hub']
 
 # %% ../nbs/03b_recipes.ipynb #7457f005
-import difflib, re, reprlib
+import re, reprlib
 from fractions import Fraction
 from pathlib import Path
 import numpy as np
 import yaml
 from .merge import TaskVector, load_student, merge, save_all
 from .parts import ByName, finite
+from .profiles import closest
 from .rules import FAMILY, RULES, options_of
 from .runs import user_path
 from .weights import check_dtype, read_json
@@ -159,9 +160,9 @@ def domain_weights(weights,   # `{domain: weight}`, text that holds it, or empty
     if not isinstance(weights, dict):
         raise ValueError(f"weights hold no table of domains and numbers; write them as {such}")
     if extra := [d for d in weights if d not in domains]:
-        close = difflib.get_close_matches(str(extra[0]), domains, 1)
+        close = closest(extra[0], domains)
         raise ValueError(f"weights name {', '.join(map(reprlib.repr, extra))}, which is no domain of the profile"
-                         f"{f' (did you mean {close[0]}?)' if close else ''}; write them as {such}")
+                         f"{f' (did you mean {close}?)' if close else ''}; write them as {such}")
     if lacking := [d for d in domains if d not in weights]:
         raise ValueError(f"weights lack {', '.join(lacking)}; "
                          f"name every domain, with 0 for one that is to be left out: {such}")

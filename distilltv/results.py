@@ -12,7 +12,7 @@ import hashlib, re
 from pathlib import Path
 import numpy as np, pandas as pd
 from .profiles import SHIPPED, profile as get_profile
-from .runs import data_dir, write_atomic
+from .runs import data_dir, user_path, write_atomic
 from .statistics import LOWER, bootstrap, compare, interval, metrics, of_seed, seeds_of, signs
 
 # %% ../nbs/05_results.ipynb #5e01ad02
@@ -25,7 +25,7 @@ def find_source(profile="mini", # name or path of a profile
                 source=""       # a folder; "": the usual places
                ) -> Path:
     "The folder to read: `source`, else the profile's runs, else (a shipped profile) the shipped reference run."
-    if source: return Path(source).expanduser()
+    if source: return user_path(source)
     p = get_profile(profile)
     return p.folder if any(p.folder.glob("probes/*/scores.csv")) or p.name not in SHIPPED else data_dir()/"results"
 

@@ -172,9 +172,8 @@ def _is_ours(f):
 
 def _table(file):
     "What a JSON file says; an empty table where it holds none."
-    try: said = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError): return {}
-    return said if isinstance(said, dict) else {}
+    try: return read_json(file)
+    except (OSError, ValueError): return {}
 
 def _is_noted(folder):
     "Whether a folder's record, result, stamp or log of a training is one that this package wrote."
