@@ -162,7 +162,8 @@ def at_rate(wav:torch.Tensor,  # [batch, samples] at 16 kHz
            ) -> torch.Tensor:  # [batch, samples]
     "Waveforms as an encoder of another sampling rate hears them; as they are where the rate is theirs."
     if rate == SAMPLE_RATE: return wav
-    wav = torchaudio.functional.resample(wav, SAMPLE_RATE, rate)
+    whole = wav.shape[-1]*rate//SAMPLE_RATE    # the resampler rounds up, to a sample that was not recorded
+    wav = torchaudio.functional.resample(wav, SAMPLE_RATE, rate)[..., :whole]
     return normalise(wav) if normal else wav
 
 def _hidden(teacher, wav, layers):
