@@ -11,6 +11,7 @@ import hashlib, json
 from fractions import Fraction
 from pathlib import Path
 from .runs import read_json, versions
+from .students import COMPUTED
 
 # %% ../nbs/03h_cards.ipynb #ea348898
 def _numbers_of(weight):
@@ -40,8 +41,7 @@ def provenance(recipe:dict,   # from `merge.recipe`
 
 # %% ../nbs/03h_cards.ipynb #g1a00002
 # of a student's record: what differs between the students of one run, how it was computed, and what came of it
-_APART = set("""seed teacher role steps accumulate attention compile cache licence dtype weights_hash versions
-             commit""".split())
+_APART = {*"seed teacher role steps licence dtype weights_hash versions commit".split(), *COMPUTED}
 
 def settings_hash(record:dict, # what `distilltv.json` holds
                 folder       # where it lies

@@ -11,7 +11,8 @@ import difflib, json, os, re, sys
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib import resources
 from pathlib import Path
-from .runs import Choice, Integer, Number, Text, data_dir, home, user_path, version_of, write_atomic
+from .files import write_atomic
+from .runs import Choice, Integer, Number, Text, data_dir, home, refuse, user_path, version_of
 if sys.version_info >= (3, 11): import tomllib
 else: import tomli as tomllib
 
@@ -89,73 +90,74 @@ _SPECS = dict(
     log_with=Choice("", "tensorboard", "trackio"), short=Choice("join", "alone"), epoch=Integer(0, 10**9),
     cache=Choice("", "float32", "float16"), cache_gb=Number(0, 1e9), licence=Text(), ask=Text(empty=False))
 
+_TABLES_OF = dict(teachers="a table with a folder or hub name for each domain",
+                  audio="a table with a folder or stream for each domain", tasks="a table of questions",
+                  slurm="a table of stages")
+
 def _wrong(p):
     "What is wrong with the values of a profile, each a part of a sentence."
-    wrong = []
-    if not (isinstance(p.name, str) and re.fullmatch(r"\w[\w.-]{0,99}", p.name)):
-        wrong.append(f"name = {p.name!r} cannot be a folder's name: use letters, digits, dots, dashes and underscores")
-    wrong += _wrong_domains(p) + _wrong_tasks(p) + _wrong_slurm(p.slurm)
+    layers = list(p.predict) if isinstance(p.predict, tuple) else []
+    tables = [f"{n} is not {what}" for n, what in _TABLES_OF.items() if not isinstance(getattr(p, n), dict)]
+    wrong = tables or _wrong_domains(p) + _wrong_tasks(p) + _wrong_slurm(p.slurm)
     wrong += [f"{n.replace('student_', 'student.')} = {getattr(p, n)!r} is not {s}" for n, s in _SPECS.items()
               if not s.ok(getattr(p, n))]
-    layers = p.predict if isinstance(p.predict, tuple) else ()
-    if not layers or not all(map(Integer(1, 1000).ok, layers)) or sorted(set(layers)) != list(layers):
-        wrong.append(f"predict = {list(layers) or p.predict!r} is not a list of teacher layers, counted from 1, "
-                     "in rising order, such as [4, 8, 12]")
-    if not wrong and p.student_heads and p.student_width % p.student_heads:
-        wrong.append(f"width = {p.student_width} cannot be shared by heads = {p.student_heads}: use a multiple of it")
-    return wrong
+    wrong += _said(
+        (not (isinstance(p.name, str) and re.fullmatch(r"\w[\w.-]{0,99}", p.name)),
+         f"name = {p.name!r} cannot be a folder's name: use letters, digits, dots, dashes and underscores"),
+        (not layers or not all(map(Integer(1, 1000).ok, layers)) or sorted(set(layers)) != layers,
+         f"predict = {layers or p.predict!r} is not a list of teacher layers, counted from 1, in rising order, "
+         "such as [4, 8, 12]"))
+    return wrong + _said(
+        (not wrong and p.student_heads and p.student_width % p.student_heads,
+         f"width = {p.student_width} cannot be shared by heads = {p.student_heads}: use a multiple of it"))
+
+def _said(*checks):
+    "The sentences of the checks that find something wrong; a check is whether something is wrong, and a sentence."
+    return [sentence for wrong, sentence in checks if wrong]
 
 def _is_word(name): return isinstance(name, str) and re.fullmatch(r"[^\W\d_][\w-]{0,59}", name)
 
 def _wrong_domains(p):
     "What is wrong with teachers, audio, `init` and `corpus`."
-    if not (isinstance(p.teachers, dict) and p.teachers):
-        return ["teachers is not a table with a folder or hub name for each domain"]
-    if not isinstance(p.audio, dict): return ["audio is not a table with a folder or stream for each domain"]
-    wrong, names = [], ", ".join(map(str, p.teachers))
-    lower = [str(d).lower() for d in p.teachers]
-    for d, teacher in p.teachers.items():
-        if not _is_word(d):
-            wrong.append(f"domain {d!r} cannot be a folder's name: begin with a letter, go on with letters, digits, "
-                         "dashes and underscores")
-        elif d.lower() in RESERVED or _AFFIXES.fullmatch(d.lower()):
-            wrong.append(f"domain {d!r} has a meaning of its own here: choose another name")
-        elif lower.count(d.lower()) > 1:
-            wrong.append(f"domain {d!r} differs from another in capitals only: choose another name")
-        if not (isinstance(teacher, str) and teacher.strip()):
-            wrong.append(f"the teacher of {d} is {teacher!r}, not a folder or hub name")
+    if not p.teachers: return [f"teachers is not {_TABLES_OF['teachers']}"]
+    names, lower, wrong = ", ".join(map(str, p.teachers)), [str(d).lower() for d in p.teachers], []
+    for (d, teacher), low in zip(p.teachers.items(), lower):
+        wrong += _said(
+            (not _is_word(d), f"domain {d!r} cannot be a folder's name: begin with a letter, go on with letters, "
+                              "digits, dashes and underscores"),
+            (low in RESERVED or _AFFIXES.fullmatch(low),
+             f"domain {d!r} has a meaning of its own here: choose another name"),
+            (lower.count(low) > 1, f"domain {d!r} differs from another in capitals only: choose another name"),
+            (not (isinstance(teacher, str) and teacher.strip()),
+             f"the teacher of {d} is {teacher!r}, not a folder or hub name"))
     for d, audio in p.audio.items():
-        if d not in p.teachers: wrong.append(f"audio names {d!r}, which has no teacher{_nearest(d, p.teachers)}")
-        elif not isinstance(audio, str):
-            wrong.append(f"the audio of {d} is {audio!r}, not a folder or stream:NAME:CONFIG:SPLIT")
-    if p.init not in list(p.teachers): wrong.append(f"init = {p.init!r} is not among the teachers: use one of {names}")
-    if p.corpus not in ("both", "own", *p.teachers):
-        wrong.append(f"corpus = {p.corpus!r} is unknown: use both, own or one of {names}")
-    return wrong
+        wrong += _said(
+            (d not in p.teachers, f"audio names {d!r}, which has no teacher{_nearest(d, p.teachers)}"),
+            (not isinstance(audio, str), f"the audio of {d} is {audio!r}, not a folder or stream:NAME:CONFIG:SPLIT"))
+    return wrong + _said(
+        (p.init not in list(p.teachers), f"init = {p.init!r} is not among the teachers: use one of {names}"),
+        (p.corpus not in ("both", "own", *p.teachers),
+         f"corpus = {p.corpus!r} is unknown: use both, own or one of {names}"))
 
-def _wrong_entries(name, said, specs):
-    "Entries of a table that are unknown or not as they must be."
-    for k, v in said.items():
-        if k not in specs: yield f"{name}.{k} is unknown{_nearest(k, specs)}"
-        elif not specs[k].ok(v): yield f"{name}.{k} = {v!r} is not {specs[k]}"
+def _wrong_entries(name, said, specs, example, needed=()):
+    "What is wrong with a table in a profile."
+    if not isinstance(said, dict): return [f"{name} is not a table{example}"]
+    wrong = [f"{name}.{k} is missing" for k in needed if k not in said]
+    wrong += [f"{name}.{k} is unknown{_nearest(k, specs)}" for k in said if k not in specs]
+    return wrong + [f"{name}.{k} = {said[k]!r} is not {s}" for k, s in specs.items() if k in said and not s.ok(said[k])]
 
 # what a profile says of a task; nbs/04f_tasks.ipynb reads its table
 TASK = dict.fromkeys(("table", "label", "group", "domain"), Text(empty=False))
 
 def _wrong_tasks(p):
     "What is wrong with the questions of a profile."
-    if not isinstance(p.tasks, dict): return ["tasks is not a table of questions"]
-    wrong = []
-    if p.ask == "own" and not p.tasks: wrong.append("ask = 'own', but it has no question: add one as [tasks.NAME]")
+    wrong = _said((p.ask == "own" and not p.tasks, "ask = 'own', but it has no question: add one as [tasks.NAME]"))
     for name, said in p.tasks.items():
-        if name in ("all", "own", "more", "paper") or isinstance(p.teachers, dict) and name in p.teachers:
-            wrong.append(f"tasks.{name} has a name that asks for several tasks, as a domain's does: choose another")
-        if not _is_word(name):
-            wrong.append(f"tasks.{name} is no name for a task: use letters, digits, dashes and underscores")
-        if isinstance(said, dict):
-            wrong += [f"tasks.{name}.{k} is missing" for k in TASK if k not in said]
-            wrong += _wrong_entries(f"tasks.{name}", said, TASK)
-        else: wrong.append(f"tasks.{name} is not a table with {', '.join(TASK)}")
+        wrong += _said(
+            (name in ("all", "own", "more", "paper", *p.teachers),
+             f"tasks.{name} has a name that asks for several tasks, as a domain's does: choose another"),
+            (not _is_word(name), f"tasks.{name} is no name for a task: use letters, digits, dashes and underscores"))
+        wrong += _wrong_entries(f"tasks.{name}", said, TASK, f" with {', '.join(TASK)}", needed=TASK)
     return wrong
 
 def closest(name, # as somebody wrote it
@@ -178,13 +180,10 @@ NEEDS = dict(gpus=Integer(0, 1024), nodes=Integer(1, 10_000), cpus=Integer(1, 10
 
 def _wrong_slurm(slurm):
     "What is wrong with what jobs ask for."
-    if not isinstance(slurm, dict): return ["slurm is not a table of stages"]
     wrong = []
     for stage, needs in slurm.items():
-        if stage not in STAGES: wrong.append(f"slurm.{stage} is no stage{_nearest(stage, STAGES)}")
-        elif not isinstance(needs, dict):
-            wrong.append(f"slurm.{stage} is not a table, such as {{gpus = 1, hours = 24}}")
-        else: wrong += _wrong_entries(f"slurm.{stage}", needs, NEEDS)
+        wrong += _said((stage not in STAGES, f"slurm.{stage} is no stage{_nearest(stage, STAGES)}"))
+        wrong += _wrong_entries(f"slurm.{stage}", needs, NEEDS, ", such as {gpus = 1, hours = 24}")
     return wrong
 
 # %% ../nbs/00a_profiles.ipynb #29c841d9
@@ -321,12 +320,11 @@ def new_profile(path # of the .toml file to write; it must not exist yet
                ) -> Path:
     "Write a commented profile to start from; a `ValueError` says why it cannot be written."
     path = user_path(path)
-    if path.suffix.lower() != ".toml": raise ValueError(f"{path} does not end in .toml: a profile is such a file")
-    if os.path.lexists(path): raise ValueError(f"{path} exists already: choose another name, or delete it first")
-    if not path.parent.is_dir():
-        raise ValueError(f"{path.parent} is not a folder: make it first, or write the profile elsewhere")
-    if not path.name.isprintable():
-        raise ValueError(f"the name {path.name!r} has characters that cannot be shown: choose another")
+    refuse((path.suffix.lower() != ".toml", f"{path} does not end in .toml: a profile is such a file"),
+           (os.path.lexists(path), f"{path} exists already: choose another name, or delete it first"),
+           (not path.parent.is_dir(), f"{path.parent} is not a folder: make it first, or write the profile elsewhere"),
+           (not path.name.isprintable(),
+            f"the name {path.name!r} has characters that cannot be shown: choose another"))
     name = re.sub(r"[^\w.-]+", "-", path.stem).strip(".-") or "mine"
     if name in SHIPPED: name = f"my-{name}"
     text = (_SHIPPED/"new.toml").read_text(encoding="utf-8").replace("{name}", name).replace("{file}", path.name)

@@ -12,6 +12,7 @@ from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
 import numpy as np
+from .files import WRITES
 from .grid import GridRun, digest, expand, fresh, key, stamp
 from .profiles import profile
 from .runs import data_dir, home, root, write_json
@@ -33,16 +34,9 @@ def _last_line(e):
 def _names(folder):
     return sorted(str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file() and f.name != "stamp.json")
 
-_MODEL = "README.md config.json preprocessor_config.json distilltv.json result.json model.safetensors"
-_FIGURES = "tradeoff.svg tradeoff.png tasks.svg tasks.png differences.svg differences.png learning.svg learning.png"
-_TABLES = "scores.csv table.csv tests.csv paper.csv code.csv learning.csv"
-_WRITES = dict(distil=f"{_MODEL} heads.safetensors log.csv quarantine.csv checkpoint.pt best.pt",
-               merge=f"{_MODEL} recipe.yaml", probe="result.json predictions.npz scores.csv not_run.csv",
-               results=f"{_FIGURES} {_TABLES} predictions.npz captions.json findings.json claims.json")
-
 def _written(run, names):
     "Those of the names that the run's notebook writes: all, if it is not of one of our stages."
-    if run.stage in _WRITES: names = set(names) & {run.executed.name, *_WRITES[run.stage].split()}
+    if run.stage in WRITES: names = set(names) & {run.executed.name, *WRITES[run.stage].split()}
     return sorted(names)
 
 def _clear(run):

@@ -680,8 +680,8 @@ def test_killed_while_writing_where_nothing_was_leaves_nothing_or_all(trio, tmp_
 
 BETWEEN = """
 import ctypes, os, sys
-from distilltv import runs
-if sys.argv[2] == "without": runs._exchange = lambda a, b: False
+from distilltv import files
+if sys.argv[2] == "without": files._exchange = lambda a, b: False
 def dies_after(call, when):
     def f(*a):
         if when == "before": os._exit(9)
@@ -689,9 +689,9 @@ def dies_after(call, when):
         os._exit(9)
     return f
 where, when = sys.argv[3].split()
-if where == "exchange": runs._exchange = dies_after(runs._exchange, when)
+if where == "exchange": files._exchange = dies_after(files._exchange, when)
 else: os.replace = dies_after(os.replace, when)
-with runs.atomic_folder(sys.argv[1]) as t: (t/"distilltv.json").write_text(sys.argv[4])
+with files.atomic_folder(sys.argv[1]) as t: (t/"distilltv.json").write_text(sys.argv[4])
 """
 
 def note(version): return json.dumps(dict(weights_hash="0"*64, version=version))

@@ -10,7 +10,8 @@ from distilltv.audio import normalise
 from distilltv.corpora import read_shard
 from distilltv.encoders import hidden_states, save_encoder, weights_hash
 from distilltv.merge import merge
-from distilltv.runs import _trim, data_dir, root
+from distilltv.files import _trim
+from distilltv.runs import data_dir, root
 
 torch.set_num_threads(1)
 COST = ["seconds", "peak_mb"]     # what differs between two runs of the same

@@ -3,8 +3,9 @@ import errno, json, os, shutil, subprocess, sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import numpy as np, pytest
-from distilltv import runs
-from distilltv.runs import atomic_folder, cached, check_replaceable, data_dir, home, root, write_atomic, write_json
+from distilltv import files, runs
+from distilltv.files import atomic_folder, cached, check_replaceable, write_atomic, write_json
+from distilltv.runs import data_dir, home, root
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -34,7 +35,7 @@ FOREIGN = {"a file of theirs": ["notes.txt"], "a folder of theirs": ["thesis/not
            "notes of others": ["distilltv.json", "result.json", "stamp.json", "README.md"],
            "a hidden folder of theirs": [".work.tmp/a.txt"]}
 BESIDE = ["notes.txt", "old/model.safetensors", "thesis.ipynb", ".ipynb_checkpoints/thesis-checkpoint.ipynb",
-          ".notes.tmp", "old.ipynb/a.txt", "best.pt/a.txt"]    # each beside what is ours
+          ".notes.tmp", "old.ipynb/a.txt", "best.pt/a.txt", "tradeoff.svg"]    # each beside what is ours
 FOREIGN |= {f"{f} beside ours": ["model.safetensors", f] for f in BESIDE}
 
 @pytest.mark.parametrize("what", FOREIGN)
@@ -117,7 +118,7 @@ def test_a_folder_that_cannot_be_renamed_is_filled(tmp_path, monkeypatch, code):
     def refuse(a, b):
         if u in (str(a), str(b)): raise OSError(code, os.strerror(code))
         replace(a, b)
-    monkeypatch.setattr(runs, "_exchange", lambda a, b: False)
+    monkeypatch.setattr(files, "_exchange", lambda a, b: False)
     monkeypatch.setattr(os, "replace", refuse)
     copy2 = shutil.copy2
     def full(a, b):
@@ -221,7 +222,7 @@ def test_text_is_utf8_in_any_locale(tmp_path):
             "write_json(sys.argv[1], dict(a='\\u03b8')); print(ascii(str(root())))")
     env = os.environ | dict(PYTHONPATH=str(ROOT), LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
     done = subprocess.run([sys.executable, "-X", "warn_default_encoding", "-W", "error::EncodingWarning:distilltv.runs",
-                           "-c", code, str(tmp_path/"a.json")], env=env, capture_output=True, text=True)
+                           "-W", "error::EncodingWarning:distilltv.files", "-c", code, str(tmp_path/"a.json")], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path/"a.json").read_text(encoding="utf-8")) == dict(a="θ")
 
@@ -234,7 +235,7 @@ def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path):
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=root())
     left = {f.name for f in tmp_path.iterdir()}
     assert len(left) == 2 and all(n.endswith(".tmp") for n in left)
-    stay = {f".x.{runs._machine()}-{os.getppid()}.tmp", ".notes.tmp", f".y.{runs._machine()}-later.tmp"}
+    stay = {f".x.{files._machine()}-{os.getppid()}.tmp", ".notes.tmp", f".y.{files._machine()}-later.tmp"}
     for name in stay: (tmp_path/name).write_text("theirs")
     with write_atomic(tmp_path/"other.txt") as tmp: tmp.write_text("whole")
     assert {f.name for f in tmp_path.iterdir()} == stay | {"other.txt"}
