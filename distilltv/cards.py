@@ -25,7 +25,7 @@ def _weights_of(recipe):
     t = recipe["parameters"]["t"]
     return {m["model"]: rest(t) if m["model"] == recipe["base_model"] else t for m in recipe["models"]}
 
-def provenance(recipe:dict,   # from `merge.recipe`
+def provenance(recipe:dict,   # from `saving.recipe`
                origin:str,    # hash of θ₀
                licences:dict, # `{hash: licence}` of the inputs
                made_at:str    # commit of this package

@@ -9,7 +9,7 @@ __all__ = ['OBJECTIVES', 'sweep', 'Dial', 'objective', 'pareto', 'choose_lam', '
 import os, time
 from pathlib import Path
 import numpy as np
-from .merge import save_all
+from .saving import save_all
 from .parts import ByName
 
 # %% ../nbs/03c_path.ipynb #2bfcf7a5

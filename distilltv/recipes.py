@@ -7,16 +7,18 @@ __all__ = ['Weights', 'domain_weights', 'recipe_student', 'merge_recipe', 'push_
 
 # %% ../nbs/03b_recipes.ipynb #7457f005
 import re, reprlib
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 import numpy as np
 import yaml
-from .merge import TaskVector, load_student, merge, save_all
+from .merge import TaskVector, load_student, merge
 from .parts import ByName, finite
 from .profiles import closest
 from .rules import FAMILY, RULES, options_of
-from .runs import user_path
-from .weights import check_dtype, read_json
+from .runs import read_json, user_path
+from .saving import save_all
+from .weights import check_dtype
 
 # %% ../nbs/03b_recipes.ipynb #1c4d57ce
 _KEYS = {"merge_method", "base_model", "models", "parameters", "dtype", "out_dtype", "hashes", "facts"}
@@ -36,69 +38,69 @@ class _Strict(yaml.SafeLoader):
         if twice := [k for k in keys if keys.count(k) > 1]: raise ValueError(f"{twice[0]} stands twice: keep one")
         return node
 
-def _kind(file, where, value, kind, needs):
+@contextmanager
+def _named(file):
+    "A `ValueError` in here begins with the name of the recipe."
+    try: yield
+    except ValueError as e: raise ValueError(f"{file}: {e}") from None
+
+_TABLE, _TEXT = (dict, "a table of names and values"), (str, "text; put it in quotes")
+_PATH = str, "the path of a model; put it in quotes"
+
+def _kind(where, value, kind, needs):
     "The value, or a `ValueError` that says what it should be."
-    if not isinstance(value, kind): raise ValueError(f"{file}: {where} is {reprlib.repr(value)}; it must be {needs}")
+    if not isinstance(value, kind): raise ValueError(f"{where} is {reprlib.repr(value)}; it must be {needs}")
     return value
 
+def _others(given, allowed): return ", ".join(sorted(set(map(str, given)) - allowed))
+
 def _read(file):
-    "What a recipe says, every key known and of the right kind; a `ValueError` names the file and the key."
+    "What a recipe says, every key known and of the right kind; a `ValueError` names the key."
     try: r = yaml.load(Path(file).read_text(encoding="utf-8"), Loader=_Strict)
     except FileNotFoundError: raise FileNotFoundError(f"there is no recipe {file}: check the path") from None
     except OSError: raise
     except Exception as e: # PyYAML raises exceptions of many kinds for values that are not what they seem
-        raise ValueError(f"{file} is not YAML that can be read ({type(e).__name__}: {str(e)[:300]})") from None
+        raise ValueError(f"this is not YAML that can be read ({type(e).__name__}: {str(e)[:300]})") from None
     if not isinstance(r, dict) or "merge_method" not in r:
-        raise ValueError(f"{file} is no merge recipe; it needs merge_method and models")
-    method = _kind(file, "merge_method", r["merge_method"], str, "the name of a rule")
+        raise ValueError("this is no merge recipe; it needs merge_method and models")
+    method = _kind("merge_method", r["merge_method"], str, "the name of a rule")
     if method not in ("linear", *RULES):
-        raise ValueError(f"{file}: merge_method {reprlib.repr(method)} is unknown; "
-                         f"use one of linear, {', '.join(RULES)}")
-    if extra := set(map(str, r)) - _KEYS:
-        raise ValueError(f"{file}: {', '.join(sorted(extra))} cannot be honoured; "
-                         f"a recipe has {', '.join(sorted(_KEYS))}")
-    r = {k: v for k, v in r.items() if v is not None}
-    for k in ("parameters", "hashes", "facts"): _kind(file, k, r.setdefault(k, {}), dict, "a table of names and values")
-    for k in ("base_model", *r["hashes"]): _kind(file, k, k, str, "a path; put it in quotes")
-    if "base_model" in r: _kind(file, "base_model", r["base_model"], str, "the path of a model; put it in quotes")
-    for k, h in r["hashes"].items(): _kind(file, f"the hash of {k}", h, str, "text; put it in quotes")
-    for k in r["facts"]: _kind(file, "a fact's name", k, str, "text; put it in quotes")
-    r["models"] = [_model(file, m) for m in _kind(file, "models", r.get("models", []), list, "a list of models")]
+        raise ValueError(f"merge_method {reprlib.repr(method)} is unknown; use one of linear, {', '.join(RULES)}")
+    if extra := _others(r, _KEYS):
+        raise ValueError(f"{extra} cannot be honoured; a recipe has {', '.join(sorted(_KEYS))}")
+    r = dict(parameters={}, hashes={}, facts={}, models=[]) | {k: v for k, v in r.items() if v is not None}
+    for k in ("parameters", "hashes", "facts"): _kind(k, r[k], *_TABLE)
+    _kind("base_model", r.get("base_model", ""), *_PATH)
+    for k, h in r["hashes"].items(): _kind(f"the hash of {_kind(k, k, *_PATH)}", h, *_TEXT)
+    for k in r["facts"]: _kind("a fact's name", k, *_TEXT)
+    r["models"] = [_model(m) for m in _kind("models", r["models"], list, "a list of models")]
     names = [m["model"] for m in r["models"]]
     if len(set(names)) != len(names) or not names:
-        raise ValueError(f"{file}: models must name at least one folder, each once")
-    allowed, own = _allowed(method)
-    if extra := set(map(str, r["parameters"])) - allowed:
-        raise ValueError(f"{file}: {method} has no parameter {', '.join(sorted(extra))}; "
-                         f"it has {', '.join(sorted(allowed))}")
+        raise ValueError("models must name at least one folder, each once")
+    own, shared = {"weight", *options_of(method)}, r["parameters"]
+    allowed = own | _SHARED | ({"t"} if method == "slerp" else set())
+    if method == "linear": allowed -= {"lambda"}
+    if extra := _others(shared, allowed):
+        raise ValueError(f"{method} has no parameter {extra}; it has {', '.join(sorted(allowed))}")
     for m in r["models"]:
-        if extra := set(map(str, m["parameters"])) - own:
-            raise ValueError(f"{file}: {method} has no parameter {', '.join(sorted(extra))} of one model, such as "
-                             f"{m['model']}; a model has {', '.join(sorted(own))}")
+        if extra := _others(m["parameters"], own):
+            raise ValueError(f"{method} has no parameter {extra} of one model, such as {m['model']}; "
+                             f"a model has {', '.join(sorted(own))}")
         if m["model"] == r.get("base_model") and m["parameters"] and method != "linear":
-            raise ValueError(f"{file}: {', '.join(m['parameters'])} of {m['model']} has no meaning, for that is the "
+            raise ValueError(f"{', '.join(m['parameters'])} of {m['model']} has no meaning, for that is the "
                              "base_model; leave it out")
-    if "t" in r["parameters"] and any("weight" in m["parameters"] for m in (r, *r["models"])):
-        raise ValueError(f"{file}: t and weight are both given; leave one of them out")
-    for k in ("normalize", "rescale", "int8_mask"):
-        if k in r["parameters"]: _kind(file, k, r["parameters"][k], bool, "true or false")
+    if "t" in shared and any("weight" in m["parameters"] for m in (r, *r["models"])):
+        raise ValueError("t and weight are both given; leave one of them out")
+    for k in ("normalize", "rescale", "int8_mask"): _kind(k, shared.get(k, False), bool, "true or false")
     return r
 
-def _allowed(method):
-    "The parameters that a method has in a recipe, and those that one model may have of its own."
-    own = {"weight", *options_of(method)}
-    shared = own | _SHARED | ({"t"} if method == "slerp" else set())
-    return shared - ({"lambda"} if method == "linear" else set()), own
-
-def _model(file, m):
+def _model(m):
     "One entry of a recipe's models, with a path and a table of parameters."
-    _kind(file, "a model", m, dict, "a table such as {model: ../speech, parameters: {weight: 0.4}}")
-    if extra := set(map(str, m)) - {"model", "parameters"}:
-        raise ValueError(f"{file}: a model has {', '.join(sorted(extra))}; "
-                         "it has model and parameters, and a weight stands under parameters")
-    path = _kind(file, "model", m.get("model"), str, "the path of a model; put it in quotes")
-    given = _kind(file, f"parameters of {path}", m.get("parameters") or {}, dict, "a table of names and values")
-    return dict(model=path, parameters=given)
+    _kind("a model", m, dict, "a table such as {model: ../speech, parameters: {weight: 0.4}}")
+    if extra := _others(m, {"model", "parameters"}):
+        raise ValueError(f"a model has {extra}; it has model and parameters, and a weight stands under parameters")
+    path = _kind("model", m.get("model"), *_PATH)
+    return dict(model=path, parameters=_kind(f"parameters of {path}", m.get("parameters") or {}, *_TABLE))
 
 # %% ../nbs/03b_recipes.ipynb #9ee04fb9
 def _number(w, what):
@@ -169,15 +171,13 @@ def domain_weights(weights,   # `{domain: weight}`, text that holds it, or empty
     return {d: float(_number(weights[d], f"the weight of {d}")) for d in domains}
 
 # %% ../nbs/03b_recipes.ipynb #1553b6d5
-def _places(file):
-    "A function from a recipe's path to where it lies: beside the file, behind links, else beside the link."
-    def at(path):
-        if path.startswith("in memory/"):
-            raise ValueError(f"{file}: {path[10:]} was a model in memory and lies in no folder; "
-                             "save it with save_encoder and name that folder")
-        tried = [folder/user_path(path) for folder in (file.resolve().parent, file.parent)]
-        return next((p for p in tried if p.exists()), file.parent/path)
-    return at
+def _student(path, file, origin=None):
+    "The student at a recipe's path, which begins beside the file, behind links, else beside the link."
+    if path.startswith("in memory/"):
+        raise ValueError(f"{path[10:]} was a model in memory and lies in no folder; "
+                         "save it with save_encoder and name that folder")
+    tried = [folder/user_path(path) for folder in (file.resolve().parent, file.parent)]
+    return load_student(next((p for p in tried if p.exists()), file.parent/path), origin)
 
 def _options(r, students):
     "The rule's options that a recipe gives, the same for all models."
@@ -194,9 +194,11 @@ def _options(r, students):
     if "density" in known and method in FAMILY: options.setdefault("density", 1.) # mergekit's default
     return options
 
-def _weights(r, students, base, layers):
+def _weights(r, students, base):
     "The weight of each model, with mergekit's meaning of `t` and `normalize`."
     method, shared = r["merge_method"], r["parameters"]
+    said = next(iter(students.values())).config.get("num_hidden_layers")
+    layers = said if isinstance(said, int) else 1
     if "t" in shared:
         if len(students) != 2 or r.get("base_model") not in students:
             raise ValueError("slerp takes two models, one of them the base_model")
@@ -204,18 +206,17 @@ def _weights(r, students, base, layers):
         return {m: 1-t if m == r["base_model"] else t for m in students}
     weights = {m["model"]: _meaning((shared | m["parameters"]).get("weight", 1.), layers, f"weight of {m['model']}")
                for m in r["models"] if m["model"] in students}
-    by_name = [m for m, w in weights.items() if isinstance(w, ByName)]
-    if shared.get("normalize", method == "linear") and method in ("linear", "task_arithmetic"):
-        if by_name: raise ValueError("weights by name need normalize: false")
-        total = sum(map(Fraction, weights.values()))
-        if not total:
-            raise ValueError("the weights add up to 0 and cannot be normalised; give others, or set normalize: false")
-        weights = {m: Fraction(w)/total for m, w in weights.items()}
-    if method == "linear": # a mean of models
-        if by_name: raise ValueError("weights by name need a base_model, and the method task_arithmetic")
-        if abs((total := sum(map(Fraction, weights.values()))) - 1) > 2**-52: # else float64 cannot tell
-            raise ValueError(f"weights of a linear merge add up to {float(total):g}, not 1; set normalize: true")
-    elif base is None: raise ValueError(f"{method} needs a base_model")
+    if method != "linear" and base is None: raise ValueError(f"{method} needs a base_model")
+    normalize = shared.get("normalize", method == "linear")
+    if method != "linear" and not (normalize and method == "task_arithmetic"): return weights
+    if any(isinstance(w, ByName) for w in weights.values()):
+        raise ValueError("weights by name need the method task_arithmetic, a base_model and normalize: false")
+    total = sum(map(Fraction, weights.values()))
+    if normalize and not total:
+        raise ValueError("the weights add up to 0 and cannot be normalised; give others, or set normalize: false")
+    if normalize: return {m: Fraction(w)/total for m, w in weights.items()}
+    if abs(total-1) > 2**-52: # else float64 cannot tell
+        raise ValueError(f"weights of a linear merge add up to {float(total):g}, not 1; set normalize: true")
     return weights
 
 def recipe_student(file,       # a recipe; its paths are relative to its folder
@@ -223,28 +224,25 @@ def recipe_student(file,       # a recipe; its paths are relative to its folder
                   ) -> tuple:  # the `Student` and what the recipe says
     "The student that a recipe describes, nothing computed yet; a `ValueError` says what is wrong in the recipe."
     file = user_path(file)
-    r, at = _read(file), _places(file)
-    names = [m["model"] for m in r["models"]]
-    base = load_student(at(r["base_model"])) if "base_model" in r else None
-    origin = base.origin if base else load_student(at(names[0])).origin
-    # a mean and mergekit's SLERP have the base among their models
-    wanted = [m for m in names if m != r.get("base_model") or r["merge_method"] == "linear" or "t" in r["parameters"]]
-    if not wanted: raise ValueError(f"{file}: models name nothing but the base_model; add a model to merge")
-    students = {m: load_student(at(m), origin if trust else None) for m in wanted}
-    for path, h in r["hashes"].items():
-        if (now := load_student(at(path)).hash) != h:
-            raise ValueError(f"{file}: {path} has the hash {now[:16]}, not {h[:16]}: it is not the model "
-                             "this recipe was made from")
-    try:
-        for k in ("dtype", "out_dtype"):
-            if k in r: check_dtype(r[k])
-        layers = next(iter(students.values())).config.get("num_hidden_layers", 1)
-        options, weights = _options(r, students), _weights(r, students, base, layers if isinstance(layers, int) else 1)
-        start = base or students[names[0]] # a mean of models: the first, plus its differences to the others
+    with _named(file):
+        r = _read(file)
+        names, method, shared = [m["model"] for m in r["models"]], r["merge_method"], r["parameters"]
+        base = _student(r["base_model"], file) if "base_model" in r else None
+        # a mean of models: the first, plus its differences to the others
+        start = base or _student(names[0], file)
+        # a mean and mergekit's SLERP have the base among their models
+        wanted = [m for m in names if m != r.get("base_model") or method == "linear" or "t" in shared]
+        if not wanted: raise ValueError("models name nothing but the base_model; add a model to merge")
+        students = {m: _student(m, file, start.origin if trust else None) for m in wanted}
+        for path, h in r["hashes"].items():
+            if (now := _student(path, file).hash) != h:
+                raise ValueError(f"{path} has the hash {now[:16]}, not {h[:16]}: it is not the model "
+                                 "this recipe was made from")
+        for k in {"dtype", "out_dtype"} & set(r): check_dtype(r[k])
+        options, weights = _options(r, students), _weights(r, students, base)
         vectors = {m: TaskVector.between(start, s) for m, s in students.items()}
-        scale, seed = _number(r["parameters"].get("lambda", 1.), "lambda"), r["parameters"].get("seed", 0)
-        return merge(start, vectors, weights, r["merge_method"], scale=scale, seed=seed, **options), r
-    except ValueError as e: raise ValueError(f"{file}: {e}") from None
+        scale, seed = _number(shared.get("lambda", 1.), "lambda"), shared.get("seed", 0)
+        return merge(start, vectors, weights, method, scale=scale, seed=seed, **options), r
 
 def merge_recipe(file,       # the recipe
                  out,        # folder to write, whole or not at all
@@ -252,8 +250,8 @@ def merge_recipe(file,       # the recipe
                 ) -> dict:   # the record of the merged folder
     "Make the model that a recipe describes. The same recipe and inputs give the same bytes."
     student, r = recipe_student(file, trust)
-    try: return save_all({out: student}, r.get("out_dtype", r.get("dtype", "float32")), {out: r["facts"]})[out]
-    except ValueError as e: raise ValueError(f"{Path(file)}: {e}") from None
+    dtype = r.get("out_dtype", r.get("dtype", "float32"))
+    with _named(file): return save_all({out: student}, dtype, {out: r["facts"]})[out]
 
 # %% ../nbs/03b_recipes.ipynb #1d30efb2
 def push_to_hub(folder,       # a merged folder
@@ -262,15 +260,14 @@ def push_to_hub(folder,       # a merged folder
                 api=None      # a `huggingface_hub.HfApi`; made with your login where none is given
                ) -> str:      # address of the commit
     "Upload a merged folder to the Hugging Face hub; a `ValueError` if it is not a whole one."
+    from huggingface_hub import HfApi     # of many modules, which no merge needs
     folder = user_path(folder)
     wanted = "distilltv.json", "recipe.yaml", "README.md", "config.json", "model.safetensors"
     if lacking := [f for f in wanted if not (folder/f).exists()]:
         raise ValueError(f"{folder} holds no {', '.join(lacking)}; only a saved merge can be pushed")
-    if api is None:
-        from huggingface_hub import HfApi
-        api = HfApi()
+    if api is None: api = HfApi()
     record = read_json(folder/"distilltv.json")
     api.create_repo(repo_id, private=private, exist_ok=True)
-    message = f"Merge by {record['rule']}, weights {record['weights_hash'][:16]}"
-    files = [*wanted, "preprocessor_config.json"]
-    return str(api.upload_folder(folder_path=folder, repo_id=repo_id, allow_patterns=files, commit_message=message))
+    return str(api.upload_folder(folder_path=folder, repo_id=repo_id,
+                                 allow_patterns=[*wanted, "preprocessor_config.json"],
+                                 commit_message=f"Merge by {record['rule']}, weights {record['weights_hash'][:16]}"))

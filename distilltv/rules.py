@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['FAMILY', 'RULES', 'check_share', 'trim', 'breadcrumbs', 'dare', 'magprune', 'add', 'vote', 'elect', 'slerp',
-           'model_stock', 'fisher', 'regmean', 'correlation', 'best_match', 'apply_rule', 'options_of', 'check_options']
+           'model_stock', 'fisher', 'regmean', 'correlation', 'best_match', 'apply_rule', 'options_of', 'check_options',
+           'Ruled']
 
 # %% ../nbs/03a_rules.ipynb #fced2d9b
 import inspect, zlib
@@ -232,3 +233,21 @@ def check_options(rule:str,     # one of `RULES`
         raise ValueError("model_stock takes its models as equals; "
                          "give all of them the same weight, or leave the weights out")
     return known | options
+
+# %% ../nbs/03a_rules.ipynb #6052658e
+class Ruled:
+    "What a rule makes of task vectors, read tensor by tensor like a checkpoint."
+    def __init__(self, rule, base,       # its name; θ₀
+                 vectors, weights,       # task vectors; their weights
+                 seed, options           # of rules that draw; values for the rule
+                ):
+        self.rule, self.base, self.vectors, self.seed, self.options = rule, base, vectors, seed, options
+        first = next(iter(base.terms))
+        self.layout, self.config, self.record, self.folder = first.layout, first.config, first.record, first.folder
+        self.weights = [spread(w, self.layout) for w in weights]
+    def __getitem__(self, name):
+        deltas = [np.asarray(v[name], np.float64) for v in self.vectors]
+        base = np.asarray(self.base[name], np.float64) if self.rule == "slerp" else None
+        weights = [float(w[name]) for w in self.weights]
+        return apply_rule(self.rule, deltas, weights, base=base, name=name, seed=self.seed, **self.options)
+    def __str__(self): return f"{self.rule}({', '.join(map(str, self.vectors))})"

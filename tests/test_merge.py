@@ -7,7 +7,8 @@ from safetensors.torch import load_file, save_file
 from transformers import HubertConfig, HubertModel
 from distilltv.geometry import geometry
 from distilltv.cards import merged_name
-from distilltv.merge import Student, TaskVector, add_scores, load_student, merge, save_all
+from distilltv.merge import Student, TaskVector, load_student, merge
+from distilltv.saving import add_scores, save_all
 from distilltv.profiles import Profile
 from distilltv.students import find_students, settings_of
 from distilltv.recipes import domain_weights, merge_recipe
