@@ -12,8 +12,9 @@ from .check import gpu_time
 from .figures import how_made, plot_differences, plot_learning, plot_tasks, plot_tradeoff
 from .paper import code_table, distil_flop, paper_table
 from .profiles import SHIPPED, profile as get_profile
-from .results import by_seed, domains_of, find_source, gather, label_of, lam_text, learning, missing
-from .results import paired_tests, reference_of, save, sweeps, table, with_means
+from .reading import find_source, gather, learning, save
+from .results import (by_seed, domains_of, label_of, lam_text, missing, paired_tests, reference_of, sweeps,
+                               table, with_means)
 from .runs import write_atomic, write_json
 from .statistics import bootstrap
 
