@@ -92,13 +92,11 @@ def _students(t):
 def _telling_names(scores):
     """A function (encoder, seed, hash) -> (name, seed). The name leaves the seed out, so that students of one recipe
     have one; encoders of one name and different weights are told apart by the beginning of their hash."""
-    hashes = {}
-    for e, seed, h in _students(scores): hashes.setdefault((e, seed), set()).update([h] if h else [])
+    hashes = scores.groupby(["encoder", "distil_seed"]).weights_hash.nunique()
     def name(who):
         e, seed, h = who
-        alone = len(hashes.get((e, seed), ())) < 2
         recipe = re.sub(rf"-seed{seed}(?!\d)", "", e, count=1) if seed else e
-        return recipe + ("" if alone or not h else f" ({h[:6]})"), seed
+        return recipe + (f" ({h[:6]})" if h and hashes.get((e, seed), 0) > 1 else ""), seed
     return name
 
 def _check_alike(files, tables):
