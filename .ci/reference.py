@@ -9,7 +9,7 @@ import argparse, base64, io, json, os, posixpath, re, shutil, subprocess, sys, t
 from pathlib import Path
 from PIL import Image
 from distilltv.grid import fresh, grid, stamp
-from distilltv.results import read_table
+from distilltv.reading import read_table
 from distilltv.runner import calibrate
 from distilltv.runs import data_dir, home, root, write_json
 

@@ -21,7 +21,8 @@ from .profiles import SHIPPED, closest, profile as get_profile
 from .runs import user_path
 from .scale import Stream
 from .students import listens_to, taught_by
-from .tasks import profile_tasks, table_task, task_names
+from .questions import profile_tasks, table_task
+from .tasks import task_names
 from .training import check_training, needs_gpu
 from . import mini, published     # they enter their tasks
 

@@ -9,7 +9,7 @@ __all__ = ['PREPROCESSING', 'PARTS', 'whole_frames', 'audio_hashes', 'table_hash
 # %% ../nbs/04b_features.ipynb #d4efb98c
 import hashlib, json, math, os, warnings
 from fractions import Fraction
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 from .audio import SAMPLE_RATE, AudioError, audible, load_part, normalise
@@ -138,7 +138,7 @@ def pool(frames:torch.Tensor, # hidden states [layers, frames, dim] of one windo
 def _inside(frames, lo, hi, hop, window):
     # which frames belong to each item, bool [items, frames]
     centre = (np.arange(frames)*hop + window/2).astype(float)
-    lo, hi = np.asarray(lo, float)[:, None], np.asarray(hi, float)[:, None]
+    lo, hi = (np.asarray(v, float)[:, None] for v in (lo, hi))
     inside = (centre >= lo) & (centre < hi)
     for i in np.flatnonzero(~inside.any(1)): inside[i, np.abs(centre - (lo[i] + hi[i])/2).argmin()] = True
     return inside
@@ -189,26 +189,36 @@ def _listen(encoder, table, root, seconds, lost, only=None):
 # %% ../nbs/04b_features.ipynb #4bddc5d8
 def extract(encoder, table, root,  # see `check_encoder`; rows with file, start, end, lo, hi; folder of the corpora
             seconds:float=8.,      # audio in a batch; what fits the processor cache is fastest
-            only:int=None          # this row (and those of its window) alone; the others are `nan`
-           ) -> np.ndarray:        # float32 [layers, rows, dim]; `nan` where a loose file could not be read
+            only:int=None,         # this row (and those of its window) alone; the others are `nan`
+            view:str="sum",        # the layers, see `choose_view`
+            frames:int=0           # so many frames of each row instead of their mean; `nan` after the last one
+           ) -> np.ndarray:        # float32 [layers, rows, (frames,) dim]; `nan` where a loose file could not be read
     "Pooled hidden states of all layers for each row; a batch holds windows of equal length, so nothing is padded."
-    out, lost, lo, hi = None, [], table.lo.to_numpy(), table.hi.to_numpy()
+    out, lost, lo, hi, window = None, [], table.lo.to_numpy(), table.hi.to_numpy(), window_of(encoder)
     for rows, hidden in _listen(encoder, table, root, seconds, lost, only):
-        if out is None: out = np.full((len(hidden), len(table), encoder.dim), np.nan, np.float32)
-        out[:, rows] = pool(hidden, lo[rows], hi[rows], encoder.hop, window_of(encoder)).numpy()
-    if only is None: _account(out, ~np.isfinite(out).all((0, 2)) if out is not None else None, table, lost)
+        h = view_layers(hidden, view)
+        if out is None:
+            out = np.full((len(h), len(table), *[frames]*(frames > 0), encoder.dim), np.nan, np.float32)
+        if not frames: out[:, rows] = pool(h, lo[rows], hi[rows], encoder.hop, window).numpy()
+        else:
+            for r, inside in zip(rows, _inside(h.shape[1], lo[rows], hi[rows], encoder.hop, window)):
+                out[:, r, :inside.sum()] = h.numpy()[:, inside]
+    if only is None: _account(out, table, lost)
     return out
 
-def _account(out, bad, table, lost):
+def _account(out, table, lost):
     # a warning about what could not be read, an error where nothing could or where an encoder gives no numbers
     if out is None: raise ValueError(f"none of {len(lost)} files could be read; the first: {lost[0][1]}")
     if lost:
         warnings.warn(f"{len(lost)} of {len(_distinct(table))} windows could not be read and are left out; "
                       f"the first: {lost[0][1]}")
+    bad = ~_heard(out)
     for rows, _ in lost: bad[rows] = False
     if bad.any():
         raise ValueError(f"features of {table.id[bad].iloc[0]} and {bad.sum()-1} others are not finite; "
                          "check their audio and the encoder's weights")
+
+def _heard(x): return np.isfinite(x if x.ndim == 3 else x[:, :, 0]).all((0, 2))    # each row, or its first frame
 
 # %% ../nbs/04b_features.ipynb #10cd3b5e
 def features(encoder,              # see `check_encoder`; cached if it has a `hash` of its weights
@@ -216,31 +226,30 @@ def features(encoder,              # see `check_encoder`; cached if it has a `ha
              most:float=4e9        # bytes the cache folder may hold
             ) -> np.ndarray:       # float32 [layers, segments, dim]
     "Pooled features of a segment table, from the cache under `home()/cache` or computed and put there."
-    def make(only=None): return extract(encoder, table, root, only=only)
-    if not getattr(encoder, "hash", None): return make()
-    ok = lambda x: x.dtype == np.float32 and x.shape[1:] == (len(table), encoder.dim)
-    return _kept(encoder, features_key(encoder, table, root), ok, make, most)
+    def ok(x): return x.dtype == np.float32 and x.shape[1:] == (len(table), encoder.dim)
+    return _kept(encoder, table, root, ok, most)
 
 # %% ../nbs/04b_features.ipynb #f3748f23
-def _kept(encoder, key, ok, make, most):
-    # what is in the cache under that key, else what `make` makes; `make(row)` makes that row alone
-    f = home()/"cache"/f"{key}.npy"
+def _kept(encoder, table, root, ok, most, frames=0, view="sum"):
+    # what `extract` gives, from the cache where it is there
+    make = partial(extract, encoder, table, root, view=view, frames=frames)
+    if not getattr(encoder, "hash", None): return make()
+    key = features_key(encoder, table, root)
+    f = home()/"cache"/f"{table_hash(table, root, key, 'frames', view) if frames else key}.npy"
     held = f.exists()
     x = cached(f, ok, make, most)
-    if held: _same_ears(encoder, make, x, f)
+    if held: _check_same_ears(encoder, make, x, f)
     return x
 
-def _same_ears(encoder, make, x, f):
+def _check_same_ears(encoder, make, x, f):
     # one row is heard again: a hash that is not of these weights would pair them with another encoder's features
-    first = x if x.ndim == 3 else x[:, :, 0]    # of several frames
-    row = int(np.flatnonzero(np.isfinite(first).all((0, 2)))[0])
-    now, then = make(row), np.nan_to_num(x[:, row])
-    if now is None or now.shape[0] == len(then) and _near(np.nan_to_num(now[:, row]), then): return
-    raise ValueError(f"encoder {type(encoder).__name__} does not compute the features that the cache holds under its "
-                     f"hash {encoder.hash[:12]}: its weights were changed after it was wrapped, or `hash` is not a "
-                     f"hash of them; wrap it again, or delete {f.name} from the cache folder of your runs")
-
-def _near(a, b): return np.abs(a - b).max() <= .001*np.abs(b).max() + 1e-6
+    row = int(np.flatnonzero(_heard(x))[0])
+    now, then = make(only=row), np.nan_to_num(x[:, row])
+    if now is None: return
+    if len(now) != len(then) or np.abs(np.nan_to_num(now[:, row]) - then).max() > .001*np.abs(then).max() + 1e-6:
+        raise ValueError(f"encoder {type(encoder).__name__} does not compute the features that the cache holds under "
+                         f"its hash {encoder.hash[:12]}: its weights were changed after it was wrapped, or `hash` is "
+                         f"not a hash of them; wrap it again, or delete {f.name} from the cache folder of your runs")
 
 # %% ../nbs/04b_features.ipynb #7f11a6a9
 def frame_features(encoder, table, root,   # see `check_encoder`; as for `features`; folder of the corpora
@@ -253,23 +262,9 @@ def frame_features(encoder, table, root,   # see `check_encoder`; as for `featur
         raise ValueError(f"encoder {type(encoder).__name__} has no `depth`, the number of its layers, which the sum of "
                          "their frames needs; set it as an attribute")
     layers, frames = encoder.depth if view == "sum" else 1, int((table.hi - table.lo).max()//encoder.hop) + 1
-    if (size := 4.*layers*len(table)*frames*encoder.dim) > largest:
+    shape = layers, len(table), frames, encoder.dim
+    if (size := 4.*math.prod(shape)) > largest:
         raise ValueError(f"the frames of {len(table)} segments would take {size/1e9:.1f} GB, "
                          f"more than {largest/1e9:g}: use the head `linear` or `mlp`, which need their mean only, "
                          "or one layer as `view`")
-    shape = layers, len(table), frames, encoder.dim
-    def make(only=None): return _framed(encoder, table, root, view, frames, only)
-    if not getattr(encoder, "hash", None): return make()
-    key = table_hash(table, root, features_key(encoder, table, root), "frames", view)
-    return _kept(encoder, key, lambda x: x.shape == shape, make, most)
-
-# %% ../nbs/04b_features.ipynb #a70ed1b1
-def _framed(encoder, table, root, view, frames, only=None):
-    out, lost, lo, hi = None, [], table.lo.to_numpy(), table.hi.to_numpy()
-    for rows, hidden in _listen(encoder, table, root, 8., lost, only):
-        h = view_layers(hidden, view).numpy()
-        if out is None: out = np.full((len(h), len(table), frames, encoder.dim), np.nan, np.float32)
-        for r, inside in zip(rows, _inside(h.shape[1], lo[rows], hi[rows], encoder.hop, window_of(encoder))):
-            out[:, r, :inside.sum()] = h[:, inside]
-    if only is None: _account(out, ~np.isfinite(out[:, :, 0]).all((0, 2)) if out is not None else None, table, lost)
-    return out
+    return _kept(encoder, table, root, lambda x: x.shape == shape, most, frames, view)

@@ -170,11 +170,15 @@ def plot_tasks(draws,     # from `with_means`
         m = metrics(scores)[t]
         what = ("accuracy" if m.startswith("accuracy") else m) + (", % (less is better)" if m in LOWER else ", %")
         ax.set(title=f"{t} ({scores.domain[scores.task == t].iloc[0]})", ylabel=what)
-    for ax in list(axes.flat)[len(tasks):]: ax.set_axis_off()
     for ax in list(axes.flat)[max(0, len(tasks)-4):len(tasks)]: ax.set_xlabel("λ"), ax.tick_params(labelbottom=True)
+    return _finished(fig, axes, len(tasks), .05, 6)
+
+def _finished(fig, axes, used, below, columns):
+    "Without the panels that nothing is drawn in, and with one legend for all in the space below."
+    for ax in list(axes.flat)[used:]: ax.set_axis_off()
     handles = {l: h for ax in axes.flat for h, l in zip(*ax.get_legend_handles_labels())}
-    fig.legend(handles.values(), handles.keys(), loc="lower center", ncols=6, frameon=False, fontsize=9)
-    fig.tight_layout(rect=(0, .05, 1, 1))
+    if handles: fig.legend(handles.values(), handles, loc="lower center", ncols=columns, frameon=False, fontsize=9)
+    fig.tight_layout(rect=(0, below, 1, 1))
     return fig
 
 def _over_lam(ax, r, scores, info, domains):
@@ -204,11 +208,9 @@ def plot_differences(tests # from `paired_tests`
         fill = [COLOUR["merged"] if holds else "white" for holds in one.holds]
         ax.scatter(100*one.difference, one.lam, s=26, zorder=3, edgecolor=COLOUR["merged"], facecolor=fill)
         ax.set_title(t, fontsize=10)
-    for ax in list(axes.flat)[len(tasks):]: ax.set_axis_off()
     for ax in axes[:, 0]: ax.set_ylabel("λ")
     fig.supxlabel("merged minus ensemble, points (right of the line: the merge is better)", fontsize=10, y=.03)
-    fig.tight_layout(rect=(0, .02, 1, 1))
-    return fig
+    return _finished(fig, axes, len(tasks), .02, 1)
 
 # %% ../nbs/05b_figures.ipynb #32dc3e52
 _LINES = ("-", "--", ":", "-.")
@@ -231,7 +233,4 @@ def plot_learning(curves,    # from `learning`
         ax.set_title(f"{s}, on {corpus}", fontsize=10)
         ax.set_xlabel("step")
     axes[0, 0].set_ylabel("distillation loss")
-    handles = {l: h for ax in axes[0] for h, l in zip(*ax.get_legend_handles_labels())}
-    fig.legend(handles.values(), handles.keys(), loc="lower center", ncols=3, frameon=False, fontsize=9)
-    fig.tight_layout(rect=(0, .14, 1, 1))
-    return fig
+    return _finished(fig, axes, axes.size, .14, 3)

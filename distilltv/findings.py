@@ -12,8 +12,9 @@ from .check import gpu_time
 from .figures import how_made, plot_differences, plot_learning, plot_tasks, plot_tradeoff
 from .paper import code_table, distil_flop, paper_table
 from .profiles import SHIPPED, profile as get_profile
-from .results import by_seed, domains_of, find_source, gather, label_of, lam_text, learning, missing
-from .results import paired_tests, reference_of, save, sweeps, table, with_means
+from .reading import find_source, gather, learning, save
+from .results import (by_seed, domains_of, label_of, lam_text, missing, paired_tests, reference_of, sweeps,
+                               table, with_means)
 from .runs import write_atomic, write_json
 from .statistics import bootstrap
 
@@ -58,6 +59,13 @@ class Evidence:
     def lam(self, e) -> str: # a merged encoder
         "Its λ, in words."
         return lam_text(self.info.lam[e], self.info)
+    def sweep(self) -> tuple:
+        "The first sweep between two domains: how it was made, and its encoders that have all means, by λ."
+        every = sweeps(self.scores)
+        if not every or len(self.domains) != 2: return "", []
+        (corpus, method), first = next(iter(every.items()))
+        how = f"{method} merge" + (f", students distilled on {corpus}" if corpus else "")
+        return how, [e for e in first.encoder if self.means(e)]
     def of_role(self, role, domain=None): # such as `ensemble`; whose student or teacher it is
         "The first encoder of a role that has all means; `None`: there is none."
         ok = [e for e in self.info.index if self.info.role[e] == role and self.means(e)
@@ -77,17 +85,15 @@ def findings(draws,        # from `with_means`
             ) -> list:     # of sentences: three verdicts, then details
     "What the results say; the first words of each sentence are its verdict."
     ev = Evidence(draws, scores, each, domains)
-    verdicts, details = [], []
-    for (corpus, method), d in list(sweeps(scores).items())[:1] if len(ev.domains) == 2 else ():
-        es = [e for e in d.encoder if ev.means(e)]
-        if len(es) < 2: continue
-        verdicts.append(_dial(ev, es, f"{method} merge" + (f", students distilled on {corpus}" if corpus else "")))
+    (how, es), verdicts, details = ev.sweep(), [], []
+    if len(es) > 1:
+        verdicts.append(_dial(ev, es, how))
         ref, half = reference_of(es[0], ev.info), _half(ev, es)
-        if not ev.means(ref): continue
-        verdicts.append(_against_ensemble(ev, half, ref))
-        details += _both_means(ev, es, ref) + _longer(ev, half, ref)
-        if tests is not None:
-            details += [_where(ev, tests[tests.encoder.isin(es)], ahead, len(es)) for ahead in (True, False)]
+        if ev.means(ref):
+            verdicts.append(_against_ensemble(ev, half, ref))
+            details = _both_means(ev, es, ref) + _longer(ev, half, ref)
+            if tests is not None:
+                details += [_where(ev, tests[tests.encoder.isin(es)], ahead, len(es)) for ahead in (True, False)]
     return verdicts + _over_logmel(ev) + details + _teachers(ev)
 
 def _half(ev, es): return min(es, key=lambda e: abs(ev.info.lam[e] - .5))
@@ -197,6 +203,18 @@ def _teachers(ev):
 _ABSTRACT = "abstract, arXiv 2505.13270"
 _CODE = "released code, github.com/FabianRitter/speech-ssl-merging"
 
+_CLAIMS = (    # id, claim, source, where we look
+    ("both", "Task vectors of separately distilled students, interpolated linearly, give one encoder for speech and "
+             "music.", _ABSTRACT, "05_results.ipynb#the-trade-off"),
+    ("dial", "The weights of the interpolation set the emphasis on a domain, without training anew.",
+     _ABSTRACT, "05_results.ipynb#the-trade-off"),
+    ("ensemble", "The merged encoder is better overall than the student of ensemble distillation.",
+     _ABSTRACT, "05_results.ipynb#paired-tests-against-the-ensemble"),
+    ("scores", "The scores of the paper's tables on nine speech and music benchmarks.", _CODE, "05c_paper.ipynb"),
+    ("layers", "Students of three layers and of 1536 channels merge as those of two layers do.", _CODE, "scale.ipynb"),
+    ("correlation", "Students of the correlation loss merge as those of L1 and cosine do.", _CODE,
+     "02a_objective.ipynb"))
+
 def claims(draws,        # from `with_means`
            scores,       # from `gather`
            each=None,    # from `by_seed`
@@ -204,36 +222,23 @@ def claims(draws,        # from `with_means`
           ) -> list:     # of dicts: id, claim, source, verdict, evidence, where, full_scale
     "The paper's claims, one by one."
     ev = Evidence(draws, scores, each, domains)
-    first = list(sweeps(scores).values())[:1] if len(ev.domains) == 2 else []
-    es = [e for d in first for e in d.encoder if ev.means(e)]
-    found = dict(both=_keeps_both(ev, es), dial=_dial_claim(ev, es), ensemble=_ensemble_claim(ev, es))
+    _, es = ev.sweep()
+    tested = dict(both=_keeps_both, dial=_dial_claim, ensemble=_ensemble_claim)
+    found = {k: test(ev, es) if len(es) > 1 else _NOT_MADE for k, test in tested.items()}
     cost = gpu_time(2*distil_flop("2") + distil_flop("2", 2))
     full = (f"`distilltv reproduce --profile paper --seeds 3`; about {cost} of an H100 for the students of each seed, "
             "then the paper's tasks")
-    told = dict(both=("Task vectors of separately distilled students, interpolated linearly, give one encoder for "
-                      "speech and music.", "05_results.ipynb#the-trade-off"),
-                dial=("The weights of the interpolation set the emphasis on a domain, without training anew.",
-                      "05_results.ipynb#the-trade-off"),
-                ensemble=("The merged encoder is better overall than the student of ensemble distillation.",
-                          "05_results.ipynb#paired-tests-against-the-ensemble"))
-    rows = [dict(id=k, claim=told[k][0], source=_ABSTRACT, verdict=v, evidence=why, where=told[k][1], full_scale=full)
-            for k, (v, why) in found.items()]
-    rest = dict(scores=("The scores of the paper's tables on nine speech and music benchmarks.", "05c_paper.ipynb"),
-                layers=("Students of three layers and of 1536 channels merge as those of two layers do.",
-                        "scale.ipynb"),
-                correlation=("Students of the correlation loss merge as those of L1 and cosine do.",
-                             "02a_objective.ipynb"))
-    why = ("The miniature has its own tasks, teachers and students; "
-           "this part of the released code's experiments was not run.")
-    return rows + [dict(id=k, claim=c, source=_CODE, verdict="not tested here", evidence=why, where=w, full_scale=full)
-                   for k, (c, w) in rest.items()]
+    rows = [(*c, *found.get(c[0], _NOT_RUN)) for c in _CLAIMS]
+    return [dict(id=k, claim=claim, source=source, verdict=verdict, evidence=why, where=where, full_scale=full)
+            for k, claim, source, where, verdict, why in rows]
 
 # %% ../nbs/05d_findings.ipynb #e268c5dc
-_NOT = ("not tested here", "The encoders that this claim compares have not been made yet.")
+_NOT_MADE = ("not tested here", "The encoders that this claim compares have not been made yet.")
+_NOT_RUN = ("not tested here", "The miniature has its own tasks, teachers and students; "
+                               "this part of the released code's experiments was not run.")
 
 def _keeps_both(ev, es):
     "At λ = ½: better in each domain than the student of the other domain."
-    if len(es) < 2: return _NOT
     (a, b), half = ev.domains, _half(ev, es)
     ok = ev.counts(a, half, es[0]) == 1 and ev.counts(b, half, es[-1]) == 1
     return ("holds" if ok else "does not hold",
@@ -241,16 +246,15 @@ def _keeps_both(ev, es):
             f"and at {ev.points(b, half, es[-1])} on {b} from the {a} student.")
 
 def _dial_claim(ev, es):
-    if len(es) < 2: return _NOT
     ends, wrong = dial_turns(ev, es)
     return "holds" if ends and not wrong else "does not hold", _dial(ev, es, "linear merge")
 
 def _ensemble_claim(ev, es):
-    ref = reference_of(es[0], ev.info) if es else None
-    if len(es) < 2 or not ev.means(ref): return _NOT
-    got = [ev.counts(d, _half(ev, es), ref) for d in ev.domains]
+    ref, half = reference_of(es[0], ev.info), _half(ev, es)
+    if not ev.means(ref): return _NOT_MADE
+    got = [ev.counts(d, half, ref) for d in ev.domains]
     verdict = "not tested here" if ev.seeds == 1 else "holds" if min(got) >= 0 and max(got) == 1 else "does not hold"
-    return verdict, _against_ensemble(ev, _half(ev, es), ref)
+    return verdict, _against_ensemble(ev, half, ref)
 
 # %% ../nbs/05d_findings.ipynb #4cdf8158
 def report(profile="mini", # name or path of a profile, or a folder that `gather` reads

@@ -89,12 +89,10 @@ def logits(x,               # features [L, S, B, D], or [L, 1, B, D] shared by t
     "What the probes of all copies say."
     absent, x = x[0, ..., 0].isnan() if q is not None else None, x.nan_to_num() if q is not None else x
     x = x.expand(-1, len(W), *x.shape[2:])
-    if a is not None: x = torch.einsum("ls...,srl->sr...", x, a.softmax(-1))
-    else: x = x[0]
+    x = x[0] if a is None else torch.einsum("ls...,srl->sr...", x, a.softmax(-1))
     if q is not None: x = _attended(x, absent, q)
-    for M, k in ((U, c), (W, b)):
-        if M is not None: x = _times(x, M) + k if M is W else (_times(x, M) + k).relu()
-    return x
+    if U is not None: x = (_times(x, U) + c).relu()
+    return _times(x, W) + b
 
 # %% ../nbs/04c_fit.ipynb #2beeb2e6
 def _attended(x, absent, q):

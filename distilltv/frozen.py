@@ -15,8 +15,8 @@ from pathlib import Path
 import torch, torchaudio
 from .audio import SAMPLE_RATE
 from .cards import merged_name, settings_hash
-from .encoders import FAMILIES, HOP, WINDOW, hearing, hidden_states, load_encoder, random_student
-from .encoders import read_config, receptive, weights_hash
+from .encoders import (FAMILIES, HOP, WINDOW, hearing, hidden_states, load_encoder, random_student, read_config,
+                                receptive, weights_hash)
 from .objective import at_rate, teacher_rate
 from .profiles import profile as get_profile
 from .runs import data_dir, home, read_json
@@ -77,32 +77,28 @@ def _setup(config):
 # %% ../nbs/04a_frozen.ipynb #8984fd43
 def check_encoder(encoder):
     "Try the three-line contract on one second of noise; a `ValueError` explains what does not fit."
-    name = type(encoder).__name__
+    def need(fits, says):
+        if not fits: raise ValueError(f"encoder {type(encoder).__name__} {says}")
     for a, what in dict(sample_rate="the sampling rate in Hz", hop="the samples between two frames",
                         dim="the features of a frame").items():
-        if not isinstance(getattr(encoder, a, None), Rational):
-            raise ValueError(f"encoder {name} has no whole number `{a}`, {what}; set it as an attribute")
-    if encoder.sample_rate != 16000:
-        raise ValueError(f"encoder {name} wants {encoder.sample_rate} Hz, the corpora are 16000 Hz; "
-                         "wrap it with torchaudio.functional.resample in its call")
+        need(isinstance(getattr(encoder, a, None), Rational),
+             f"has no whole number `{a}`, {what}; set it as an attribute")
+    need(encoder.sample_rate == 16000, f"wants {encoder.sample_rate} Hz, the corpora are 16000 Hz; "
+                                       "wrap it with torchaudio.functional.resample in its call")
     with torch.inference_mode(): h = encoder(torch.randn(2, 16000, generator=torch.Generator().manual_seed(0)))
-    if getattr(h, "dtype", None) != torch.float32:
-        raise ValueError(f"encoder {name} returns {getattr(h, 'dtype', type(h).__name__)}, expected a tensor of "
-                         "torch.float32; convert it with .float() in its call")
-    if h.ndim != 4 or h.shape[1] != 2:
-        raise ValueError(f"encoder {name} returns shape {tuple(h.shape)} for 2 clips, "
-                         "expected [layers, 2, frames, dim]")
-    if h.shape[3] != encoder.dim:
-        raise ValueError(f"encoder {name} says dim = {encoder.dim} and returns {h.shape[3]} features per frame; "
-                         "correct `dim`")
-    if (depth := getattr(encoder, "depth", len(h))) != len(h):
-        raise ValueError(f"encoder {name} says depth = {depth} and returns {len(h)} layers; correct `depth`")
-    if abs(h.shape[2]*encoder.hop - 16000) > 2*encoder.hop:
-        raise ValueError(f"encoder {name} says hop = {encoder.hop} samples and returns {h.shape[2]} frames for one "
-                         f"second, so its hop is about {16000/h.shape[2]:.0f} samples "
-                         f"({1000/h.shape[2]:.0f} ms); correct `hop`")
-    if not torch.isfinite(h).all():
-        raise ValueError(f"encoder {name} returns values that are not finite; check its weights")
+    kind = getattr(h, "dtype", type(h).__name__)
+    need(kind == torch.float32, f"returns {kind}, expected a tensor of torch.float32; convert it with .float() in its "
+                                "call")
+    need(h.ndim == 4 and h.shape[1] == 2, f"returns shape {tuple(h.shape)} for 2 clips, "
+                                          "expected [layers, 2, frames, dim]")
+    need(h.shape[3] == encoder.dim, f"says dim = {encoder.dim} and returns {h.shape[3]} features per frame; "
+                                    "correct `dim`")
+    depth, frames = getattr(encoder, "depth", len(h)), max(1, h.shape[2])
+    need(depth == len(h), f"says depth = {depth} and returns {len(h)} layers; correct `depth`")
+    need(abs(h.shape[2]*encoder.hop - 16000) <= 2*encoder.hop,
+         f"says hop = {encoder.hop} samples and returns {h.shape[2]} frames for one second, so its hop is about "
+         f"{16000/frames:.0f} samples ({1000/frames:.0f} ms); correct `hop`")
+    need(torch.isfinite(h).all(), "returns values that are not finite; check its weights")
     return encoder
 
 # %% ../nbs/04a_frozen.ipynb #aa36a611

@@ -142,7 +142,8 @@ def _probes(p, c, distil, merge, common):
 def _base(p): return ("{data}/base",) if p.name == "mini" else ()
 
 # %% ../nbs/06a_grid.ipynb #8f8838e7
-SHOWING = ("style", "statistics", "results", "figures", "paper", "findings")    # count for the stage `results` only
+# count for the stage `results` only
+SHOWING = ("style", "statistics", "reading", "results", "figures", "paper", "findings")
 
 def _draws(source): return re.search(r"^#\|\s*fig-", source, re.M)
 

@@ -94,12 +94,11 @@ def paper_table(draws,       # from `with_means`
     t = pd.read_csv(file, dtype=str, keep_default_na=False, encoding="utf-8")
     info = scores.drop_duplicates("encoder").set_index("encoder")
     def ours(r):
-        if r.task != "overall" or r.layers != "2" or r.loss != "L1 + cosine": return ""
-        role, lam = ("ensemble", None) if r.model.startswith("ensemble") else ("merged", float(r.lam))
-        for e in info.index:
-            fits = info.role[e] == role and (lam is None or abs(info.lam[e] - lam) < 1e-6)
-            if fits and (OVERALL, e) in draws.columns: return f"{draws[OVERALL, e].iloc[0]:.0f}"
-        return ""
+        if (r.task, r.layers, r.loss) != ("overall", "2", "L1 + cosine"): return ""
+        fits = info.role == "ensemble"
+        if not r.model.startswith("ensemble"): fits = (info.role == "merged") & ((info.lam - float(r.lam)).abs() < 1e-6)
+        found = [e for e in info.index[fits] if (OVERALL, e) in draws.columns]
+        return f"{draws[OVERALL, found[0]].iloc[0]:.0f}" if found else ""
     rows = [dict(ours=o, **dict.fromkeys(COST, "")) if (o := ours(r)) else _not_run(r) for r in t.itertuples()]
     t = pd.concat([t, pd.DataFrame(rows, columns=["ours", *COST])], axis=1)
     t.insert(t.columns.get_loc("value") + 1, "ours", t.pop("ours"))

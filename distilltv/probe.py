@@ -12,12 +12,10 @@ from numbers import Integral
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 from .answers import LRS, Unheard
-from .features import features, table_hash
-from .fit import fit_probes
+from .features import table_hash
 from .frozen import Transformer, check_encoder, choose_view, open_encoder
 from .runs import Run, commit, peak_memory, user_path, versions, write_atomic
-from .tasks import TASKS, Leak, TableError, check_leakage, duplicates, find_task
-from .tasks import find_tasks, leakage, task_names, task_table
+from .tasks import Leak, TableError, check_leakage, duplicates, find_task, find_tasks
 from . import mini, published     # they enter their tasks
 
 # %% ../nbs/04_probe.ipynb #17e589bd
@@ -102,7 +100,6 @@ def _named_as(encoder, view, head):
 
 _LIBRARIES = ("python", "distilltv", "torch", "transformers", "numpy", "scikit-learn")
 
-def _software(): return "; ".join(f"{k} {v}" for k, v in versions().items() if k in _LIBRARIES)
 
 # %% ../nbs/04_probe.ipynb #38a135ab
 def _probe_all(encoders, tasks, seeds, view, seed, root, out, head):
@@ -110,12 +107,14 @@ def _probe_all(encoders, tasks, seeds, view, seed, root, out, head):
     infos = [_named_as(e, view, head) for e in encoders]
     _told_apart(encoders, infos)
     rows, kept = [[] for _ in encoders], [{} for _ in encoders]
-    began, now, software = time.perf_counter(), commit(), _software()
+    software = "; ".join(f"{k} {v}" for k, v in versions().items() if k in _LIBRARIES)
+    began, now = time.perf_counter(), commit()
     for t in tasks:
         start = time.perf_counter()
         try: scored = score_encoders(encoders, t, view, range(seed, seed+seeds), root, head)
         except (FileNotFoundError, Leak, TableError, Unheard) as e:
-            scored = [([_not_run(t, head, e)], {})]*len(encoders)
+            scored = [([dict(task=t.name, domain=t.domain, probe=head, seed=-1, metric=t.metric, n_test=0,
+                             status=f"not run: {e}")], {})]*len(encoders)
         seconds = round((time.perf_counter() - start)/len(encoders), 2)
         made = dict(seconds=seconds, peak_mb=round(peak_memory()), commit=now, versions=software)
         for i, (r, k) in enumerate(scored):
@@ -128,10 +127,6 @@ def _probe_all(encoders, tasks, seeds, view, seed, root, out, head):
             run.began -= (time.perf_counter() - began)/len(encoders)
             _write(run, o, d, k, e)
     return tables
-
-def _not_run(t, head, error):
-    return dict(task=t.name, domain=t.domain, probe=head, seed=-1, metric=t.metric, n_test=0,
-                status=f"not run: {error}")
 
 def _told_apart(encoders, infos):
     # rows of two encoders under one name, or twice of one, would be read as repeated measurements of one

@@ -40,30 +40,25 @@ class Source:
     tables:list    # the loaders below that read it
 
 # %% ../nbs/04h_published.ipynb #9ea6dd69
-def _read_sources():
-    "The list that ships with the package: folder to make -> data set."
-    said = yaml.safe_load((resources.files("distilltv")/"shipped/sources.yaml").read_text(encoding="utf-8"))
-    return {folder: Source(**s) for folder, s in said.items()}
-
-SOURCES = _read_sources()
+_LISTED = (resources.files("distilltv")/"shipped/sources.yaml").read_text(encoding="utf-8")
+SOURCES = {folder: Source(**said) for folder, said in yaml.safe_load(_LISTED).items()}    # by the folder to make
 
 # %% ../nbs/04h_published.ipynb #689f2f94
 class MissingData(FileNotFoundError):
     "A published data set, or a part of it, that is not on this machine; the message says what to fetch."
 
-def _missing(s, root, what=None):
-    why = f"lacks {what}" if what else f"is not in {Path(root).name or root}"
+def _missing(key, why):
+    s = SOURCES[key]
     return MissingData(f"{s.name} {why}: fetch {s.fetch} ({s.size}, {s.licence}) "
                        f"into {s.folders[0]} of $DISTILLTV_DATASETS")
 
 def _folder(key, root, *needed):
     # the data set's folder, in which every path of `needed` must be; of a tuple, one
-    s = SOURCES[key]
-    at = next((Path(root)/f for f in s.folders if (Path(root)/f).is_dir()), None)
-    if at is None: raise _missing(s, root)
+    at = next((Path(root)/f for f in SOURCES[key].folders if (Path(root)/f).is_dir()), None)
+    if at is None: raise _missing(key, f"is not in {Path(root).name or root}")
     for n in needed:
-        if not any((at/m).exists() for m in ((n,) if isinstance(n, str) else n)):
-            raise _missing(s, root, n if isinstance(n, str) else " or ".join(n))
+        some = (n,) if isinstance(n, str) else n
+        if not any((at/m).exists() for m in some): raise _missing(key, f"lacks {' or '.join(some)}")
     return at
 
 def available(root=None) -> pd.DataFrame: # default `datasets_dir()`
@@ -83,6 +78,8 @@ def _clips(rows, root, seconds=None):
     if "id" not in df: df["id"] = df.file + np.where(df.start > 0, ":" + df.start.astype(str), "")
     return whole_frames(df.drop(columns="path"), seconds)
 
+_SPLITS = ("train", "valid", "test")
+
 def _text(path): return Path(path).read_text(encoding="utf-8", errors="replace")
 
 def _chance(name): return int(hashlib.sha1(name.encode()).hexdigest()[:8], 16)/2**32   # in [0, 1), the same everywhere
@@ -94,7 +91,7 @@ def speech_commands(root):
     "Ten words, `_unknown_` and `_silence_`; the official test set, validation as listed."
     at = _folder("speech_commands_v0.01", root, "validation_list.txt", "testing_list.txt")
     test = Path(root)/at.name.replace("commands_", "commands_test_set_")
-    if not test.is_dir(): raise _missing(SOURCES["speech_commands_v0.01"], root, test.name)
+    if not test.is_dir(): raise _missing("speech_commands_v0.01", f"lacks {test.name}")
     valid, held_out = (set(_text(at/f"{part}_list.txt").split()) for part in ("validation", "testing"))
     rows = []
     for f in sorted(at.glob("*/*.wav")):
@@ -115,9 +112,8 @@ def _silence(f):
 # %% ../nbs/04h_published.ipynb #a26b15ab
 def fluent_commands(root):
     "Spoken commands with action, object and location; the official split, which is by speaker."
-    at, rows = _folder("fluent_speech_commands_dataset", root,
-                       *(f"data/{s}_data.csv" for s in ("train", "valid", "test"))), []
-    for split in ("train", "valid", "test"):
+    at, rows = _folder("fluent_speech_commands_dataset", root, *(f"data/{s}_data.csv" for s in _SPLITS)), []
+    for split in _SPLITS:
         with open(at/f"data/{split}_data.csv", newline="", encoding="utf-8") as f: said = list(csv.DictReader(f))
         rows += [dict(path=at/r["path"], split=split, speaker=r["speakerId"],
                       label="|".join(r[k] for k in ("action", "object", "location"))) for r in said]
@@ -128,25 +124,25 @@ def voxceleb1(root):
     at, rows = _folder("VoxCeleb1", root, ("iden_split.txt", "vox1_meta/iden_split.txt")), []
     listing = at/"iden_split.txt" if (at/"iden_split.txt").exists() else at/"vox1_meta/iden_split.txt"
     folders = [d for d in (at/"dev/wav", at/"test/wav", at/"wav") if d.is_dir()]
-    if not folders: raise _missing(SOURCES["VoxCeleb1"], root, "dev/wav and test/wav")
+    if not folders: raise _missing("VoxCeleb1", "lacks dev/wav and test/wav")
     for line in _text(listing).splitlines():
         part, name = line.split()
-        where = next((d for d in folders if (d/name.split("/")[0]).is_dir()), folders[0])
-        rows.append(dict(path=where/name, split={"1": "train", "2": "valid", "3": "test"}[part],
-                         label=name.split("/")[0], video="/".join(name.split("/")[:2])))
+        speaker, video, _ = name.split("/")
+        where = next((d for d in folders if (d/speaker).is_dir()), folders[0])
+        rows.append(dict(path=where/name, split=dict(zip("123", _SPLITS))[part], label=speaker,
+                         video=f"{speaker}/{video}"))
     return _clips(rows, root, 8.)
 
 # %% ../nbs/04h_published.ipynb #b927591d
 def iemocap(root):
     "Utterances with one of four emotions, and the session as `fold`."
     at, rows = _folder("IEMOCAP_full_release", root, *(f"Session{i}" for i in range(1, 6))), []
-    said = re.compile(r"^\[[\d.]+ - [\d.]+\]\t(\S+)\t(\w+)\t", re.M)
-    for s in range(1, 6):
-        for f in sorted((at/f"Session{s}/dialog/EmoEvaluation").glob("Ses*.txt")):
-            rows += [dict(path=at/f"Session{s}/sentences/wav/{f.stem}/{u}.wav", split="train", fold=s-1,
-                          dialogue=f.stem, speaker=u[:5] + u.split("_")[-1][0], label={"exc": "hap"}.get(e, e))
-                     for u, e in said.findall(_text(f))
-                     if e in ("ang", "hap", "exc", "neu", "sad")]
+    said = re.compile(r"^\[[\d.]+ - [\d.]+\]\t(\S+)\t(ang|hap|exc|neu|sad)\t", re.M)
+    for f in sorted(at.glob("Session[1-5]/dialog/EmoEvaluation/Ses*.txt")):
+        session = f.parents[2]
+        rows += [dict(path=session/f"sentences/wav/{f.stem}/{u}.wav", split="train", fold=int(session.name[-1])-1,
+                      dialogue=f.stem, speaker=u[:5] + u.split("_")[-1][0], label="hap" if e == "exc" else e)
+                 for u, e in said.findall(_text(f))]
     return _clips(rows, root)
 
 # %% ../nbs/04h_published.ipynb #825841a0
@@ -165,17 +161,18 @@ def librispeech(root):
 # %% ../nbs/04h_published.ipynb #1bd877df
 TECHNIQUES = "belt breathy inhaled lip_trill spoken straight trill trillo vibrato vocal_fry".split()
 
-def _vocalset(root, split, keep=lambda technique: True):
-    at, rows = _folder("VocalSet", root), []
-    long = 3*SAMPLE_RATE
-    for f in sorted(at.rglob("FULL/*/*/*/*.wav")):
-        singer, technique = f.parts[-4][0] + re.sub(r"\D", "", f.parts[-4]), f.parent.name
-        if not keep(technique): continue
+def _vocalset(root, split, techniques=None):
+    long, rows = 3*SAMPLE_RATE, []
+    for f in sorted(_folder("VocalSet", root).rglob("FULL/*/*/*/*.wav")):
+        singer, technique = _singer(f.parts[-4]), f.parent.name
+        if techniques and technique not in techniques: continue
         n = samples_of(f)
         rows += [dict(path=f, split=split(singer, f.stem), singer=singer, technique=technique, recording=f.stem,
                       start=a, end=min(a + long, max(n, WINDOW))) for a in range(0, max(n - long, 0) + 1, long)]
-    if not rows: raise _missing(SOURCES["VocalSet"], root, "FULL/<singer>/<exercise>/<technique>")
+    if not rows: raise _missing("VocalSet", "lacks FULL/<singer>/<exercise>/<technique>")
     return _clips(rows, root)
+
+def _singer(name): return name[0] + re.sub(r"\D", "", name)    # f1 of `female1`
 
 # %% ../nbs/04h_published.ipynb #66e22dc1
 def vocalset_singers(root):
@@ -189,19 +186,19 @@ def vocalset_techniques(root):
     "Three-second chunks of ten techniques, grouped by singer; the test singers are the authors'."
     lists = list(_folder("VocalSet", root).rglob("test_singers_technique.txt"))
     test = {"f2", "f8", "m3", "m5", "m10"}
-    if lists: test = {s[0] + re.sub(r"\D", "", s) for s in re.split(r"[\s,]+", _text(lists[0]).strip())}
+    if lists: test = {_singer(s) for s in re.split(r"[\s,]+", _text(lists[0]).strip())}
     singers = [f"f{i}" for i in range(1, 10)] + [f"m{i}" for i in range(1, 12)]
     valid = sorted((s for s in singers if s not in test), key=_chance)[:2]
     def split(singer, name):
         if singer in test: return "test"
         return "valid" if singer in valid else "train"
-    return _vocalset(root, split, TECHNIQUES.__contains__)
+    return _vocalset(root, split, TECHNIQUES)
 
 # %% ../nbs/04h_published.ipynb #cb8f661c
 def nsynth(root):
     "Four-second notes with family and pitch; the official split."
-    at, rows = _folder("nsynth", root, *(f"nsynth-{s}/examples.json" for s in ("train", "valid", "test"))), []
-    for split in ("train", "valid", "test"):
+    at, rows = _folder("nsynth", root, *(f"nsynth-{s}/examples.json" for s in _SPLITS)), []
+    for split in _SPLITS:
         for name, r in json.loads(_text(at/f"nsynth-{split}/examples.json")).items():
             rows.append(dict(path=at/f"nsynth-{split}/audio/{name}.wav", split=split, family=r["instrument_family_str"],
                              pitch=str(r["pitch"]), note=name, source=r["instrument_source_str"],
@@ -212,12 +209,14 @@ def nsynth(root):
 def gtzan(root):
     "Thirty seconds of ten genres; the fault-filtered split."
     from torchaudio.datasets import gtzan as lists
-    at, rows = _folder("gtzan", root, ("genres", "genres_original", "Data/genres_original")), []
-    top = next(at/d for d in ("genres", "genres_original", "Data/genres_original") if (at/d).is_dir())
-    for split in ("train", "valid", "test"):
+    tops = ("genres", "genres_original", "Data/genres_original")
+    at, rows = _folder("gtzan", root, tops), []
+    top = next(at/d for d in tops if (at/d).is_dir())
+    for split in _SPLITS:
         for name in getattr(lists, f"filtered_{split}"):
-            found = next((f for e in ("wav", "au") if (f := top/name.split(".")[0]/f"{name}.{e}").exists()), None)
-            if found: rows.append(dict(path=found, split=split, label=name.split(".")[0], track=name))
+            genre = name.split(".")[0]
+            found = [f for e in ("wav", "au") if (f := top/genre/f"{name}.{e}").exists()]
+            rows += [dict(path=f, split=split, label=genre, track=name) for f in found[:1]]
     return _clips(rows, root)
 
 def esc50(root):
@@ -244,19 +243,18 @@ def giantsteps(root):
     def find(name): return next((at/n for n in (name, name + "-master") if (at/n).is_dir()), None)
     test, train = find("giantsteps-key-dataset"), find("giantsteps-mtg-key-dataset")
     if not (test and train):
-        raise _missing(SOURCES["giantsteps"], root, "giantsteps-key-dataset or giantsteps-mtg-key-dataset")
-    def audio(top, name):
-        mp3, wav = (top/f"audio/{name}.LOFI.{e}" for e in ("mp3", "wav"))
-        return wav if wav.exists() and not mp3.exists() else mp3
+        raise _missing("giantsteps", "lacks giantsteps-key-dataset or giantsteps-mtg-key-dataset")
     with open(train/"annotations/annotations.txt", newline="", encoding="utf-8", errors="replace") as f:
         sure = [r for r in list(csv.reader(f, delimiter="\t"))[1:] if len(r) > 2 and r[2].strip() == "2"]
     found = [(train, r[0].strip(), r[1], "valid" if _chance(r[0].strip()) < .1 else "train") for r in sure]
     found += [(test, f.name.split(".")[0], _text(f), "test") for f in sorted((test/"annotations/key").glob("*.key"))]
-    def genre(top, name):
-        f = top/f"annotations/genre/{name}.LOFI.genre"
-        return _text(f).strip() if f.exists() else ""
-    return _clips([dict(path=audio(top, name), split=split, label=key, track=name, genre=genre(top, name))
-                   for top, name, text, split in found if (key := key_name(text))], root)
+    for top, name, text, split in found:
+        if not (key := key_name(text)): continue
+        mp3, wav, genre = (top/f"{f}/{name}.LOFI.{e}" for f, e in (("audio", "mp3"), ("audio", "wav"),
+                                                                   ("annotations/genre", "genre")))
+        rows.append(dict(path=wav if wav.exists() and not mp3.exists() else mp3, split=split, label=key, track=name,
+                         genre=_text(genre).strip() if genre.exists() else ""))
+    return _clips(rows, root)
 
 # %% ../nbs/04h_published.ipynb #6aecdf4e
 def magnatagatune(root):

@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['TASKS', 'ASKED', 'TableError', 'Task', 'forget_tables', 'add_task', 'find_task', 'find_tasks', 'task_names',
-           'task_table', 'Leak', 'leakage', 'check_leakage', 'duplicates', 'table_task', 'profile_tasks', 'samples_of',
-           'from_datasets']
+           'task_table', 'Leak', 'leakage', 'check_leakage', 'duplicates', 'samples_of', 'from_datasets']
 
 # %% ../nbs/04f_tasks.ipynb #effdce09
-import csv, hashlib, os
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,9 +15,8 @@ from pathlib import Path
 import numpy as np, pandas as pd, soundfile as sf
 from datasets import Audio, ClassLabel, DatasetDict, concatenate_datasets
 from .answers import Answer, Classes
-from .audio import SAMPLE_RATE, AudioError, audio_length
+from .audio import SAMPLE_RATE
 from .corpora import split_of
-from .encoders import WINDOW
 from .features import audio_hashes, whole_frames
 from .runs import data_dir, write_atomic
 
@@ -204,121 +202,6 @@ def _heard_elsewhere(d):
         before = np.searchsorted(others.start, own.end)     # how many of the others begin before a row ends
         found += own.index[np.r_[-1, ends][before] > own.start].tolist()
     return d.loc[found].sort_values("start", kind="stable").index
-
-# %% ../nbs/04f_tasks.ipynb #7a0b3c11
-def table_task(name:str,   # of the task
-               table,      # CSV file with `file`, `split`, label and group; if wanted `start` and `end` in seconds
-               label:str,  # column to predict
-               group:str,  # column whose values stay within a split
-               domain:str  # whose mean the task counts in
-              ) -> Task:
-    "A classification task of a table; what is wrong with the table is said when it is read."
-    table = Path(table)
-    def load(root):
-        try: return _of_file(Path(root)/table.name, name, label, group)
-        except TableError as e: raise TableError(f"task {name}: {e}") from None
-    load.__name__ = table.name
-    return Task(name, domain, load, label, group, asked="own", home=lambda: table.parent)
-
-def profile_tasks(p) -> list: # a `Profile`; names, in the profile's order
-    "Enter the questions of a profile; `probe` knows them by name afterwards."
-    try: add_task(*(table_task(name, **said) for name, said in p.tasks.items()))
-    except ValueError as e: raise ValueError(f"profile {p.name}: {e}") from None
-    return list(p.tasks)
-
-# %% ../nbs/04f_tasks.ipynb #7a0b3c12
-# columns of a segment table that mean something else there
-_MEANT = "split start end lo hi fold usable shard snr with_file with_start also_file also_start".split()
-
-def _of_file(path, name, label, group):
-    "The segment table of a CSV file; a `TableError` names the row and the column that is wrong."
-    where = _printed(path)
-    if os.fsencode(path).decode("utf-8", "replace") != str(path):
-        raise TableError(f"{where} lies in a folder whose name is not UTF-8; rename it")
-    if not path.is_file(): raise TableError(f"there is no table {where}; correct tasks.{name}.table in the profile")
-    df = _read_csv(path, where)
-    if lacking := [c for c in ("file", "split", label, group) if c not in df]:
-        raise TableError(f"{where} has no column {lacking[0]}; it has {', '.join(map(_printed, df))}")
-    taken = [c for c in (label, group) if c in _MEANT] + ["label"]*(group == "label" != label)
-    if taken: raise TableError(f"{where}: its column {taken[0]} has a meaning of its own here; give it another name")
-    df = df.assign(**{c: df[c].str.strip() for c in ("split", label, group)})
-    for c in ("file", "split", group):
-        _check_rows(df[c].str.strip() == "", df, where, lambda r: f" says nothing in the column {c}; fill it in")
-    splits = df.split.map(split_of)
-    _check_rows(splits == "", df, where, lambda r: f" has the split {r.split!r}; write train, valid or test")
-    df = df.assign(split=splits)
-    heard = _check_files(df, path.parent, where)
-    df = df.assign(**_check_times(df, heard, where))
-    if df[label][df.split == "train"].nunique() == 1:
-        raise TableError(f"{where} has the same {label} in all rows of train, so there is nothing to tell apart; "
-                         "add rows of others")
-    ids = df["id"] if "id" in df else df.file + ":" + df.start.astype(str)
-    columns = dict.fromkeys(["id", "file", "split", "start", "end", label, group])
-    return whole_frames(df.assign(id=ids)[list(columns)].reset_index(drop=True))
-
-def _read_csv(path, where):
-    "The cells of a CSV file as text, by column and by row of the file, whose first one names the columns."
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as f: rows = list(enumerate(csv.reader(f, strict=True), 1))
-    except UnicodeDecodeError: raise TableError(f"{where} is not UTF-8 text; save it as UTF-8") from None
-    except csv.Error as e:
-        raise TableError(f"{where} is not a table ({e}); separate columns by commas and write it again") from None
-    except OSError as e: raise TableError(f"{where} cannot be read ({e.strerror}); check its permissions") from None
-    rows = [(i, r) for i, r in rows if r]
-    if len(rows) < 2: raise TableError(f"{where} has no rows below the names of its columns; write it again")
-    head = rows[0][1]
-    if len(head) == 1: raise TableError(f"{where} has one column, {_printed(head[0])}; separate columns by commas")
-    if twice := [c for c in head if head.count(c) > 1]:
-        raise TableError(f"{where} has two columns {_printed(twice[0])}; rename or delete one")
-    for i, r in rows[1:]:
-        if len(r) != len(head):
-            raise TableError(f"row {i} of {where} has {len(r)} cells, but there are {len(head)} columns; correct it")
-    return pd.DataFrame([r for _, r in rows[1:]], [i for i, _ in rows[1:]], head, dtype=object)
-
-def _printed(text):
-    "A name on one line, whatever characters it has."
-    return str(text) if str(text).isprintable() else ascii(str(text))[1:-1]
-
-def _check_rows(bad, df, where, says):
-    "A `TableError` about the first row that is `bad`, in the words of `says`, and how many are like it."
-    if not bad.any(): return
-    row = next(df[bad].itertuples())
-    more = f" ({bad.sum()-1} more rows are like it)" if bad.sum() > 1 else ""
-    raise TableError(f"row {row.Index} of {where}{says(row)}{more}")
-
-def _check_files(df, folder, where):
-    "Samples at 16 kHz of the recording of each row; a `TableError` about one that is not there or cannot be heard."
-    files = df.file.unique()
-    lost = [f for f in files if not os.path.isfile(folder/f)]
-    _check_rows(df.file.isin(lost), df, where, lambda r: f" names {_printed(r.file)}, which is not there")
-    heard, broken = {}, {}
-    for f in files:
-        try: heard[f] = audio_length(folder/f)
-        except AudioError as e: broken[f] = e.reason
-    _check_rows(df.file.isin(broken), df, where, lambda r: f" names {_printed(r.file)}, which {broken[r.file]}")
-    return df.file.map(heard)
-
-def _check_times(df, heard, where):
-    "The columns `start` and `end` in samples, by default the whole recording; a `TableError` about an impossible time."
-    times = {}
-    for c, otherwise in dict(start=0*heard, end=heard).items():
-        said = df[c].str.strip() if c in df else pd.Series("", df.index)
-        seconds = said.map(_seconds)
-        _check_rows(said.ne("") & ~(seconds.abs() < 1e9), df, where,
-                    lambda r: f" has {c} = {getattr(r, c)!r}, no number of seconds")
-        times[c] = (seconds*SAMPLE_RATE).round().where(said.ne(""), otherwise).astype(np.int64)
-    start, end = times.values()
-    def lasts(r): return f"which lasts {heard[r.Index]/SAMPLE_RATE:g} s"
-    _check_rows((start < 0) | (end > heard) | (start >= end), df, where,
-                lambda r: f", {_printed(r.file)}, is empty or ends after its recording, {lasts(r)}")
-    least = f"{1000*WINDOW/SAMPLE_RATE:g} ms, the least that an encoder hears"
-    _check_rows(end - start < WINDOW, df, where, lambda r: f", {_printed(r.file)}, is shorter than {least}")
-    return times
-
-def _seconds(text):
-    "A number, `nan` where the text is none."
-    try: return float(text)
-    except ValueError: return np.nan
 
 # %% ../nbs/04f_tasks.ipynb #4de97dab
 def samples_of(path) -> int:

@@ -18,7 +18,8 @@ def every(d): return [*d["sweep"], *([d["ensemble"]] if d["ensemble"] else [])]
 
 def test_numbers_are_the_results():
     "Of the eleven λ and the ensemble student: the results' table, and a run that ships."
-    from distilltv.results import gather, with_means
+    from distilltv.reading import gather
+    from distilltv.results import with_means
     from distilltv.runs import data_dir
     from distilltv.statistics import bootstrap, interval
     scores, hits = gather(data_dir()/"results")

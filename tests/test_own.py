@@ -12,9 +12,10 @@ from distilltv.grid import grid, merge_weights
 from distilltv.merge import TaskVector, merge
 from distilltv.probe import probe
 from distilltv.profiles import profile
-from distilltv.students import find_students
-from distilltv.results import gather
+from distilltv.questions import profile_tasks
+from distilltv.reading import gather
 from distilltv.runs import root
+from distilltv.students import find_students
 
 torch.set_num_threads(1)
 ALL = ("speech", "music", "birds")
@@ -70,7 +71,7 @@ def test_three_domains_from_teachers_to_the_results(mine, tmp_path):
     papermill("03_merge.ipynb", tmp_path/"03.ipynb", profile=str(mine), weights=weights, out=str(tmp_path/"again"))
     assert weights_hash(load_encoder(tmp_path/"again")) == before        # the notebook and the algebra agree
 
-    questions = T.profile_tasks(p)
+    questions = profile_tasks(p)
     folders = [str(f.parent) for f in sorted(p.folder.glob("*/both/*/config.json"))]
     encoders = [open_encoder(e, mine) for e in ("logmel", "random", "base", *(f"teacher-{d}" for d in ALL), *folders)]
     probe(encoders, questions, seeds=1, out=[p.folder/"probes"/e.info["encoder"] for e in encoders])

@@ -279,10 +279,16 @@ ROOMS = """style files runs profiles students audio corpora scale cards encoders
            mini published check probe statistics results figures paper findings grid runner queueing jobs slurm
 =======
 ROOMS = """style runs profiles students audio corpora scale cards encoders public objective training distill weights
+<<<<<<< OURS
            parts rules saving merge geometry recipes path align frozen fit features answers adapters tasks letters mini
            published check probe statistics results figures paper findings grid runner queueing jobs slurm
 >>>>>>> THEIRS
            reproduce""".split()
+=======
+           parts rules merge geometry recipes path align frozen fit features answers adapters tasks questions letters mini
+           published check probe statistics reading results figures paper findings grid runner queueing jobs
+           slurm reproduce""".split()
+>>>>>>> THEIRS
 
 def imports(path):
     "(module of this package, names taken from it) of each import, wherever it stands in the file."

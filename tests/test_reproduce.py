@@ -228,7 +228,7 @@ def test_grid_passes_only_parameters_the_notebooks_have():
 
 STAGES = dict(distil="speech", merge="lam-0.50", probe="logmel", results="all")
 # module -> the stages whose runs become stale with it; what only shows results repeats the stage `results` alone
-STALE = {m: "results" for m in "style statistics results figures paper findings".split()}
+STALE = {m: "results" for m in "style statistics reading results figures paper findings".split()}
 
 @pytest.fixture
 def tree(tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ from sklearn.metrics import r2_score, roc_auc_score
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_effectsize
-from distilltv import figures as F, findings as W, paper as P, results as R, published, statistics as S
+from distilltv import figures as F, findings as W, paper as P, published, reading as G, results as R, statistics as S
 from distilltv.profiles import profile
 
 TASKS = dict(phones="speech", match="speech", pitch="music", key="music")
@@ -46,7 +46,7 @@ def study(root, slope=.4):
 def full(tmp_path_factory):
     root = tmp_path_factory.mktemp("study")
     study(root)
-    scores, hits = R.gather(root)
+    scores, hits = G.gather(root)
     return root, scores, hits, R.with_means(S.bootstrap(hits, 500), scores)
 
 @settings(max_examples=60, deadline=None)
@@ -112,7 +112,7 @@ def test_a_trade_off_is_found_where_there_is_one_and_only_there(full, tmp_path):
     ahead = next(s for s in says if "ahead of the ensemble" in s)
     assert ahead.startswith("3 of 11 λ are ahead") and "(λ = 0.4, 0.5, 0.6)" in ahead
     study(tmp_path, slope=0.)
-    s2, h2 = R.gather(tmp_path)
+    s2, h2 = G.gather(tmp_path)
     assert "A trade-off is not shown" in W.findings(R.with_means(S.bootstrap(h2, 300), s2), s2)[0]
 
 def seeded(root, gains):
@@ -132,7 +132,7 @@ def seeded(root, gains):
         for lam in (0., .5, 1.):
             p = dict(speech=.6 + gain, music=.6 + gain) if lam == .5 else dict(speech=.4 + .4*lam, music=.8 - .4*lam)
             write_encoder(root, f"lam-{lam:.2f}{tag}-both", "merged", p, lam=lam, corpus="both", distil_seed=k)
-    scores, hits = R.gather(root)
+    scores, hits = G.gather(root)
     draws, each = R.with_means(S.bootstrap(hits, 400), scores), R.by_seed(hits, scores, 400)
     return scores, hits, draws, each, W.findings(draws, scores, R.paired_tests(hits, draws, scores, each=each), each)
 
@@ -163,7 +163,7 @@ def test_a_claim_needs_every_distillation_seed(tmp_path):
 def test_seeds_that_are_missing_are_named_and_the_rest_goes_on(tmp_path, lost):
     seeded(tmp_path, (.15, .15, .15))
     shutil.rmtree(tmp_path/"probes"/lost)
-    scores, hits = R.gather(tmp_path)
+    scores, hits = G.gather(tmp_path)
     draws, each = R.with_means(S.bootstrap(hits, 50), scores), R.by_seed(hits, scores, 50)
     tests, name = R.paired_tests(hits, draws, scores, each=each), lost.replace(f"-seed{lost.split('seed')[1][0]}", "")
     assert f"{name}: 2 of 3 distillation seeds" in R.missing(scores)
@@ -174,7 +174,7 @@ def test_seeds_that_are_missing_are_named_and_the_rest_goes_on(tmp_path, lost):
 def test_a_single_seed_stands_for_itself_only(tmp_path):
     seeded(tmp_path, (.15, .15, .15))
     for k in (1, 2): shutil.rmtree(tmp_path/f"probes/lam-0.50-seed{k}-both")
-    each = R.by_seed(hits := R.gather(tmp_path)[1], scores := R.gather(tmp_path)[0], 20)
+    each = R.by_seed(hits := G.gather(tmp_path)[1], scores := G.gather(tmp_path)[0], 20)
     assert [("phones", "lam-0.50-both") in d for d in each.values()] == [True, False, False]
     draws = R.with_means(S.bootstrap(hits, 20), scores)
     assert len(W.Evidence(draws, scores, each).measured("speech", "lam-0.50-both", "ensemble-both")[2]) == 1
@@ -184,7 +184,7 @@ def test_fewer_probe_seeds_are_named(tmp_path):
     f = tmp_path/"probes/b/scores.csv"
     d = pd.read_csv(f)
     d[(d.seed < 1) | (d.task != "phones")].to_csv(f, index=False)
-    scores, _ = R.gather(tmp_path)
+    scores, _ = G.gather(tmp_path)
     assert "b: 1 of 3 probe seeds, so more are not counted" in R.missing(scores)
     assert not [m for m in R.missing(scores) if m.startswith("a:")]
 
@@ -204,11 +204,11 @@ def test_names_are_text_and_tell_encoders_apart(tmp_path):
     for folder, p, h in (("a", .4, "aaaaaaaa"), ("b", .7, "bbbbbbbb")):     # two encoders of one folder name
         write_encoder(tmp_path, "final", "other", dict(speech=p, music=p), weights_hash=h)
         (tmp_path/"probes/final").rename(tmp_path/"probes"/f"final-{folder}")
-    scores, hits = R.gather(tmp_path)
+    scores, hits = G.gather(tmp_path)
     assert set(scores.encoder) == {"007", "NA", "nan", "final (aaaaaa)",
                                    "final (bbbbbb)"} == set(hits["pitch"]["encoder"])
-    R.save(tmp_path/"out", scores, hits)
-    s, h = R.gather(tmp_path/"out")
+    G.save(tmp_path/"out", scores, hits)
+    s, h = G.gather(tmp_path/"out")
     assert set(s.encoder) == set(scores.encoder) == set(h["pitch"]["encoder"])
     assert S.bootstrap(h, 20)["phones", "final (aaaaaa)"].iloc[0] < S.bootstrap(h,
                                                                                 20)["phones", "final (bbbbbb)"].iloc[0]
@@ -232,8 +232,8 @@ def test_lams_are_told_apart(lams, said):
 
 def test_saved_results_are_read_back_equal(full, tmp_path):
     _, scores, hits, _ = full
-    R.save(tmp_path, scores, hits)
-    s, h = R.gather(tmp_path)
+    G.save(tmp_path, scores, hits)
+    s, h = G.gather(tmp_path)
     assert len(s) == len(scores)
     assert all((h[t]["correct"] == hits[t]["correct"]).all() and (h[t]["encoder"] == hits[t]["encoder"]).all()
                for t in hits)
@@ -245,7 +245,7 @@ def test_what_is_missing_is_named(tmp_path):
     write_encoder(tmp_path, "logmel", "logmel", dict(speech=.2, music=.2))
     write_encoder(tmp_path, "lam-0.50-both", "merged", dict(speech=.5, music=.5), lam=.5, corpus="both",
                   tasks=dict(phones="speech"))
-    scores, hits = R.gather(tmp_path)
+    scores, hits = G.gather(tmp_path)
     m = R.missing(scores)
     assert "teachers: 0 of 2" in m and "merged (λ): 1 of 11" in m and "lam-0.50-both: 1 of 4 tasks" in m
     shown = R.table(R.with_means(S.bootstrap(hits, 50), scores), scores)
@@ -258,7 +258,7 @@ def own_study(root, domains):
     for lam in (0, .4): write_encoder(root, f"lam-{lam:.2f}-both", "merged", p, lam, "both", tasks=tasks)
     write_encoder(root, "talk-0.4-machines-0.4-both", "merged", p, corpus="both", tasks=tasks,
                   weights='{"talk": 0.4, "machines": 0.4}')
-    scores, hits = R.gather(root)
+    scores, hits = G.gather(root)
     return scores, R.with_means(S.bootstrap(hits, 50), scores)
 
 def test_a_merge_by_weights_is_no_lambda(tmp_path):
@@ -291,18 +291,18 @@ def test_one_tested_domain_gives_no_tradeoff_and_says_so(tmp_path, monkeypatch):
     assert "Not here yet: a trade-off, which needs a task in each of two domains." in says
 
 def test_an_empty_folder_says_what_to_run(tmp_path):
-    with pytest.raises(ValueError, match="distilltv reproduce"): R.gather(tmp_path)
+    with pytest.raises(ValueError, match="distilltv reproduce"): G.gather(tmp_path)
 
 def test_encoders_tested_on_different_items_are_named(tmp_path):
     write_encoder(tmp_path, "a", "other", dict(speech=.5, music=.5))
     write_encoder(tmp_path, "b", "other", dict(speech=.5, music=.5), ids="other")
-    with pytest.raises(ValueError, match="'a' and 'b' were tested on different items"): R.gather(tmp_path)
+    with pytest.raises(ValueError, match="'a' and 'b' were tested on different items"): G.gather(tmp_path)
 
 def test_one_encoder_in_two_folders_is_named(tmp_path):
     write_encoder(tmp_path, "a", "other", dict(speech=.5, music=.5))
     (tmp_path/"probes/a").rename(tmp_path/"probes/older")
     write_encoder(tmp_path, "a", "other", dict(speech=.5, music=.5))
-    with pytest.raises(ValueError, match="'a' was scored on"): R.gather(tmp_path)
+    with pytest.raises(ValueError, match="'a' was scored on"): G.gather(tmp_path)
 
 def test_seeds_of_other_settings_are_not_averaged(tmp_path):
     "Three seeds, then other settings and one seed: what was left of the old ones is named, the longer ensemble too."
@@ -315,19 +315,19 @@ def test_seeds_of_other_settings_are_not_averaged(tmp_path):
         probe(f"speech{tag}", "endpoint", "0123", seed)
         probe(f"lam-0.50{tag}", "merged", "45e6", seed, .5)
         probe(f"ensemble-2x{tag}", "ensemble", "0123", seed, steps=20)
-    assert R.gather(tmp_path)[0].encoder.nunique() == 4
+    assert G.gather(tmp_path)[0].encoder.nunique() == 4
     probe("speech", "endpoint", "9999")
     probe("lam-0.50", "merged", "8888", 0, .5)
     left = ("ensemble-2x, ensemble-2x-seed1, ensemble-2x-seed2, lam-0.50-seed1, lam-0.50-seed2, "
             "speech-seed1, speech-seed2")
-    with pytest.raises(ValueError, match=rf"remove the older folders from probes/ \({left}\)"): R.gather(tmp_path)
+    with pytest.raises(ValueError, match=rf"remove the older folders from probes/ \({left}\)"): G.gather(tmp_path)
     for name in left.split(", "): shutil.rmtree(tmp_path/"probes"/name)
     probe("lam-0.90", "merged", "45e6", 0, .9)    # a λ of the old settings, but the newest file
-    with pytest.raises(ValueError, match=r"linear merges on both: not all .* \(lam-0.50\)"): R.gather(tmp_path)
+    with pytest.raises(ValueError, match=r"linear merges on both: not all .* \(lam-0.50\)"): G.gather(tmp_path)
 
 def test_the_seed_that_a_name_ends_with_is_left_out(tmp_path):
     write_encoder(tmp_path, "a-seed10-seed1-both", "endpoint", dict(speech=.5, music=.5), distil_seed=1)
-    assert set(R.gather(tmp_path)[0].encoder) == {"a-seed10-both"}
+    assert set(G.gather(tmp_path)[0].encoder) == {"a-seed10-both"}
 
 @pytest.mark.parametrize("file, content", [
     ("predictions.npz", b"hello"), ("predictions.npz", b""), ("predictions.npz", b"cut"), ("predictions.npz", None),
@@ -342,29 +342,29 @@ def test_a_damaged_file_is_named(tmp_path, file, content):
     elif isinstance(content, str): pd.read_csv(f).assign(**{content: "many"}).to_csv(f, index=False)
     else: f.write_bytes(f.read_bytes()[:500] if content == b"cut" else content)
     with pytest.raises(ValueError, match=f"{f} is not what a probe wrote .*: probe again, or remove its folder"):
-        R.gather(tmp_path)
+        G.gather(tmp_path)
 
 def test_a_folder_without_any_score_says_so(tmp_path):
     write_encoder(tmp_path, "a", "other", dict(speech=.5, music=.5))
     f = tmp_path/"probes/a/scores.csv"
     f.write_text(f.read_text().splitlines()[0] + "\n")
-    with pytest.raises(ValueError, match="no task has been run there"): R.gather(tmp_path)
+    with pytest.raises(ValueError, match="no task has been run there"): G.gather(tmp_path)
     row = dict(encoder="a", role="other", task="sid", domain="speech", probe="linear", seed=-1, view="",
                metric="accuracy",
                n_test=0, score=None, status="not run: VoxCeleb1 is not here: fetch it")
     pd.DataFrame([row]).to_csv(f.with_name("not_run.csv"), index=False)
     np.savez(f.with_name("predictions.npz"))
-    with pytest.raises(ValueError, match="sid not run: VoxCeleb1 is not here: fetch it"): R.gather(tmp_path)
+    with pytest.raises(ValueError, match="sid not run: VoxCeleb1 is not here: fetch it"): G.gather(tmp_path)
 
 def test_paper_numbers_have_source_and_confidence():
-    p = pd.read_csv(R.data_dir()/"results/paper_numbers.csv", dtype=str, keep_default_na=False)
+    p = pd.read_csv(G.data_dir()/"results/paper_numbers.csv", dtype=str, keep_default_na=False)
     assert (p.source != "").all() and ((p.value == "") == (p.source == "not found")).all()
     assert (p[p.value != ""].confidence != "").all()
 
 @pytest.fixture(scope="module")
 def beside():
     "The paper's numbers beside those of the shipped run."
-    scores, hits = R.gather(R.data_dir()/"results")
+    scores, hits = G.gather(G.data_dir()/"results")
     return P.paper_table(R.with_means(S.bootstrap(hits, 5), scores), scores)
 
 def test_a_row_without_a_run_says_command_audio_and_time(beside):
@@ -490,7 +490,7 @@ def unlike(tmp_path_factory):
         write_unlike(root, e, r, k)
     write_unlike(root, "ensemble-both", "ensemble", .5, corpus="both")
     for lam in (0., .5, 1.): write_unlike(root, f"lam-{lam:.2f}-both", "merged", .3 + .4*lam, lam=lam, corpus="both")
-    scores, hits = R.gather(root)
+    scores, hits = G.gather(root)
     return root, scores, hits, R.with_means(S.bootstrap(hits, 1000), scores)
 
 def test_estimates_are_the_scores_that_the_probes_reported(unlike):
@@ -555,7 +555,7 @@ def test_one_group_has_no_interval(tmp_path):
     for f in tmp_path.glob("probes/*/predictions.npz"):
         z = dict(np.load(f))
         np.savez(f, **z | {f"{t}/group": np.full(200, "all") for t in TASKS})
-    scores, hits = R.gather(tmp_path)
+    scores, hits = G.gather(tmp_path)
     draws = R.with_means(S.bootstrap(hits, 50), scores)
     tests, shown = R.paired_tests(hits, draws, scores), R.table(draws, scores)
     assert shown.loc["teacher-speech", "speech mean"].endswith(" ± ?") and shown.stack().str.endswith(" ± ?").all()
@@ -608,23 +608,23 @@ def test_machines_share_the_work(unlike, tmp_path):
     for e in scores.encoder.unique():
         to = tmp_path/("one" if e.startswith("lam") else "two")/"probes"/e
         shutil.copytree(root/"probes"/e, to)
-    saved = R.gather(tmp_path/"two")
-    R.save(tmp_path/"three", *saved)
+    saved = G.gather(tmp_path/"two")
+    G.save(tmp_path/"three", *saved)
     # columns that the others lack
     more = pd.read_csv(tmp_path/"one/probes/lam-0.50-both/scores.csv").assign(commit="abc", peak_memory_mb=1.)
     more.to_csv(tmp_path/"one/probes/lam-0.50-both/scores.csv", index=False)
     for both in ((tmp_path/"one", tmp_path/"two"), (tmp_path/"three", tmp_path/"one")):
-        s, h = R.gather(*both)
+        s, h = G.gather(*both)
         a, b = (S.bootstrap(x, 50) for x in (hits, h))
         pd.testing.assert_frame_equal(S.interval(a).sort_index()[["estimate"]],
                                       S.interval(b).sort_index()[["estimate"]])
         assert len(s) == len(scores) and "commit abc" in F.how_made(s)
     with pytest.raises(ValueError, match="'ensemble-both' was scored on asr in more than one folder"):
-        R.gather(tmp_path/"two", tmp_path/"three")
+        G.gather(tmp_path/"two", tmp_path/"three")
     z = dict(np.load(tmp_path/"one/probes/lam-0.50-both/predictions.npz"))
     np.savez(tmp_path/"one/probes/lam-0.50-both/predictions.npz", **z | {"asr/words": z["asr/words"] + 1})
     with pytest.raises(ValueError, match="task asr: .*'lam-0.50-both' were tested on different items"):
-        R.gather(tmp_path/"one", tmp_path/"two")
+        G.gather(tmp_path/"one", tmp_path/"two")
 
 def test_what_was_not_run_is_a_state(unlike, tmp_path):
     root, scores, _, _ = unlike
@@ -637,15 +637,15 @@ def test_what_was_not_run_is_a_state(unlike, tmp_path):
                                                    or tmp_path/"probes/only/not_run.csv", index=False)
     pd.DataFrame(columns=scores.columns).to_csv(tmp_path/"probes/only/scores.csv", index=False)
     np.savez(tmp_path/"probes/only/predictions.npz")
-    scores, hits = R.gather(tmp_path)
+    scores, hits = G.gather(tmp_path)
     draws = R.with_means(S.bootstrap(hits, 50), scores)
     t = R.table(draws, scores)
     assert (t.sid == "not run").all() and (t.loc["only"] == "not run").all() and not t.isin(["0.0 ± 0.0"]).any().any()
     assert "sid not run: VoxCeleb1 is not in datasets: fetch it" in R.missing(scores)
     assert "sid" not in F.how_made(scores)
     assert len(R.paired_tests(hits, draws, scores)) == 12 and W.findings(draws, scores) == []
-    R.save(tmp_path/"out", scores, hits)
-    assert R.gather(tmp_path/"out")[0].score.isna().sum() == 3
+    G.save(tmp_path/"out", scores, hits)
+    assert G.gather(tmp_path/"out")[0].score.isna().sum() == 3
 
 # --- learning curves
 
@@ -658,11 +658,11 @@ def test_learning_curves_are_read_from_the_logs(tmp_path):
     held_out = ("valid_esc_50", "valid_esc_50/speech_4")    # the loss on a domain of that name, and a part of it
     log = tmp_path/"students/both/speech/log.csv"
     pd.read_csv(log).assign(**dict.fromkeys(held_out, 1.)).to_csv(log, index=False)
-    c = R.learning(tmp_path)
+    c = G.learning(tmp_path)
     assert set(map(tuple, c[["student", "teacher", "layer"]].to_numpy())) == {("speech", "speech", 4),
                                                                               ("speech", "speech", 12),
                                                                               ("ensemble", "speech", 4),
                                                                               ("ensemble", "music", 4)}
     assert c[(c.student == "ensemble") & (c.teacher == "music")].loss.tolist() == [2., 1.5]
-    assert len(R.learning(tmp_path/"students")) == 0
+    assert len(G.learning(tmp_path/"students")) == 0
     assert len(F.plot_learning(c).axes) == 2

@@ -5,7 +5,7 @@ from pathlib import Path
 import datasets, numpy as np, pandas as pd, pytest, soundfile as sf, torch
 from hypothesis import given, settings, strategies as st
 from distilltv import adapters as A, answers as N, features as E, fit as F, frozen as Z, letters as L
-from distilltv import probe as P, published as B
+from distilltv import probe as P, published as B, questions as Q
 from distilltv import tasks as T
 from distilltv.profiles import profile
 
@@ -566,7 +566,7 @@ def test_no_question_of_ones_own_is_a_sentence(monkeypatch):
 
 def test_a_question_of_a_profile(question):
     p = profile(question/"mine.toml")
-    assert T.profile_tasks(p) == T.profile_tasks(p) == ["high"]     # entered once, however often
+    assert Q.profile_tasks(p) == Q.profile_tasks(p) == ["high"]     # entered once, however often
     assert "high" not in T.task_names("all")
     assert T.task_names("own") == T.task_names("tones") == ["high"]     # a domain asks for its own questions too
     t = T.task_table("high")
@@ -577,7 +577,7 @@ def test_a_question_of_a_profile(question):
     scores = P.probe("logmel", ["high"], seeds=1)
     assert (scores.score == 1).all() and set(scores.domain) == {"tones"}
     with pytest.raises(ValueError, match="profile mine: task 'phones' exists already"):
-        T.profile_tasks(replace(p, tasks=dict(phones=p.tasks["high"])))
+        Q.profile_tasks(replace(p, tasks=dict(phones=p.tasks["high"])))
 
 @pytest.mark.parametrize("change, says", [
     (lambda d: d.drop(columns="what"), "has no column what; it has file, split, who"),
@@ -594,7 +594,7 @@ def test_a_question_that_cannot_be_asked_is_a_sentence(question, change, says):
         change(pd.read_csv(file, dtype=str, keep_default_na=False, encoding="utf-8-sig")).to_csv(file, index=False)
     else: file.unlink()
     with pytest.raises(ValueError, match=f"task high: .*{says}") as e:
-        T.table_task("high", **profile(question/"mine.toml").tasks["high"]).split()
+        Q.table_task("high", **profile(question/"mine.toml").tasks["high"]).split()
     assert "\n" not in str(e.value)
 
 def cell(column, value, row=4):
@@ -637,7 +637,7 @@ def test_a_file_that_is_no_table_is_a_sentence(question, change, says):
     file = question/"tones/table.csv"
     file.write_bytes(change(file.read_bytes()))
     with pytest.raises(T.TableError, match=f"task high: .*{says}") as e:
-        T.table_task("high", **profile(question/"mine.toml").tasks["high"]).table()
+        Q.table_task("high", **profile(question/"mine.toml").tasks["high"]).table()
     assert "\n" not in str(e.value) and str(file) in str(e.value)
 
 def test_a_table_as_others_write_it(question):
@@ -649,14 +649,14 @@ def test_a_table_as_others_write_it(question):
     d.loc[:2, "file"] = [str(question/"tones/0.wav"), "../tones/1.wav", "../tones/../tones/2.wav"]
     d.loc[3, "what"] = " "
     file.write_text("\n\n".join(d.to_csv(index=False).splitlines()), encoding="utf-8")
-    T.profile_tasks(profile(question/"mine.toml"))
+    Q.profile_tasks(profile(question/"mine.toml"))
     scores = P.probe("logmel", "high", seeds=1)
     assert (scores.score == 1).all() and scores.status.str.startswith("1 of 32 rows have no label").all()
 
 def test_spaces_around_a_cell_mean_nothing(question):
     file = question/"tones/table.csv"
     d = pd.read_csv(file, dtype=str, keep_default_na=False, encoding="utf-8-sig")
-    table = lambda: T.table_task("high", **profile(question/"mine.toml").tasks["high"]).split()
+    table = lambda: Q.table_task("high", **profile(question/"mine.toml").tasks["high"]).split()
     usual = table()
     T.forget_tables()
     d["who"] = d.who.where(d.index % 2 > 0, d.who + " ")
@@ -668,7 +668,7 @@ def test_a_question_in_a_folder_whose_name_is_not_utf8(question, tmp_path):
     written all the same."""
     folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/t\xf6nes"))
     shutil.copytree(question/"tones", folder/"tones"), shutil.copy(question/"mine.toml", folder)
-    T.profile_tasks(profile(folder/"mine.toml"))
+    Q.profile_tasks(profile(folder/"mine.toml"))
     P.probe("logmel", "high", seeds=1, out=tmp_path/"out")
     assert ("table.csv lies in a folder whose name is not UTF-8; rename it"
             in pd.read_csv(tmp_path/"out/not_run.csv").status[0])
@@ -679,16 +679,16 @@ def test_a_label_of_a_name_that_means_something_else_is_refused(question, column
     file = question/"tones/table.csv"
     pd.read_csv(file, dtype=str, encoding="utf-8-sig").assign(snr="5").to_csv(file, index=False)
     with pytest.raises(T.TableError, match=f"task high: .*its column {column} has a meaning of its own here"):
-        T.table_task("high", **said).table()
+        Q.table_task("high", **said).table()
 
 def test_a_question_with_the_name_of_a_domain_is_refused(question):
     p = profile(question/"mine.toml")
     with pytest.raises(ValueError, match="profile mine: task 'music' has the name of a domain"):
-        T.profile_tasks(replace(p, tasks=dict(music=p.tasks["high"])))
+        Q.profile_tasks(replace(p, tasks=dict(music=p.tasks["high"])))
 
 @pytest.mark.parametrize("kind", ["object", "str", "category", "Int64", "boolean", "float"])
 def test_missing_labels_are_left_out_whatever_type_holds_them(question, monkeypatch, kind):
-    table = T.table_task("high", **profile(question/"mine.toml").tasks["high"]).table()
+    table = Q.table_task("high", **profile(question/"mine.toml").tasks["high"]).table()
     label = (table.what if kind in ("object", "str", "category")
              else (table.what == "high").astype(kind if kind != "float" else "Int64"))
     label = label.astype(object).mask(table.index % 11 == 0).astype(kind)
@@ -701,7 +701,7 @@ def test_missing_labels_are_left_out_whatever_type_holds_them(question, monkeypa
 @pytest.mark.parametrize("nobody", [np.nan, None, ""])
 def test_a_row_without_a_group_is_refused(question, nobody):
     "It could be the same singer's as a row of another split."
-    table = T.table_task("high", **profile(question/"mine.toml").tasks["high"]).table()
+    table = Q.table_task("high", **profile(question/"mine.toml").tasks["high"]).table()
     table = table.assign(who=table.who.astype(object).where(table.index > 1, nobody))
     task = T.Task("some", "tones", lambda root: table, "what", "who", home=lambda: question/"tones")
     with pytest.raises(ValueError, match="task some: 0.wav:8000 has no who .nor have 1 others."): task.split()
