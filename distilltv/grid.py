@@ -302,7 +302,7 @@ def fresh(run:GridRun, # the run
 def state(run:GridRun, # the run
           runs:dict,   # id -> run, for those it needs
          ) -> str:
-    "How a run is: `up to date`, `stale` (done, but with other inputs or other results; and which), `begun` or `to run`."
+    "How a run is: `up to date`, `stale` (done, but with other inputs or results) and why, `begun` or `to run`."
     if fresh(run, runs): return "up to date"
     said = stamp(run)
     if not said.get("made"): return "begun" if said else "to run"

@@ -8,6 +8,7 @@ __all__ = ['Needs', 'needs_of', 'request', 'Listed', 'ask_slurm', 'queue', 'job_
 
 # %% ../nbs/06c_jobs.ipynb #0b500003
 import getpass, json, os, socket, subprocess, sys, time, uuid
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -131,8 +132,8 @@ def claim(run:GridRun, attempt:Attempt) -> bool: # of the grid; a try at it
     file = _file(run, attempt.number)
     mine = file.with_name(f".{attempt.name}")
     write_json(mine, asdict(attempt))
-    try: os.link(mine, file)
-    except OSError: pass       # over NFS the answer can get lost, so what counts is whether the link is there
+    with suppress(OSError): os.link(mine, file)
+    # over NFS the answer can get lost, so what counts is whether the link is there
     ours = os.stat(mine).st_nlink == 2
     mine.unlink()
     return ours

@@ -30,64 +30,63 @@ _HELP = """One small encoder for speech and music: distil two students, merge th
   distilltv merge recipe.yaml out  the encoder that a recipe describes, as a folder
 """
 
+_GRID = {
+    "--profile": dict(default="mini", metavar="NAME_OR_FILE",
+                      help="mini: shipped data, CPU; hub: HuBERT and MERT, one GPU; paper: as published; "
+                           "or your own .toml file (default: %(default)s)"),
+    "--corpus": dict(default="",
+                     help="audio that the students are distilled on: `both` (all domains'), `own`, or a domain, "
+                          "as `speech` in the paper (default: the profile's)"),
+    "--seeds": dict(type=int, default=1,
+                    help="distillation seeds: students, merges and their probes are repeated with each "
+                         "(default: %(default)s)"),
+    "--home": dict(type=Path, help="folder to write to (default: $DISTILLTV_HOME, else runs/ in the repository)")}
+_RUN = {
+    "--jobs": dict(type=int, default=min(2, os.cpu_count()),
+                   help="notebooks to run side by side, one thread each (default: %(default)s)"),
+    "--dry-run": dict(action="store_true",
+                      help="only say which runs would be done here, in which order, and how long they take")}
+_ASKED = "for all stages (default: the profile's [slurm.STAGE], else Slurm's)"
+_SLURM = {
+    "--slurm": dict(action="store_true",
+                    help="submit each run as a job once what it needs is done (pip install 'distilltv[slurm]')"),
+    "--slurm-partition": dict(default="", metavar="PARTITION", help=f"partition, {_ASKED}"),
+    "--slurm-account": dict(default="", metavar="ACCOUNT", help=f"account to charge, {_ASKED}"),
+    "--slurm-constraint": dict(default="", metavar="CONSTRAINT", help=f"features that a node must have, {_ASKED}"),
+    "--slurm-time": dict(type=float, default=0., metavar="HOURS",
+                         help="hours after which a job goes back into the queue and continues, for all stages"),
+    "--slurm-jobs": dict(type=int, default=0, metavar="N",
+                         help="at most so many jobs of ours in the queue at one time (default: no limit)")}
+_MERGED = {
+    "recipe": dict(type=Path, help="the recipe; paths in it are relative to its folder"),
+    "out": dict(type=Path, help="folder to write, whole or not at all"),
+    "--trust": dict(action="store_true",
+                    help="take models that do not record their start as trained from the recipe's base_model")}
+
 def _parser():
     "What the command understands; each function that it calls describes itself."
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("distilltv", description=_HELP, formatter_class=raw)
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    def command(call, help):
+    def command(call, help, options):
         told = inspect.getdoc(call)
         one = commands.add_parser(call.__name__[1:], help=help, description=told, formatter_class=raw)
         one.set_defaults(call=call)
+        for name, how in options.items(): one.add_argument(name, **how)
         return one
-    r = command(_reproduce, "run what is stale of the whole grid, print the results")
-    t = command(_status, "what is up to date, what is stale and why")
-    for c in (r, t): _grid_options(c)
-    r.add_argument("--jobs", type=int, default=min(2, os.cpu_count()),
-                   help="notebooks to run side by side, one thread each (default: %(default)s)")
-    r.add_argument("--dry-run", action="store_true",
-                   help="only say which runs would be done here, in which order, and how long they take")
-    _slurm_options(r.add_argument_group("on a Slurm cluster",
-                                        "Give the same command again to go on: jobs still there are followed."))
-    t.add_argument("--all", action="store_true", help="name every run that is not up to date, not four of a stage")
-    n = command(_new, "write a commented profile to start from")
-    n.add_argument("file", help="the .toml file to write; it must not exist yet")
-    c = command(_check, "say what a profile would run, and what is wrong with it")
-    c.add_argument("profile", metavar="NAME_OR_FILE", help="your .toml file, or mini, hub or paper")
+    r = command(_reproduce, "run what is stale of the whole grid, print the results", _GRID | _RUN)
+    jobs = r.add_argument_group("on a Slurm cluster",
+                                "Give the same command again to go on: jobs still there are followed.")
+    for name, how in _SLURM.items(): jobs.add_argument(name, **how)
+    every = dict(action="store_true", help="name every run that is not up to date, not four of a stage")
+    command(_status, "what is up to date, what is stale and why", _GRID | {"--all": every})
+    command(_new, "write a commented profile to start from",
+            dict(file=dict(help="the .toml file to write; it must not exist yet")))
+    command(_check, "say what a profile would run, and what is wrong with it",
+            dict(profile=dict(metavar="NAME_OR_FILE", help="your .toml file, or mini, hub or paper")))
     commands.add_parser("distil", help="distil one student; `distilltv distil --help` has its options")
-    m = command(_merge, "make the encoder that a recipe describes")
-    m.add_argument("recipe", type=Path, help="the recipe; paths in it are relative to its folder")
-    m.add_argument("out", type=Path, help="folder to write, whole or not at all")
-    m.add_argument("--trust", action="store_true",
-                   help="take models that do not record their start as trained from the recipe's base_model")
+    command(_merge, "make the encoder that a recipe describes", _MERGED)
     return parser
-
-def _grid_options(parser):
-    "The options that say which grid is meant."
-    parser.add_argument("--profile", default="mini", metavar="NAME_OR_FILE",
-                        help="mini: shipped data, CPU; hub: HuBERT and MERT, one GPU; paper: as published; "
-                             "or your own .toml file (default: %(default)s)")
-    parser.add_argument("--corpus", default="",
-                        help="audio that the students are distilled on: `both` (all domains'), `own`, or a domain, "
-                             "as `speech` in the paper (default: the profile's)")
-    parser.add_argument("--seeds", type=int, default=1,
-                        help="distillation seeds: students, merges and their probes are repeated with each "
-                             "(default: %(default)s)")
-    parser.add_argument("--home", type=Path,
-                        help="folder to write to (default: $DISTILLTV_HOME, else runs/ in the repository)")
-
-def _slurm_options(group):
-    "The options of jobs."
-    group.add_argument("--slurm", action="store_true",
-                       help="submit each run as a job once what it needs is done (pip install 'distilltv[slurm]')")
-    known = dict(partition="partition", account="account to charge", constraint="features that a node must have")
-    for name, says in known.items():
-        group.add_argument(f"--slurm-{name}", default="", metavar=name.upper(),
-                           help=f"{says}, for all stages (default: the profile's [slurm.STAGE], else Slurm's)")
-    group.add_argument("--slurm-time", type=float, default=0., metavar="HOURS",
-                       help="hours after which a job goes back into the queue and continues, for all stages")
-    group.add_argument("--slurm-jobs", type=int, default=0, metavar="N",
-                       help="at most so many jobs of ours in the queue at one time (default: no limit)")
 
 def main(argv:list=None, # arguments; default those of the command line
         ) -> int:        # exit status: 0 if all is well
