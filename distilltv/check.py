@@ -72,27 +72,25 @@ def _no_folder(path, p, folder):
     return f" (there is no folder {folder/path}; a folder is written ./{path})"
 
 def _teachers(p, check, folder):
-    "Open the teachers, each up to the highest layer that is predicted; those that can be opened, by domain."
-    opened = {}
+    "Open the teachers; those that can be opened and hear a crop, by domain."
+    found, usable = {}, {}
     check.lines.append("teachers")
     for d, path in p.teachers.items():
         with check.noting(f"the teacher of {d} cannot be opened{_no_folder(path, p, folder)}: "):
-            opened[d] = load_encoder(path)
-        if d not in opened: continue
-        whole, c = opened[d], opened[d].config
-        size = sum(t.numel() for t in whole.parameters())
-        check.lines.append(f"  {d}: {path}, {c.model_type}, {c.num_hidden_layers} layers of {c.hidden_size}, "
+            found[d] = load_encoder(path)
+    for d, whole in found.items():
+        c, size = whole.config, sum(t.numel() for t in whole.parameters())
+        check.lines.append(f"  {d}: {p.teachers[d]}, {c.model_type}, {c.num_hidden_layers} layers of {c.hidden_size}, "
                            f"{whole.sample_rate:,} Hz, {size/1e6:.1f} M parameters")
         with check.noting(): check_teachers({d: whole}, p.predict)
-        try: check_length(p.seconds, f"the teacher of {d}", c, whole.sample_rate)
-        except ValueError as e:
-            check.wrong.append(str(e))
-            del opened[d]
-    depths = {d: t.config.num_hidden_layers for d, t in opened.items()}
+        with check.noting():
+            check_length(p.seconds, f"the teacher of {d}", c, whole.sample_rate)
+            usable[d] = whole
+    depths = {d: t.config.num_hidden_layers for d, t in usable.items()}
     if len(set(depths.values())) > 1:
         check.lines.append(f"  layers {', '.join(map(str, p.predict))} are predicted of each, of "
                            f"{', '.join(f'{n} ({d})' for d, n in depths.items())}")
-    return opened
+    return usable
 
 def _audio(p, check):
     "Hours of audio by domain and split."
@@ -101,11 +99,11 @@ def _audio(p, check):
         if name:
             with check.noting(f"the audio of {d} cannot be used: "):
                 check.lines.append(f"  {d}: {name}, {_held(d, name, p, check)}")
-            continue
-        check.lines.append(f"  {d}: none")
-        if p.corpus in ("both", "own", d):
-            check.wrong.append(f"{d} has no audio, but corpus = {p.corpus} wants it: "
-                               "name a folder or stream under [audio]")
+        else:
+            check.lines.append(f"  {d}: none")
+            if p.corpus in ("both", "own", d):
+                check.wrong.append(f"{d} has no audio, but corpus = {p.corpus} wants it: "
+                                   "name a folder or stream under [audio]")
 
 def _held(domain, name, p, check):
     "What a stream, a folder or a shipped corpus holds."
@@ -134,25 +132,22 @@ def _time(seconds):
     return f"{seconds/60:.1f} min" if seconds >= 60 else f"{seconds:.1f} s"
 
 def _student(p, opened, check):
-    "The student's configuration, if its teacher can be opened and it can be built."
+    "The student's configuration; None if its teacher cannot be used, or the student not be built."
     if p.init not in opened: return None
-    try:
+    with check.noting(f"no student can start from the teacher of {p.init}: "):
         config = student_config(opened[p.init].config, p.student_layers, p.student_width, p.student_heads)
         check_length(p.seconds, "the student", config)
-    except ValueError as e:
-        check.wrong.append(f"no student can start from the teacher of {p.init}: {e}")
-        return None
-    wide, heads = config.hidden_size, config.num_attention_heads
-    if wide % heads:
-        check.wrong.append(f"a student of width {wide} cannot have {heads} attention heads: set heads to a divisor")
-        return None
-    with torch.device("meta"):
-        student = HubertModel(config)
-        more = [Heads(wide, t.config.hidden_size, len(p.predict)) for t in opened.values()]
-    size, extra = (sum(t.numel() for m in models for t in m.parameters())/1e6 for models in ([student], more))
-    check.lines.append(f"student\n  θ₀ from {p.init}: {config.num_hidden_layers} layers of {wide}, {heads} heads, "
-                       f"{size:.1f} M parameters; {extra:.1f} M more in the heads of all domains, while it is trained")
-    return config
+        wide, heads = config.hidden_size, config.num_attention_heads
+        if wide % heads:
+            raise ValueError(f"a student of width {wide} cannot have {heads} attention heads: set heads to a divisor")
+        with torch.device("meta"):
+            student = HubertModel(config)
+            more = [Heads(wide, t.config.hidden_size, len(p.predict)) for t in opened.values()]
+        size, extra = (sum(t.numel() for m in models for t in m.parameters())/1e6 for models in ([student], more))
+        check.lines.append(f"student\n  θ₀ from {p.init}: {config.num_hidden_layers} layers of {wide}, {heads} heads, "
+                           f"{size:.1f} M parameters; {extra:.1f} M more in the heads of all domains, "
+                           "while it is trained")
+        return config
 
 # %% ../nbs/01a_check.ipynb #fc751877
 def _budget(p, opened, student, check):

@@ -7,15 +7,22 @@ __all__ = ['RunError', 'shown', 'execute', 'calibrate', 'expect', 'steps_done', 
            'run_stale']
 
 # %% ../nbs/06b_runner.ipynb #d1e4b870
-import fcntl, json, os, re, time
+import fcntl, os, re, time
+from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 import numpy as np
-from .files import WRITES
-from .grid import GridRun, digest, expand, fresh, key, stamp
-from .profiles import profile
-from .runs import data_dir, home, root, write_json
+<<<<<<< OURS
+from distilltv.files import WRITES
+from distilltv.grid import GridRun, digest, expand, fresh, key, stamp
+=======
+from distilltv.grid import GridRun, digest, expand, fresh, marks, stamp
+>>>>>>> THEIRS
+from distilltv.profiles import profile
+from distilltv.queueing import Work, simulate
+from distilltv.runs import data_dir, home, read_json, root, write_json
 
 # %% ../nbs/06b_runner.ipynb #0dbc4bd7
 class RunError(Exception):
@@ -66,19 +73,19 @@ def execute(run:GridRun,    # the run
             how=_papermill  # what is called with the run; by default its notebook is run with papermill
            ) -> None:
     "Do one run, and stamp its folder; a `RunError` says what went wrong."
-    k, began = key(run, runs), time.time()
-    said = stamp(run)
+    now, began, said = marks(run, runs), time.time(), stamp(run)
+    other = said.get("key", now["key"]) != now["key"]
     # what ended and is no longer fresh is done again: without this record, no student counts as finished
-    if said.get("made") or said.get("key", k) != k: (run.folder/"result.json").unlink(missing_ok=True)
-    if said.get("key", k) != k: _clear(run)
+    if said.get("made") or other: (run.folder/"result.json").unlink(missing_ok=True)
+    if other: _clear(run)
     found = stamp(run).get("found", _names(run.folder))    # a run that continues keeps the list of its beginning
-    write_json(run.folder/"stamp.json", dict(key=k, found=found))
+    write_json(run.folder/"stamp.json", now | dict(found=found))
     how(run)
     made = digest(run.folder)
     if made == "absent": raise RunError(f"{run.notebook} ended well but left nothing in {shown(run.folder)}")
     files = _written(run, set(_names(run.folder)) - set(found))
     write_json(run.folder/"stamp.json",
-               dict(key=k, made=made, seconds=round(time.time()-began, 1), found=found, files=files))
+               now | dict(made=made, seconds=round(time.time()-began, 1), found=found, files=files))
 
 # %% ../nbs/06b_runner.ipynb #8a3180c9
 def calibrate() -> float: # seconds, the best of three
@@ -91,33 +98,27 @@ def calibrate() -> float: # seconds, the best of three
     return best
 
 def _reference():
-    "Seconds of the reference run: id -> seconds, and what the calibration took there."
-    file = data_dir()/"runs/seconds.json"
-    known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    return known.get("seconds", {}), known.get("calibration")
+    "Of the reference run: `seconds` by id, and what the `calibration` took there; empty where none ships."
+    return read_json(data_dir()/"runs/seconds.json")
 
 _USUAL = dict(distil=200., merge=12., probe=30., results=60.)    # seconds, where no record says more
 _OPENING = 15.    # seconds of a distillation before its first step and after its last
 
-def _steps(run): return run.parameters.get("steps") or run.profile.steps
+def _steps(run, p): return run.parameters.get("steps") or p.steps
 
 def _work(run, p):
     "Seconds of audio that the teachers and the student of a distillation hear."
     heard = 1 + (len(p.domains) if run.parameters["teacher"] == "ensemble" else 1)
-    return (run.parameters.get("steps") or p.steps)*p.batch*p.seconds*heard
+    return _steps(run, p)*p.batch*p.seconds*heard
 
 def expect(run:GridRun) -> float: # seconds
     "How long a run will take on the reference machine, or took here."
     if (last := stamp(run).get("seconds")): return last
-    known, _ = _reference()
-    usual = _same_kind(run, known) or _USUAL.get(run.stage, 10.)
+    known = _reference().get("seconds", {})
+    alike = [s for i, s in known.items() if i.startswith(f"{run.stage}/")] or [_USUAL.get(run.stage, 10.)]
+    usual = known.get(run.id) or sum(alike)/len(alike)
     if run.stage != "distil" or run.profile is None: return usual
     return _OPENING + max(0, usual-_OPENING)*_work(run, run.profile)/_work(run, profile("mini"))
-
-def _same_kind(run, known):
-    "Seconds of this run in the record, else of the mean run of its stage."
-    stage = [s for i, s in known.items() if i.startswith(f"{run.stage}/")]
-    return known.get(run.id) or (sum(stage)/len(stage) if stage else None)
 
 def steps_done(run:GridRun # a distillation
               ) -> int:    # as of its last checkpoint; 0 before the first
@@ -129,19 +130,21 @@ def steps_done(run:GridRun # a distillation
 class Progress:
     "A bar for each stage and the time left for the whole grid; plain lines where the output is not a terminal."
     def __init__(self, runs, jobs):
-        from tqdm import tqdm
         by_id = {r.id: r for r in runs}
         self.runs, self.jobs, self.left, self.began, self.took, self.before = runs, jobs, {}, {}, {}, {}
+        self.finished, self.failed = set(), {}    # ids; of those that failed with the reason
         for r in runs:
             if not fresh(r, by_id) or any(n in self.left for n in r.needs): self.left[r.id] = expect(r)
-        self.expected, (_, there) = dict(self.left), _reference()
+        self.expected, there = dict(self.left), _reference().get("calibration")
         self.pace = calibrate()/there if there and self.left and not any(stamp(r).get("seconds") for r in runs) else 1.
-        stages = list(dict.fromkeys(r.stage for r in runs))
-        def bar(i, s):
-            return tqdm(total=sum(r.stage == s for r in runs), desc=f"{s:8}", position=i, disable=None, leave=True,
-                        bar_format="{desc}|{bar:30}| {n_fmt:>2}/{total_fmt:<2} {elapsed}{postfix}")
-        self.bars = {s: bar(i, s) for i, s in enumerate(stages)}
-        self.tty, self.write = not next(iter(self.bars.values())).disable, tqdm.write
+
+    @cached_property
+    def bars(self):
+        "One for each stage, drawn when they are first asked for."
+        from tqdm import tqdm
+        looks = dict(bar_format="{desc}|{bar:30}| {n_fmt:>2}/{total_fmt:<2} {elapsed}{postfix}", disable=None)
+        counts = Counter(r.stage for r in self.runs)
+        return {s: tqdm(total=n, desc=f"{s:8}", position=i, **looks) for i, (s, n) in enumerate(counts.items())}
 
     def _pace(self, stage):
         "Seconds here for a second that was expected: of the stage, else of all stages, else of the machine."
@@ -156,10 +159,11 @@ class Progress:
         if run.id not in self.began: return need
         spent = time.time() - self.began[run.id]
         if (done := self._done_here(run)):
-            share, left = done/_steps(run), 1 - steps_done(run)/_steps(run)
+            steps = _steps(run, run.profile)
+            share, left = done/steps, 1 - steps_done(run)/steps
             trust = min(1, 4*share)     # in its own speed: a run that has just begun has mostly loaded
             return (trust*spent/share + (1-trust)*need)*max(0, left)
-        return max(need - spent, spent/5 if spent > need else 0)
+        return need - spent if spent <= need else spent/5
 
     def _done_here(self, run):
         "Steps of a distillation since it began here, else 0. A log that is shorter than before is a new one."
@@ -167,15 +171,16 @@ class Progress:
         now, before = steps_done(run), self.before[run.id]
         return now - before if now >= before else now
 
-    def time_left(self) -> float:
-        "Seconds until the grid is done, by a rehearsal."
-        free, end = [0.]*self.jobs, {}
+    def plan(self) -> dict:
+        "When each run that is left begins and ends, in seconds from now: id -> both, in the order of beginning."
         waiting = sorted((r for r in self.runs if r.id in self.left), key=lambda r: r.id not in self.began)
-        for r in waiting:
-            ready = max((end.get(n, 0.) for n in r.needs), default=0.)
-            worker = min(range(self.jobs), key=free.__getitem__)
-            end[r.id] = free[worker] = max(free[worker], ready) + self._need(r)
-        return max(end.values(), default=0.)
+        works = [Work(r.id, self._need(r), tuple(n for n in r.needs if n in self.left)) for r in waiting]
+        times = {id: (began, ended) for id, (_, began, ended) in simulate(works, self.jobs).items()}
+        return dict(sorted(times.items(), key=lambda item: item[1][0]))
+
+    def time_left(self) -> float:
+        "Seconds until the grid is done."
+        return max((ended for _, ended in self.plan().values()), default=0.)
 
     def start(self, run): # of the grid
         "Note that a run begins."
@@ -186,11 +191,21 @@ class Progress:
     def done(self, run, note="", seconds=0.): # of the grid; why it failed; that it took elsewhere
         "Count a run that was fresh, has run, or failed; where it ran elsewhere, in how many seconds."
         self.left.pop(run.id, None)
+        self.finished.add(run.id)
+        if note: self.failed[run.id] = note
         began = self.began.pop(run.id, None)
         if began and not note: self.took[run.id] = seconds or time.time()-began
         self.bars[run.stage].update()
         if note: self.write(f"{run.id}: {note}")
-        elif began and not self.tty: self.write(f"{run.id}: {self.took[run.id]:.0f} s; {self}")
+        elif began and self.bars[run.stage].disable: self.write(f"{run.id}: {self.took[run.id]:.0f} s; {self}")
+
+    def blocked(self, run) -> str: # of the grid; empty if nothing is in its way
+        "Why a run cannot be done: one that it needs has failed."
+        return next((f"not run, because {n} failed" for n in run.needs if n in self.failed), "")
+
+    def write(self, line): # of text
+        "Print a line above the bars."
+        self.bars[self.runs[0].stage].write(line)
 
     def __str__(self):
         m, s = divmod(round(self.time_left()), 60)
@@ -220,15 +235,6 @@ def alone(folder:Path, shared=False): # the folder; whether others may hold it a
             print(f"{folder} cannot be locked ({e.strerror}): start only one `distilltv reproduce` there at a time")
         yield
 
-@contextmanager
-def _environment(**values):
-    "Environment variables for the kernels, put back afterwards."
-    before = {k: os.environ.get(k) for k in values}
-    os.environ.update(values)
-    try: yield
-    finally:
-        for k, v in before.items(): os.environ.pop(k) if v is None else os.environ.update({k: v})
-
 def kernel_environment(threads:int=1 # of each kernel
                       ) -> dict:
     "Environment variables for the kernels that run notebooks."
@@ -239,28 +245,24 @@ def run_stale(runs:list,    # in order, from `grid`
               jobs:int=2,   # kernels side by side, one thread each
              ) -> dict:     # runs that failed: id -> why; empty when all is well
     "Bring every run up to date, executing only what is stale."
-    by_id, todo, running, finished, failed = {r.id: r for r in runs}, list(runs), {}, set(), {}
-    with _environment(**kernel_environment()), alone(home()), ThreadPoolExecutor(jobs) as pool:
+    from fastcore.xtras import modified_env
+    by_id, todo, running = {r.id: r for r in runs}, list(runs), {}
+    with modified_env(**kernel_environment()), alone(home()), ThreadPoolExecutor(jobs) as pool:
         progress = Progress(runs, jobs)
-        def end(run, why=""):
-            finished.add(run.id)
-            if why: failed[run.id] = why
-            progress.done(run, why)
         def attempt(run):
             progress.start(run)
             execute(run, by_id)
         while todo or running:
             for r in list(todo):
-                if not finished.issuperset(r.needs): continue
+                if not progress.finished.issuperset(r.needs): continue
                 todo.remove(r)
-                broken = [n for n in r.needs if n in failed]
-                if broken: end(r, f"not run, because {broken[0]} failed")
-                elif fresh(r, by_id): end(r)
+                why = progress.blocked(r)
+                if why or fresh(r, by_id): progress.done(r, why)
                 else: running[pool.submit(attempt, r)] = r
-            for f in wait(running, timeout=1, return_when=FIRST_COMPLETED).done if running else ():
+            for f in wait(running, timeout=1, return_when=FIRST_COMPLETED).done:
                 e = f.exception()
                 if e and not isinstance(e, RunError): raise e
-                end(running.pop(f), str(e or ""))
+                progress.done(running.pop(f), str(e or ""))
             progress.tick()
         progress.close()
-    return failed
+    return progress.failed

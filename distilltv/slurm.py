@@ -10,8 +10,8 @@ import subprocess, time
 from dataclasses import replace
 from pathlib import Path
 from .grid import GridRun, fresh, key, stamp, state
-from .jobs import (Attempt, Job, QueueFull, claim, ended, job_name, jobs_dir, latest, log_of, note, queue,
-                   submit, word)
+from .jobs import (Attempt, Job, QueueFull, ask_slurm, claim, ended, job_name, jobs_dir, latest, log_of,
+                            note, queue, submit, word)
 from .runner import Progress, alone, steps_done
 from .runs import home, write_json
 
@@ -25,10 +25,10 @@ class Driver:
                  limit:int=0,        # of our jobs in the queue at one time; 0: none
                  settle:float=60.):  # seconds in which a file of another machine is seen
         self.runs, self.needs, self.limit, self.settle = {c.id: c for c in runs}, needs, limit, settle
-        self.todo, self.finished, self.failed = list(runs), set(), {}
+        self.todo, self.progress, self.said = list(runs), Progress(runs, 1), ""
+        self.failed = self.progress.failed
         self.stale, self.unsent = set(), []    # ids of runs; jobs for which there was no room
         self.followed, self.gone = {}, {}      # id -> attempt; id -> when it was missed first
-        self.progress, self.said = Progress(runs, 1), ""
 
     def step(self) -> bool:
         "One round; False once every run is fresh or has failed."
@@ -42,9 +42,8 @@ class Driver:
 
     def _ready(self, run, jobs) -> bool:
         "Whether a run is to be submitted now; where it has ended, note that."
-        if not self.finished.issuperset(run.needs) or any(run in j.runs for j in self.unsent): return False
-        broken = [n for n in run.needs if n in self.failed]
-        if broken: return self._end(run, f"not run, because {broken[0]} failed")
+        if not self.progress.finished.issuperset(run.needs) or any(run in j.runs for j in self.unsent): return False
+        if why := self.progress.blocked(run): return self._end(run, why)
         attempt = latest(run)
         job = attempt and jobs.get(attempt.name)
         if job and job.alive and ended(run, attempt) is None: return self._follow(run, attempt, job)
@@ -90,8 +89,6 @@ class Driver:
 
     def _end(self, run, why=""):
         self.todo.remove(run)
-        self.finished.add(run.id)
-        if why: self.failed[run.id] = why
         self.progress.done(run, why, stamp(run).get("seconds", 0.))
 
     def _submit(self, ready, jobs):
@@ -176,10 +173,7 @@ def report(runs:list  # of `grid`
 
 def _processors(nodes):
     "Processors of these nodes, as Slurm counts them."
-    command = ["sinfo", "-h", "-N", "-o", "%N|%c"]
-    try: said = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    except subprocess.TimeoutExpired: return {}
-    found = dict(line.split("|") for line in said.stdout.split())
+    found = dict(ask_slurm("sinfo", "-h", "-N", "-o", "%N|%c") or [])
     return {n: int(found[n]) for n in sorted(nodes) if n in found}
 
 # %% ../nbs/06d_slurm.ipynb #1e3422db
@@ -202,7 +196,8 @@ def state_of(run:GridRun, # the run
     return now
 
 def _jobs():
-    "Our jobs in the queue; none where there is no Slurm, or no answer."
+    "Our jobs in the queue; none where we never had any, or there is no Slurm or no answer."
+    if not jobs_dir().is_dir(): return {}
     try: return queue() or {}
     except RuntimeError: return {}
 

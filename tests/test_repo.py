@@ -280,8 +280,13 @@ ROOMS = """style files runs profiles students audio corpora scale cards encoders
 =======
 ROOMS = """style runs profiles students audio corpora scale cards encoders public objective training distill weights
 <<<<<<< OURS
+<<<<<<< OURS
            parts rules saving merge geometry recipes path align frozen fit features answers adapters tasks letters mini
            published check probe statistics results figures paper findings grid runner queueing jobs slurm
+>>>>>>> THEIRS
+=======
+           parts rules merge geometry recipes path align frozen fit features answers adapters tasks letters mini
+           published check probe statistics results figures paper findings grid queueing runner jobs slurm
 >>>>>>> THEIRS
            reproduce""".split()
 =======

@@ -1,5 +1,6 @@
 "The grid runner on notebooks of one cell: what runs, what does not, and what a kill or a failure leaves."
 import json, os, shutil, signal, subprocess, sys, time
+from dataclasses import replace
 from pathlib import Path
 import numpy as np, pytest, soundfile as sf
 from distilltv import reproduce as command
@@ -75,8 +76,9 @@ def test_only_the_stale_runs(repo):
     assert run_stale(small()) == {} and ran(repo) == []
     def states(xs): return {r.name: state(r, {c.id: c for c in small(xs)}) for r in small(xs)}
     assert states((1, 2)) == dict.fromkeys(("m0", "m1", "s0", "s1", "t"), "up to date")
-    assert states((1, 3, 5)) == dict(m0="up to date", s0="up to date", m1="stale", s1="up to date", m2="to run",
-                                     s2="to run", t="stale")
+    assert states((1, 3, 5)) == dict(m0="up to date", s0="up to date", m1="stale: parameter x changed",
+                                     s1="up to date", m2="to run", s2="to run",
+                                     t="stale: parameter of, square/s2 changed")
     assert time.time()-began < 1
 
     run_stale(small((1, 3)))                                  # a parameter
@@ -187,6 +189,7 @@ def test_command_line(tmp_path, repo):
     ("--slurm-time 3", "--slurm-time is for jobs"), ("--slurm-jobs 3", "--slurm-jobs is for jobs"),
     ("--slurm --slurm-time -2", "--slurm-time -2.0 is no number to go by"),
     ("--slurm --slurm-time nan", "--slurm-time nan is no number"), ("--slurm --slurm-jobs -1", "--slurm-jobs -1 is no"),
+    ("--slurm --dry-run", "--dry-run counts with this machine: leave out --slurm"),
     ("--home ~no-such-user/x", "~no-such-user/x: there is no such user's home")])
 def test_an_option_that_would_be_passed_over_or_means_nothing_is_refused(monkeypatch, capsys, given, says):
     monkeypatch.setattr(command, "_look_first", lambda *_: pytest.fail("began"))
@@ -345,6 +348,33 @@ def test_what_a_corpus_reads_is_what_makes_a_student_stale(tmp_path):
     (tmp_path/"far.wav").write_bytes(b"new")
     assert now() != before
 
+def test_a_stale_run_says_what_has_changed(tree, tmp_path, monkeypatch):
+    "A module, a place, a file, a value, a version, a parameter or its results; of a stamp without parts, no more."
+    (tmp_path/"a").mkdir()
+    sf.write(tmp_path/"a/x.wav", np.full(8000, .1), 16000)
+    mine = tmp_path/"one.toml"
+    mine.write_text('name = "one"\n[teachers]\na = "x/y"\n[audio]\na = "./a"\n[training]\nsteps = 7\n', encoding="utf-8")
+    monkeypatch.setenv("DISTILLTV_HOME", str(tmp_path/"runs"))
+    runs = {r.id: r for r in grid(mine)}
+    run, weights = runs["distil/a"], runs["distil/a"].folder/"model.safetensors"
+    for change, says in ((lambda: edit(tree/"distilltv/training.py", "import ", "import sys, "), "training.py"),
+                         (lambda: edit(mine, "x/y", "x/z"), "teacher a"),
+                         (lambda: sf.write(tmp_path/"a/y.wav", np.full(8000, .1), 16000), "audio a"),
+                         (lambda: edit(mine, "steps = 7", "steps = 8\nlr = 1e-3"), "profile lr, profile steps"),
+                         (lambda: weights.write_text("other"), "its results"),
+                         (lambda: monkeypatch.setattr("distilltv.profiles.version_of", lambda _: "0"),
+                          "version accelerate, version datasets, version numpy and 4 more")):
+        execute(run, runs, lambda run: weights.write_text("made"))
+        assert state(run, runs) == "up to date"
+        change()
+        assert state(run, runs) == f"stale: {says} changed"
+    execute(run, runs, lambda run: weights.write_text("made"))
+    other = replace(run, parameters=run.parameters | dict(seed=7))
+    assert state(other, runs) == "stale: parameter seed changed"
+    told = json.loads((run.folder/"stamp.json").read_text())
+    (run.folder/"stamp.json").write_text(json.dumps({k: v for k, v in told.items() if k != "parts"}))
+    assert state(run, runs) == "up to date" and state(other, runs) == "stale"
+
 @pytest.mark.parametrize("name, out", [("voice-seed1", "else"), ("other", "students/voice-seed1")])
 def test_runs_that_would_share_a_name_or_folder_are_refused(name, out):
     "As those of the domains `voice` and `voice-seed1` would, with two seeds."
@@ -457,7 +487,7 @@ def test_what_came_while_a_run_went_on_stays(repo, ends):
     left = {f.name for f in (repo/"runs/p").iterdir()}
     assert left == {"mine", "notes.txt", "scores-mine.csv", "result.json", "stamp.json"}
 
-BROKEN = "[]", "null", "3", '"x"', '{"found": 5}', '{"files": [{}]}', '{"key": []}', "["*10**5
+BROKEN = "[]", "null", "3", '"x"', '{"found": 5}', '{"made": "x", "parts": 5}', '{"files": [{}]}', '{"key": []}', "["*10**5
 
 @pytest.mark.parametrize("text", BROKEN, ids=range(len(BROKEN)))
 def test_a_broken_stamp_is_none(repo, text):
@@ -545,12 +575,31 @@ def test_time_left_of_a_distillation_by_its_own_steps(tmp_path, monkeypatch):
 
 def test_status_names_four_of_a_stage_or_all(monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("DISTILLTV_HOME", str(tmp_path))
-    monkeypatch.setattr(command, "state", lambda *_: "stale")
+    monkeypatch.setattr("distilltv.slurm.state", lambda *_: "stale")
     def merges(*more):
         assert command.main(["status", *more]) == 0
         return next(line for line in capsys.readouterr().out.splitlines() if line.startswith("merge"))
     assert merges().count("(stale)") == 4 and merges().endswith(" …")
     assert merges("--all").count("(stale)") == 11 and "…" not in merges("--all")
+
+def test_a_dry_run_says_what_would_be_done_and_does_nothing(monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("DISTILLTV_HOME", str(tmp_path/"runs"))
+    monkeypatch.setattr("distilltv.runner.calibrate", lambda: 1.)
+    monkeypatch.chdir(tmp_path)
+    assert command.main(["reproduce", "--dry-run", "--jobs", "3"]) == 0
+    *lines, left = capsys.readouterr().out.splitlines()
+    runs, order = grid("mini"), [line.split()[0] for line in lines]
+    assert sorted(order) == sorted(r.id for r in runs) and all(" about " in line for line in lines)
+    assert all(order.index(n) < order.index(r.id) for r in runs for n in r.needs)
+    assert left == str(Progress(runs, 3)) and left.startswith(f"{len(runs)} of {len(runs)} runs left, about ")
+    assert not (tmp_path/"runs").exists()
+
+def test_distil_is_that_of_the_module(monkeypatch, capsys):
+    given = []
+    monkeypatch.setattr("distilltv.distill.main", given.append)
+    assert command.main(["distil", "--teacher", "music"]) == 0 and given == [["--teacher", "music"]]
+    with pytest.raises(SystemExit): command.main(["--help"])
+    assert "distilltv distil --help" in capsys.readouterr().out
 
 def test_a_reader_that_goes_away_ends_the_command_quietly(tmp_path):
     read, write = os.pipe()
