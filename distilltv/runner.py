@@ -14,15 +14,11 @@ from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 import numpy as np
-<<<<<<< OURS
-from distilltv.files import WRITES
-from distilltv.grid import GridRun, digest, expand, fresh, key, stamp
-=======
-from distilltv.grid import GridRun, digest, expand, fresh, marks, stamp
->>>>>>> THEIRS
-from distilltv.profiles import profile
-from distilltv.queueing import Work, simulate
-from distilltv.runs import data_dir, home, read_json, root, write_json
+from .files import WRITES
+from .grid import GridRun, digest, expand, fresh, marks, stamp
+from .profiles import profile
+from .queueing import Work, simulate
+from .runs import data_dir, home, read_json, root, write_json
 
 # %% ../nbs/06b_runner.ipynb #0dbc4bd7
 class RunError(Exception):

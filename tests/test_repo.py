@@ -273,27 +273,10 @@ def test_ci_runs_the_same_script_everywhere():
 # --- the rooms
 
 # each module may import only those before it; a new one finds its place here
-<<<<<<< OURS
 ROOMS = """style files runs profiles students audio corpora scale cards encoders public objective training distill
-           weights parts rules merge geometry recipes path align frozen fit features answers adapters tasks letters
-           mini published check probe statistics results figures paper findings grid runner queueing jobs slurm
-=======
-ROOMS = """style runs profiles students audio corpora scale cards encoders public objective training distill weights
-<<<<<<< OURS
-<<<<<<< OURS
-           parts rules saving merge geometry recipes path align frozen fit features answers adapters tasks letters mini
-           published check probe statistics results figures paper findings grid runner queueing jobs slurm
->>>>>>> THEIRS
-=======
-           parts rules merge geometry recipes path align frozen fit features answers adapters tasks letters mini
-           published check probe statistics results figures paper findings grid queueing runner jobs slurm
->>>>>>> THEIRS
-           reproduce""".split()
-=======
-           parts rules merge geometry recipes path align frozen fit features answers adapters tasks questions letters mini
-           published check probe statistics reading results figures paper findings grid runner queueing jobs
-           slurm reproduce""".split()
->>>>>>> THEIRS
+           weights parts rules saving merge geometry recipes path align frozen fit features answers adapters tasks
+           questions letters mini published check probe statistics reading results figures paper findings grid
+           queueing runner jobs slurm reproduce""".split()
 
 def imports(path):
     "(module of this package, names taken from it) of each import, wherever it stands in the file."
