@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HOP', 'WINDOW', 'FAMILIES', 'frames', 'receptive', 'read_config', 'read_preprocessor', 'hearing', 'load_encoder',
-           'weights_hash', 'save_encoder', 'hidden_states', 'student_config', 'make_base', 'random_student', 'Heads']
+           'weights_hash', 'save_encoder', 'hidden_states', 'student_config', 'random_student', 'make_base', 'Heads']
 
 # %% ../nbs/01_encoders.ipynb #5ea3960b
 import json, pickle, re
@@ -236,6 +236,13 @@ def student_config(teacher:HubertConfig, # of the teacher that θ₀ copies
         layerdrop=0., apply_spec_augment=False, mask_time_prob=0., mask_feature_prob=0., feat_proj_layer_norm=False,
         architectures=["HubertModel"]))
 
+def random_student(like:HubertConfig, seed:int=0 # the shape, from `student_config`; of the weights
+                  ) -> HubertModel:
+    "A student of that configuration with random weights: what the architecture gives for free."
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return HubertModel(like).eval().requires_grad_(False)
+
 def make_base(teacher:HubertModel, # whose convolutions, projection and first layers are copied
               layers:int=2,        # transformer layers of the student
               width:int=0,         # another width than the teacher's: then the convolutions alone are copied
@@ -250,14 +257,6 @@ def make_base(teacher:HubertModel, # whose convolutions, projection and first la
     student.load_state_dict({k: source[k] if copied(k) else v for k, v in student.state_dict().items()})
     student.encoder.layer_norm.reset_parameters()    # ones and zeros
     return student
-
-# %% ../nbs/01_encoders.ipynb #289cdc02
-def random_student(like:HubertConfig, seed:int=0 # the shape, from `student_config`; of the weights
-                  ) -> HubertModel:
-    "A student of that configuration with random weights: what the architecture gives for free."
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return HubertModel(like).eval().requires_grad_(False)
 
 # %% ../nbs/01_encoders.ipynb #ff35590d
 class Heads(nn.Module):
