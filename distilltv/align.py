@@ -13,8 +13,6 @@ from .rules import best_match, correlation, fisher, regmean
 # %% ../nbs/03d_align.ipynb #e455d815
 _F, _A = "encoder.layers.{}.feed_forward.", "encoder.layers.{}.attention."
 
-def _blocks(order, size): return (np.asarray(order)[:, None]*size + np.arange(size)).ravel()
-
 def permuted(tensors:dict, # name → array
              orders:dict,  # `{(layer, "units" or "heads"): which old unit goes to each place}`
              heads:int     # attention heads of a layer
@@ -29,7 +27,8 @@ def permuted(tensors:dict, # name → array
         if kind == "units":
             move(f+"intermediate_dense.", order, 0); move(f+"output_dense.", order, 1)
         else:
-            rows = _blocks(order, out[a+"q_proj.weight"].shape[0]//heads)
+            size = len(out[a+"q_proj.weight"])//heads
+            rows = (np.asarray(order)[:, None]*size + np.arange(size)).ravel()
             for p in "qkv": move(f"{a}{p}_proj.", rows, 0)
             move(a+"out_proj.", rows, 1)
     return out
@@ -117,12 +116,13 @@ def merge_with_data(models:dict,  # `{"speech": HubertModel, "music": HubertMode
                    ):             # the merged `HubertModel`, in eval mode
     "Merge by what models do on audio; `permute` aligns every model with the first and averages."
     import copy
-    if rule not in ("fisher", "regmean", "permute"):
-        raise ValueError(f"rule {rule!r} is unknown; use fisher, regmean or permute")
-    if not set(models) == set(weights) == set(audio):
-        raise ValueError("models, weights and audio must have the same names")
     total = sum(weights.values())
-    if not total: raise ValueError("the weights add up to 0 and cannot be shares; give others")
+    refused = (
+        (rule not in ("fisher", "regmean", "permute"), f"rule {rule!r} is unknown; use fisher, regmean or permute"),
+        (not set(models) == set(weights) == set(audio), "models, weights and audio must have the same names"),
+        (not total, "the weights add up to 0 and cannot be shares; give others"))
+    for wrong, why in refused:
+        if wrong: raise ValueError(why)
     names, w = list(models), [weights[d]/total for d in models]
     states = [{n: t.detach().double().numpy() for n, t in models[d].state_dict().items()} for d in names]
     if rule == "permute":

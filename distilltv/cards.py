@@ -100,8 +100,8 @@ def encoder_card(note:dict,       # what `distilltv.json` holds
     "The README of a saved teacher, student or θ₀: what its record says, and how to open it."
     scaled = ", each with zero mean and unit variance" if normal else ""
     rows = "\n".join(f"| {k} | {v} |" for k, v in note.items() if isinstance(v, (str, int, float)))
-    made = f"An encoder made with distilltv {note['versions']['distilltv']}. "
-    made += f"It hears mono waveforms at {rate:,} Hz{scaled}."
+    made = (f"An encoder made with distilltv {note['versions']['distilltv']}. "
+            f"It hears mono waveforms at {rate:,} Hz{scaled}.")
     licence = licence_line([licence_of(note)])
     return _page(str(note.get("role", "encoder")).capitalize(), "", licence, f"{made}\n\n| | |\n|---|---|\n{rows}")
 

@@ -8,6 +8,7 @@ __all__ = ['base_of', 'crops_of', 'validation_crops', 'validate', 'distil', 'loa
 # %% ../nbs/02_distill.ipynb #bf474f44
 import argparse, os, sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 import pandas as pd, torch
 from accelerate.utils import gather_object, set_seed
@@ -78,9 +79,9 @@ def validate(distiller,     # a `Distiller`
     device, found = next(distiller.parameters()).device, {}
     for d, crops in held_out.items():
         losses = [distiller(crops(k).to(device)) for k in range(batches)]
-        found[f"valid_{d}"] = sum(float(l["loss"]) for l in losses)/batches
         for part in losses[0]:
-            if part != "loss": found[f"valid_{d}/{part}"] = sum(float(l[part]) for l in losses)/batches
+            name = f"valid_{d}" if part == "loss" else f"valid_{d}/{part}"
+            found[name] = sum(float(l[part]) for l in losses)/batches
     return found
 
 # %% ../nbs/02_distill.ipynb #000d0f21
@@ -115,7 +116,7 @@ def distil(p:Profile,     # teachers, audio, objective, budget and seed
     set_seed(p.seed)  # of the heads
     cache = TargetCache(p.cache, p.cache_gb*1e9) if p.cache else None
     distiller = Distiller(student, teachers, p.predict, loss=p.loss, cache=cache)
-    def check(): return validate(distiller, held_out)
+    check = partial(validate, distiller, held_out)
     with Run(folder, **_note(p, who)) as run:
         run.inputs(**inputs)
         log = fit(distiller, crops, folder, p, p.steps, run.record["inputs"], save_every=max(50, p.steps//100),

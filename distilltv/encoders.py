@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HOP', 'WINDOW', 'FAMILIES', 'frames', 'receptive', 'read_config', 'read_preprocessor', 'hearing', 'load_encoder',
-           'weights_hash', 'save_encoder', 'hidden_states', 'student_config', 'make_base', 'random_student', 'Heads']
+           'weights_hash', 'save_encoder', 'hidden_states', 'student_config', 'random_student', 'make_base', 'Heads']
 
 # %% ../nbs/01_encoders.ipynb #5ea3960b
 import json, pickle, re
@@ -105,9 +105,8 @@ def _open(cls, path, config):
                                     output_loading_info=True, ignore_mismatched_sizes=True)
     except pickle.UnpicklingError as e:
         wants = re.search(r"GLOBAL (\S+)", str(e))
-        says = "is not a file of tensors; download it again"
-        if wants: says = (f"holds more than tensors: it wants {wants[1]}. It was not run; "
-                          "ask its author for model.safetensors")
+        says = (f"holds more than tensors: it wants {wants[1]}. It was not run; ask its author for model.safetensors"
+                if wants else "is not a file of tensors; download it again")
         raise ValueError(f"{path}: pytorch_model.bin {says}") from e
     except (SafetensorError, RuntimeError, EOFError, OSError) as e:
         raise ValueError(f"{path}: the weights cannot be read ({_first_line(e)}); download or make them again") from e
@@ -125,9 +124,9 @@ def _account(info, prefix, kept, depth):
     above = tuple(f"encoder.layers.{i}." for i in range(kept, depth))
     extra = sorted(n.removeprefix(f"{prefix}.") for n in info["unexpected_keys"])
     extra = [n for n in extra if not n.startswith(above)]
-    shapes = sorted(info["mismatched_keys"], key=str)
     wrong = dict(missing=sorted(info["missing_keys"]), unexpected=[n for n in extra if not _HEADS.fullmatch(n)],
-                 mismatched=[f"{n} {list(has)}, not {list(wants)}" for n, has, wants in shapes])
+                 mismatched=[f"{n} {list(has)}, not {list(wants)}"
+                             for n, has, wants in sorted(info["mismatched_keys"], key=str)])
     return {k: v for k, v in wrong.items() if v}, [n for n in extra if _HEADS.fullmatch(n)]
 
 def read_preprocessor(path # model folder or hub name
@@ -144,8 +143,11 @@ def read_preprocessor(path # model folder or hub name
                          "neither true nor false; download it again")
     return said
 
-def _sample_rate(path, raw, prep):
-    "What config.json and preprocessor_config.json say the encoder hears, in Hz; 16 kHz if they are silent."
+def hearing(path,    # model folder or hub name
+            raw:dict # what `read_config` says of it
+           ) -> tuple: # samples a second, 16 kHz if both files are silent; whether it wants zero mean, unit variance
+    "How a model wants its waveforms; a `ValueError` where its files do not say it clearly."
+    prep = read_preprocessor(path)
     model, heard = raw.get("sample_rate"), prep.get("sampling_rate")
     if model and heard and model != heard:
         raise ValueError(f"{path}: config.json says {model} Hz and preprocessor_config.json {heard} Hz; "
@@ -153,14 +155,7 @@ def _sample_rate(path, raw, prep):
     rate = model or heard or 16_000
     if type(rate) is not int or not RATES[0] <= rate <= RATES[1]:
         raise ValueError(f"{path} says that it hears {rate!r} samples a second; write a whole number in {RATES}")
-    return rate
-
-def hearing(path,    # model folder or hub name
-            raw:dict # what `read_config` says of it
-           ) -> tuple: # samples a second; whether it was trained on zero mean and unit variance
-    "How a model wants its waveforms; a `ValueError` where its files do not say it clearly."
-    prep = read_preprocessor(path)
-    return _sample_rate(path, raw, prep), prep.get("do_normalize", True)
+    return rate, prep.get("do_normalize", True)
 
 # %% ../nbs/01_encoders.ipynb #2ff79f92
 def load_encoder(path,        # model folder or hub name, of one of the types above
@@ -237,14 +232,16 @@ def student_config(teacher:HubertConfig, # of the teacher that θ₀ copies
     if wide % groups:
         raise ValueError(f"width = {wide} cannot be shared by the {groups} groups of the teacher's positional "
                          "convolution: use a multiple of it")
-    unmasked = dict(layerdrop=0., apply_spec_augment=False, mask_time_prob=0., mask_feature_prob=0.)
-    return HubertConfig(**teacher.to_dict() | shape | unmasked
-                        | dict(feat_proj_layer_norm=False, architectures=["HubertModel"]))
+    return HubertConfig(**teacher.to_dict() | shape | dict(
+        layerdrop=0., apply_spec_augment=False, mask_time_prob=0., mask_feature_prob=0., feat_proj_layer_norm=False,
+        architectures=["HubertModel"]))
 
-def _random(config, seed):
+def random_student(like:HubertConfig, seed:int=0 # the shape, from `student_config`; of the weights
+                  ) -> HubertModel:
+    "A student of that configuration with random weights: what the architecture gives for free."
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return HubertModel(config)
+        return HubertModel(like).eval().requires_grad_(False)
 
 def make_base(teacher:HubertModel, # whose convolutions, projection and first layers are copied
               layers:int=2,        # transformer layers of the student
@@ -253,19 +250,13 @@ def make_base(teacher:HubertModel, # whose convolutions, projection and first la
               seed:int=0           # of the weights that are not copied, when the width is another
              ) -> HubertModel:
     "θ₀: the student before distillation. Deterministic: what is not copied from the teacher depends on the seed alone."
-    student = _random(student_config(teacher.config, layers, width, heads), seed)
+    student = random_student(student_config(teacher.config, layers, width, heads), seed).requires_grad_(True)
     wide = student.config.hidden_size != teacher.config.hidden_size
     copied = lambda k: k.startswith("feature_extractor.") if wide else not k.startswith(_NOT_COPIED)
     source = teacher.state_dict()
     student.load_state_dict({k: source[k] if copied(k) else v for k, v in student.state_dict().items()})
     student.encoder.layer_norm.reset_parameters()    # ones and zeros
-    return student.eval()
-
-# %% ../nbs/01_encoders.ipynb #289cdc02
-def random_student(like:HubertConfig, seed:int=0 # the shape, from `student_config`; of the weights
-                  ) -> HubertModel:
-    "A student of that configuration with random weights: what the architecture gives for free."
-    return _random(like, seed).eval().requires_grad_(False)
+    return student
 
 # %% ../nbs/01_encoders.ipynb #ff35590d
 class Heads(nn.Module):

@@ -137,9 +137,8 @@ class Student(Combination):
     "A model: `student - student` is a task vector, `student + vector` a student."
     def __add__(self, v): return self._plus(v, 1, Student) if isinstance(v, TaskVector) else NotImplemented
     def __sub__(self, other):
-        if isinstance(other, TaskVector): return self._plus(other, -1, Student)
-        if not isinstance(other, Student): return NotImplemented
-        return self._plus(other, -1, TaskVector)
+        kind = {TaskVector: Student, Student: TaskVector}.get(type(other))
+        return self._plus(other, -1, kind) if kind else NotImplemented
 
     @property
     def config(self) -> dict:
@@ -200,11 +199,13 @@ def merge(base,              # θ₀: a `Student`, its folder, or a loaded `Hube
          ) -> "Student":     # θ₀ plus `scale` times the merged task vector
     "θ₀ plus what a rule makes of task vectors of any number of domains."
     base, weights = as_student(base), dict.fromkeys(vectors, 1.) if weights is None else weights
-    if not vectors: raise ValueError("there are no task vectors to merge; give at least one")
-    if set(weights) != set(vectors):
-        raise ValueError(f"weights are given for {sorted(weights)} but vectors for {sorted(vectors)}; name the same")
-    if rule != "linear" and rule not in RULES:
-        raise ValueError(f"merge rule {rule!r} is unknown; use one of linear, {', '.join(RULES)}")
+    refused = (
+        (not vectors, "there are no task vectors to merge; give at least one"),
+        (set(weights) != set(vectors),
+         f"weights are given for {list(weights)} but vectors for {list(vectors)}; name the same"),
+        (rule not in ("linear", *RULES), f"merge rule {rule!r} is unknown; use one of linear, {', '.join(RULES)}"))
+    for wrong, why in refused:
+        if wrong: raise ValueError(why)
     rule = "task_arithmetic" if rule == "linear" else rule
     vectors = {d: v if isinstance(v, TaskVector) else TaskVector.between(base, v) for d, v in vectors.items()}
     options = plain(check_options(rule, [weights[d] for d in vectors], seed, options, base.names))

@@ -41,8 +41,7 @@ class Dial:
         def flat(student): return np.concatenate([np.asarray(student[n], np.float32).ravel() for n in params])
         self.ends = [torch.from_numpy(flat(student)).to(device) for student in (music, speech)]
         self.flat = torch.empty_like(self.ends[0])
-        views = self.flat.split([p.numel() for p in params.values()])
-        for p, view in zip(params.values(), views): p.data = view.view_as(p)
+        torch.nn.utils.vector_to_parameters(self.flat, params.values())    # each is a view of it from now on
         self(lam)
     def __call__(self, lam:float): # share of speech; returns the model, which is always the same object
         import torch

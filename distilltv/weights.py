@@ -22,8 +22,7 @@ _DTYPES = dict(F64="<f8", F32="<f4", F16="<f2", BF16="<u2") # numpy has no bfloa
 _STATISTIC = re.compile(r"\.(running_mean|running_var|num_batches_tracked)$")
 _NEW_NAMES = {".weight_g": ".parametrizations.weight.original0", ".weight_v": ".parametrizations.weight.original1"}
 
-def _check_tensor(where, name, dtype):
-    "Raise a `ValueError` if a tensor of that name and type cannot be merged."
+def _check_tensor(where, name, dtype): # that it can be merged
     if _STATISTIC.search(name):
         raise ValueError(f"{where}: {name} is a running statistic (batch normalisation): the mean of two is not that "
                          "of the merged model; fold the normalisation into the weights first")
@@ -100,13 +99,19 @@ def numbers(raw,       # array as stored
     "Stored bytes as float numbers; bfloat16 is the upper half of a float32."
     return (raw.astype(np.uint32) << 16).view(np.float32) if dtype == "BF16" else raw
 
-def all_finite(t) -> bool: # whether the float array `t` holds neither NaN nor infinity
+def all_finite(t) -> bool: # of a float array
     "Whether a float array holds neither NaN nor infinity."
     flat = t.ravel()
     if t.dtype == np.float32 and math.isfinite(np.vdot(flat, flat)): return True # many times quicker than `isfinite`
     return bool(np.isfinite(flat).all())
 
-class Checkpoint:
+class _Input:
+    "What goes into a merge: its folder names it, and it equals another of its kind of the same `_id`."
+    def __str__(self): return str(self.folder)
+    def __eq__(self, other): return type(self) is type(other) and self._id == other._id
+    def __hash__(self): return hash(self._id)
+
+class Checkpoint(_Input):
     "A model folder whose tensors are read when they are asked for, and checked and hashed as they are read."
     def __init__(self, folder): # holds config.json and model.safetensors
         self.folder = user_path(folder)
@@ -159,10 +164,6 @@ class Checkpoint:
         while self._due: self._read(*self._due[-1])
         return self._print.hash
 
-    def __str__(self): return str(self.folder)
-    def __eq__(self, other): return isinstance(other, Checkpoint) and self._id == other._id
-    def __hash__(self): return hash(self._id)
-
 def _no_model(folder):
     "Why a folder without model.safetensors cannot be read, and what to do."
     if not folder.exists(): return f"the model folder {folder} does not exist; check the path"
@@ -173,7 +174,7 @@ def _no_model(folder):
     return f"{folder} holds no model.safetensors; write one with save_pretrained"
 
 # %% ../nbs/03f_weights.ipynb #38f8e17b
-class Loaded:
+class Loaded(_Input):
     "A `HubertModel` in memory, with the attributes of a `Checkpoint`; its tensors are copied once."
     def __init__(self, model): # a `transformers.HubertModel` or one of its kin
         import torch # whoever holds a loaded model has imported it
@@ -189,15 +190,12 @@ class Loaded:
             if not all_finite(array): raise ValueError(f"{self}: {name} holds NaN or infinity; this model is broken")
             self.layout[name], self._tensors[name] = (code, array.shape, None), array
             f.feed(name, array)
-        self.hash = f.hash
+        self.hash = self._id = f.hash
         # these very weights
         whole = all((self.folder/n).is_file() for n in ("config.json", "model.safetensors"))
         self.lies = whole and Checkpoint(self.folder).hash == self.hash
 
     def __getitem__(self, name): return self._tensors[name]
-    def __str__(self): return str(self.folder)
-    def __eq__(self, other): return isinstance(other, Loaded) and self.hash == other.hash
-    def __hash__(self): return hash(self.hash)
 
 # %% ../nbs/03f_weights.ipynb #d72440e5
 _TRAINING = "dropout|layerdrop|mask_|apply_spec_augment|gradient_checkpointing|initializer_range|ctc_"
