@@ -10,14 +10,16 @@ __all__ = ['PASSED_OVER', 'DRAWS', 'load_corpus', 'split_of', 'splits_above', 'r
 import csv, hashlib, json, os, re, warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 import numpy as np, soundfile as sf, torch
 from datasets import Dataset
 from torch import nn
 from .audio import SAMPLE_RATE, AudioError, audible, audio_length, decoding, load_part, normalise
+from .files import file_hash, write_atomic, write_json
 from .profiles import AUDIO_SUFFIXES
-from .runs import data_dir, file_hash, home, user_path, write_atomic, write_json
+from .runs import data_dir, home, refuse, user_path
 
 
 # %% ../nbs/00_corpora.ipynb #77e5c4cc
@@ -89,15 +91,13 @@ def _check_ends(rows, table):
 
 def _table_row(row, folder, where):
     "A row of a table; a `ValueError` says which row it is and what is wrong with it."
-    if None in row or None in row.values():
-        raise ValueError(f"{where} has more or fewer cells than the head of the table: correct it")
-    start, end = row["start"], row["end"]
-    if not re.fullmatch(r"[0-9]{1,15} [0-9]{1,15}", f"{start} {end}") or int(start) >= int(end):
-        raise ValueError(f"{where}: start = {start!r} and end = {end!r} are not two sample positions, "
-                         "the first before the second")
-    if row["split"] not in ("train", "valid", "test"):
-        raise ValueError(f"{where}: split = {row['split']!r} is not train, valid or test")
-    if not row["file"]: raise ValueError(f"{where} names no file")
+    start, end, split = (row[k] for k in ("start", "end", "split"))
+    refuse((None in row or None in row.values(),
+            f"{where} has more or fewer cells than the head of the table: correct it"),
+           (not re.fullmatch(r"[0-9]{1,15} [0-9]{1,15}", f"{start} {end}") or int(start) >= int(end),
+            f"{where}: start = {start!r} and end = {end!r} are not two sample positions, the first before the second"),
+           (split not in ("train", "valid", "test"), f"{where}: split = {split!r} is not train, valid or test"),
+           (not row["file"], f"{where} names no file"))
     # tables of this project say whose each segment is; those of others list files as they came
     return row | dict(start=int(start), end=int(end), path=str(folder/row["file"]), shard="license" in row)
 
@@ -107,9 +107,9 @@ def _headers(files): return _looked("headers 3", _header, files)
 def _looked(kind, look, files):
     "What `look` finds in each file, read once per state of the files."
     kept = home()/"cache/scan"/f"{_state(kind, files)}.json"
-    try: found = json.loads(kept.read_text(encoding="utf-8"))
-    except (OSError, ValueError): found = None
-    if isinstance(found, list) and len(found) == len(files): return found
+    with suppress(OSError, ValueError):
+        found = json.loads(kept.read_text(encoding="utf-8"))
+        if isinstance(found, list) and len(found) == len(files): return found
     with ThreadPoolExecutor(8) as pool: found = list(pool.map(look, files))
     write_json(kept, found)
     return found
@@ -148,12 +148,10 @@ def split_of(folder:str # name of one folder
     """The split that one of the name's words is, if only such as `clean`, `set`, numbers and short codes come behind it
     (`nsynth-test-v2`); in a name with spaces, which may be a title, also before it, and no codes (`test set`)."""
     words, title = _words(folder), " " in folder.strip()
-    at = [i for i, w in enumerate(words) if w in _SPLIT]
-    if not at: return ""
-    around = words if title else words[at[-1]:]
+    found = [_SPLIT[w] for w in words if w in _SPLIT]
+    if not found or {"train", "test"} <= set(found): return ""    # such as `train_test_split`: it holds both
+    around = words if title else words[max(i for i, w in enumerate(words) if w in _SPLIT):]
     if not all(w in _SPLIT or w in _PLAIN or w.isdigit() or len(w) < 3 and not title for w in around): return ""
-    found = [_SPLIT[words[i]] for i in at]
-    if {"train", "test"} <= set(found): return ""    # such as `train_test_split`: it holds both
     return "test" if "test" in found else found[-1]
 
 def splits_above(folder # of a corpus
@@ -220,16 +218,12 @@ def _ends(path):
 _END = 2**16    # bytes
 
 # %% ../nbs/00_corpora.ipynb #35215751
-def _shard(path):
-    "All samples of a 16 kHz mono file, int16, decoded at most once per machine; anew if the file has changed."
-    return _decoded(*_stamp(Path(path)))
-
 @lru_cache(maxsize=64)
 def _decoded(path, size, mtime):
+    "All samples of a 16 kHz mono file, int16, decoded at most once per machine; anew if the file has changed."
     audio_length(path)    # refuses what is missing, no audio, or cut off
     with decoding(path): cached = home()/"cache/audio"/f"{file_hash(path)[:32]}.npy"
-    try: return np.load(cached, mmap_mode="r")
-    except (OSError, ValueError, EOFError): pass    # not there yet, or damaged
+    with suppress(OSError, ValueError, EOFError): return np.load(cached, mmap_mode="r")    # unless absent or damaged
     with decoding(path): x, rate = sf.read(path, dtype="int16")
     if rate != SAMPLE_RATE or x.ndim != 1: raise AudioError(path, "is not 16 kHz mono: it is no shard of this project")
     with write_atomic(cached) as tmp, open(tmp, "wb") as f: np.save(f, x)
@@ -238,7 +232,7 @@ def _decoded(path, size, mtime):
 def read_shard(path, start:int=0, end:int=None # a shard; first sample; sample after the last, by default of all
               ) -> np.ndarray: # float32 [end - start]
     "A part of a shard, decoded once per machine; an `AudioError` if it is no audio, not 16 kHz mono, or too short."
-    x = _shard(path)[start:end].astype(np.float32)/32768
+    x = _decoded(*_stamp(Path(path)))[start:end].astype(np.float32)/32768
     if not len(x): raise AudioError(path, f"has no samples from {start} on: correct the table that names them")
     return x
 
@@ -352,9 +346,8 @@ def crop_batch(corpus,              # `speech`, `music`, a folder, a list of the
                split:str="train"    # `test` is refused: it is for probes only
               ) -> torch.Tensor: # float32 [batch_size, seconds*16000], each crop normalised
     "The training batch of one step: depends on the arguments and nothing else."
-    if batch_size < 1: raise ValueError(f"batch_size = {batch_size!r} is not a whole number of at least 1")
-    if not 1 <= seconds*SAMPLE_RATE < np.inf:
-        raise ValueError(f"seconds = {seconds!r} is not a number of at least 1/16000")
+    refuse((batch_size < 1, f"batch_size = {batch_size!r} is not a whole number of at least 1"),
+           (not 1 <= seconds*SAMPLE_RATE < np.inf, f"seconds = {seconds!r} is not a number of at least 1/16000"))
     if str(corpus) == "both": corpus = ["speech", "music"]
     if not isinstance(corpus, (list, tuple)): corpus = [corpus]
     pools = [open_segments(str(n), split) for n in corpus]
