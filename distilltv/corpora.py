@@ -161,15 +161,14 @@ def splits_above(folder # of a corpus
     folder = Path(os.path.abspath(folder))
     found = [split_of(folder.name)]
     for d in folder.parents:
-        if not (split := split_of(d.name)): continue
-        if split_of(" ".join(_words(d.name))) and d.name.lower() not in _SPLIT: found.append(split)
-        elif any(s != split for s in map(split_of, _names_in(d.parent)) if s): found.append(split)
+        split = split_of(d.name)
+        no_title = d.name.lower() not in _SPLIT and split_of(" ".join(_words(d.name)))
+        if split and (no_title or {*map(split_of, _names_in(d.parent))} - {split, ""}): found.append(split)
     return found
 
 def _names_in(folder):
     try: return [d.name for d in os.scandir(folder) if d.is_dir()]
     except OSError: return []
-
 
 def _files(folder):
     "Files below a folder, links followed, hidden ones left out, and what could not be looked into: path -> reason."
@@ -187,13 +186,11 @@ def _name(path): return os.fsencode(path).decode("utf-8", "backslashreplace")
 def _scan(folder):
     "A row per readable audio file under `folder`, and the others with the reason."
     found, refused = _files(folder)
-    for f in found:
-        if f.suffix.lower() in PASSED_OVER:
-            refused[_name(f)] = f"is a {f.suffix} file, which is not read: convert it to FLAC"
-        elif f.suffix.lower() in AUDIO_SUFFIXES and _name(f) != str(f):
-            refused[_name(f)] = "has a name that is not UTF-8: rename it"
-    files = [f for f in found if f.suffix.lower() in AUDIO_SUFFIXES and _name(f) not in refused]
-    rows, above = [], splits_above(folder)
+    audio = [f for f in found if f.suffix.lower() in AUDIO_SUFFIXES]
+    refused |= {_name(f): f"is a {f.suffix} file, which is not read: convert it to FLAC" for f in found
+                if f.suffix.lower() in PASSED_OVER}
+    refused |= {_name(f): "has a name that is not UTF-8: rename it" for f in audio if _name(f) != str(f)}
+    files, rows, above = [f for f in audio if _name(f) == str(f)], [], splits_above(folder)
     for f, header in zip(files, _headers(files)):
         inside = f.relative_to(folder)
         said = above + [split_of(p) for p in inside.parts[:-1]]
