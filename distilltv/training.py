@@ -50,7 +50,7 @@ def fit(module,            # `module(wav)`, with lengths where they differ: a di
         save_every:int=50, # steps between checkpoints
         log_every:int=10,  # steps between rows of the log
         validate=None,     # called without arguments at each `p.validate_every`-th step and the last: a dict of losses
-        patience:int=5,    # steps in a row without a finite gradient, of any loss scale, before a `FloatingPointError`
+        patience:int=5,    # steps in a row without a finite gradient, at the least loss scale: a `FloatingPointError`
         prefetch:int=0     # batches prepared ahead in a thread
        ) -> pd.DataFrame: # the log: a row per logged step; `.attrs["skipped"]`: the steps without a finite gradient
     "Train `module` in place, going on from `folder/checkpoint.pt`: the same weights, however often it was killed."
@@ -83,8 +83,8 @@ def fit(module,            # `module(wav)`, with lengths where they differ: a di
         clock.step(time.perf_counter()-began, cache.seconds-made if cache else 0.)
         bar.set_postfix_str(f"{said}{clock.text(step)} left", refresh=False)
         if not finite: skipped.append(step)
-        settled = not accelerator.scaler or accelerator.scaler.get_scale() <= 1    # each skipped step halves a scale
-        if settled and skipped[-patience:] == list(range(step-patience+1, step+1)):
+        streak = skipped[-patience:] == list(range(step-patience+1, step+1))
+        if streak and (not accelerator.scaler or accelerator.scaler.get_scale() <= 1):    # each such step halves it
             raise FloatingPointError(_diverged(skipped[-patience:], batch_at, folder))
         save, check = _due(step, steps, save_every), validate and _due(step, steps, p.validate_every)
         if step % log_every and not save and not check: continue
@@ -95,7 +95,7 @@ def fit(module,            # `module(wav)`, with lengths where they differ: a di
             row |= _validated(validate())
             model.train()
             clock.check(time.perf_counter()-began)
-        log.append(row)
+        log.append(_plain(row))
         said = f"loss {row['loss']:.3f}, "
         bar.set_postfix_str(f"{said}{clock.text(step)} left")
         accelerator.log({k: v for k, v in row.items() if k != "step"}, step=step)
@@ -247,8 +247,7 @@ def _save(folder, last, best, accelerator, batch_at, module, optimiser, state):
     data = gather_object([batch_at.state(state["step"])]) if hasattr(batch_at, "state") else []
     if not accelerator.is_main_process: return
     scaler = accelerator.scaler.state_dict() if accelerator.scaler else {}
-    state = _plain(state | dict(optimiser=optimiser.state_dict(), scaler=scaler, data=data))
-    state["module"] = module.state_dict()
+    state |= dict(module=module.state_dict(), optimiser=_plain(optimiser.state_dict()), scaler=scaler, data=data)
     for name, due in (("best.pt", best), ("checkpoint.pt", last)):
         if not due: continue
         with write_atomic(folder/name) as tmp: torch.save(state, tmp)
