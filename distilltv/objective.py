@@ -83,9 +83,9 @@ def match_frames(target:torch.Tensor, # [layers, batch, frames, dim] of the teac
     "The target at the times of the student's frames: cropped where the clocks agree, else interpolated linearly."
     if theirs == ours: return target[:, :, :frames]
     at = (ours[1] - theirs[1] + ours[0]*torch.arange(frames, dtype=torch.double))/theirs[0]
-    at = at.clamp(0, target.shape[2]-1).to(target.device)
+    at = at.clamp(0, target.shape[2]-1)    # in double: on the processor, as some devices have none
     left = at.long().clamp(max=max(0, target.shape[2]-2))
-    weight = (at-left).to(target.dtype)[:, None]
+    weight, left = (at-left).to(target.dtype)[:, None].to(target.device), left.to(target.device)
     return torch.lerp(target[:, :, left], target[:, :, (left+1).clamp(max=target.shape[2]-1)], weight)
 
 # %% ../nbs/02a_objective.ipynb #c4c0e0d2

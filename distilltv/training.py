@@ -50,7 +50,7 @@ def fit(module,            # `module(wav)`, with lengths where they differ: a di
         save_every:int=50, # steps between checkpoints
         log_every:int=10,  # steps between rows of the log
         validate=None,     # called without arguments at each `p.validate_every`-th step and the last: a dict of losses
-        patience:int=5,    # steps in a row without a finite gradient before a `FloatingPointError`
+        patience:int=5,    # steps in a row without a finite gradient, at the least loss scale: a `FloatingPointError`
         prefetch:int=0     # batches prepared ahead in a thread
        ) -> pd.DataFrame: # the log: a row per logged step; `.attrs["skipped"]`: the steps without a finite gradient
     "Train `module` in place, going on from `folder/checkpoint.pt`: the same weights, however often it was killed."
@@ -62,8 +62,8 @@ def fit(module,            # `module(wav)`, with lengths where they differ: a di
     model, optimiser = accelerator.prepare(module, _optimiser(module, p, accelerator.device))
     if p.compile: model = torch.compile(model, backend=p.compile)
     with accelerator.main_process_first(): heard = getattr(batch_at, "contents", "")
-    settings = (record(p) | dict(steps=steps, inputs=dict(inputs), audio_contents=heard)
-                | getattr(module, "settings", {}))
+    settings = _plain(record(p) | dict(steps=steps, inputs=inputs, audio_contents=heard)
+                      | getattr(module, "settings", {}))
     start, log, skipped = _resume(folder/"checkpoint.pt", settings, module, optimiser, accelerator, batch_at)
     model.train()
     bar = tqdm(range(start, steps), initial=start, total=steps, unit="step", disable=not accelerator.is_main_process,
@@ -83,7 +83,8 @@ def fit(module,            # `module(wav)`, with lengths where they differ: a di
         clock.step(time.perf_counter()-began, cache.seconds-made if cache else 0.)
         bar.set_postfix_str(f"{said}{clock.text(step)} left", refresh=False)
         if not finite: skipped.append(step)
-        if skipped[-patience:] == list(range(step-patience+1, step+1)):
+        streak = skipped[-patience:] == list(range(step-patience+1, step+1))
+        if streak and (not accelerator.scaler or accelerator.scaler.get_scale() <= 1):    # each such step halves it
             raise FloatingPointError(_diverged(skipped[-patience:], batch_at, folder))
         save, check = _due(step, steps, save_every), validate and _due(step, steps, p.validate_every)
         if step % log_every and not save and not check: continue
@@ -94,7 +95,7 @@ def fit(module,            # `module(wav)`, with lengths where they differ: a di
             row |= _validated(validate())
             model.train()
             clock.check(time.perf_counter()-began)
-        log.append(row)
+        log.append(_plain(row))
         said = f"loss {row['loss']:.3f}, "
         bar.set_postfix_str(f"{said}{clock.text(step)} left")
         accelerator.log({k: v for k, v in row.items() if k != "step"}, step=step)
@@ -245,12 +246,19 @@ def _save(folder, last, best, accelerator, batch_at, module, optimiser, state):
     data = gather_object([batch_at.state(state["step"])]) if hasattr(batch_at, "state") else []
     if not accelerator.is_main_process: return
     scaler = accelerator.scaler.state_dict() if accelerator.scaler else {}
-    state |= dict(module=module.state_dict(), optimiser=optimiser.state_dict(), scaler=scaler, data=data)
+    state |= dict(module=module.state_dict(), optimiser=_plain(optimiser.state_dict()), scaler=scaler, data=data)
     for name, due in (("best.pt", best), ("checkpoint.pt", last)):
         if due:
             with write_atomic(folder/name) as tmp: torch.save(state, tmp)
     with write_atomic(folder/"log.csv") as tmp: pd.DataFrame(state["log"]).to_csv(tmp, index=False, encoding="utf-8")
     if bad := merge_quarantines(data): write_quarantine(bad, folder)
+
+def _plain(x):
+    "The same as a checkpoint can hold it: numbers of numpy as Python's, paths and other objects as text."
+    if isinstance(x, dict): return {k: _plain(v) for k, v in x.items()}
+    if isinstance(x, (list, tuple, set)): return type(x)(map(_plain, x))
+    if isinstance(x, (np.generic, np.ndarray)): return x.tolist()
+    return x if isinstance(x, (int, float, str, bytes, type(None), torch.Tensor, torch.dtype)) else str(x)
 
 _STATE = {"settings", "step", "log", "skipped", "module", "optimiser", "scaler", "data"}    # of a checkpoint
 
