@@ -7,7 +7,7 @@ __all__ = ['STORED', 'blocks', 'pieces', 'gathered', 'Aside', 'numbers', 'all_fi
            'check_dtype', 'write_weights']
 
 # %% ../nbs/03f_weights.ipynb #a278b86f
-import json, math, os, re, weakref
+import json, math, os, re, threading, weakref
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -120,8 +120,16 @@ class Checkpoint:
         self.layout = _layout(self.file)
         self.config, self.record = read_json(self.folder/"config.json"), read_json(self.folder/"distilltv.json")
         self._check_names()
-        self._last, self._print = (None, None), Aside()
+        self._state = self._stamp()
+        self._begin()
+
+    def _begin(self): # what a process has for itself: the thread that hashes does not go along with a fork
+        self._process, self._lock, self._last, self._print = os.getpid(), threading.RLock(), (None, None), Aside()
         self._due = [(n, b) for n, (_, shape, _) in self.layout.items() for b in blocks(math.prod(shape))][::-1]
+
+    def _stamp(self):
+        s = os.fstat(self._opened)
+        return s.st_mtime_ns, s.st_size
 
     def _check_names(self):
         masks = any(self.config.get(k) for k in ("mask_time_prob", "mask_feature_prob"))
@@ -131,23 +139,26 @@ class Checkpoint:
 
     def _read(self, name, b):
         "A piece of a tensor, checked, and hashed if it is the next one due."
+        if self._process != os.getpid(): self._begin()
         dtype, shape, offset = self.layout[name]
         raw = np.empty(min(b.stop, math.prod(shape)) - b.start, _DTYPES[dtype])
-        if os.preadv(self._opened, [raw], offset + b.start*raw.itemsize) != raw.nbytes:
-            raise ValueError(f"{self.file} was cut while it was read; start again")
+        if os.preadv(self._opened, [raw], offset + b.start*raw.itemsize) != raw.nbytes or self._stamp() != self._state:
+            raise ValueError(f"{self.file} was changed while it was open; start again")
         piece = numbers(raw, dtype)
         if not all_finite(piece):
             raise ValueError(f"{self.file}: {name} holds NaN or infinity; this model is broken")
-        if self._due and self._due[-1] == (name, b): # a merge reads all in order
-            if b.start == 0: self._print.begin(name, shape)
-            self._print.add(piece)
-            self._due.pop()
+        with self._lock:
+            if self._due and self._due[-1] == (name, b): # a merge reads all in order
+                if b.start == 0: self._print.begin(name, shape)
+                self._print.add(piece)
+                self._due.pop()
         return piece
 
     def pieces(self, name): # tensor name → flat float arrays, as stored; the last one is kept, so many λ read once
         for b in blocks(math.prod(self.layout[name][1])):
-            if self._last[0] != (name, b): self._last = (name, b), self._read(name, b)
-            yield self._last[1]
+            last = self._last # other threads may read as well
+            if last[0] != (name, b): self._last = last = (name, b), self._read(name, b)
+            yield last[1]
 
     def __getitem__(self, name): # tensor name → float array, as stored
         dtype, shape, _ = self.layout[name]
@@ -156,12 +167,22 @@ class Checkpoint:
     @property
     def hash(self) -> str:
         "Fingerprint of all tensors; what was not read yet is read now."
-        while self._due: self._read(*self._due[-1])
-        return self._print.hash
+        if self._process != os.getpid(): self._begin()
+        with self._lock:
+            while self._due: self._read(*self._due[-1])
+            return self._print.hash
 
+    def __deepcopy__(self, memo): return self # nothing changes it
+    def __reduce__(self): return _reopened, (self.folder.absolute(), self._id)
     def __str__(self): return str(self.folder)
     def __eq__(self, other): return isinstance(other, Checkpoint) and self._id == other._id
     def __hash__(self): return hash(self._id)
+
+def _reopened(folder, known):
+    "A pickled checkpoint in another process; a `ValueError` if another file lies there now."
+    again = Checkpoint(folder)
+    if again._id != known: raise ValueError(f"{again.file} was changed since it was opened; start again")
+    return again
 
 def _no_model(folder):
     "Why a folder without model.safetensors cannot be read, and what to do."

@@ -1,5 +1,6 @@
 "Merge: the algebra against closed forms, files in and out, and everything that must be refused."
-import json, os, shutil, signal, subprocess, sys, time
+import copy, json, multiprocessing, os, pickle, shutil, signal, subprocess, sys, time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import numpy as np, pytest, torch
 from hypothesis import HealthCheck, given, settings, strategies as st
@@ -60,6 +61,13 @@ def algebra(top):
     return base, *(TaskVector.between(base, load_student(top/d)) for d in ("speech", "music"))
 
 def numbers(x): return np.concatenate([np.asarray(x[n], np.float64).ravel() for n in x.names])
+
+def saves(top, out, vectors, lam):
+    "Hash of a merge, and whether its record names the inputs that it was made of."
+    base, s, m = vectors
+    record = (base + lam*s + (1-lam)*m).save_pretrained(out/f"{lam}")
+    right = all(i["hash"] == load_student(top/Path(i["path"]).name).hash for i in record["inputs"])
+    return record["weights_hash"], right
 
 # --- the equation
 
@@ -296,6 +304,42 @@ def test_rules_refuse(trio):
         merge(base, two, dict(speech=1, music=-1), "slerp").hash
     with pytest.raises(ValueError, match="slerp merges two models, not 3"):
         merge(base, two | dict(x=s), w | dict(x=1), "slerp").hash
+
+# --- several at once, and files that change
+
+def test_threads_share_vectors(trio, tmp_path):
+    "And the record of each merge names the right hashes, whoever read a tensor first."
+    shared, lams = algebra(trio), [i/10 for i in range(11)]
+    was = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(6) as ex: got = list(ex.map(lambda l: saves(trio, tmp_path/"t", shared, l), lams))
+    finally: sys.setswitchinterval(was)
+    assert got == [saves(trio, tmp_path/"one", algebra(trio), l) for l in lams] and all(right for _, right in got)
+
+def test_a_forked_worker_merges_what_was_read_before(trio, tmp_path):
+    shared = algebra(trio)
+    geometry(dict(speech=shared[1], music=shared[2]), base=shared[0]) # part of the hash is made by a thread
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        job = pool.apply_async(saves, (trio, tmp_path/"forked", shared, .4))
+        assert job.get(60) == saves(trio, tmp_path/"here", shared, .4)
+
+def test_students_and_vectors_are_copied_and_sent(mine):
+    base, s, _ = algebra(mine)
+    for again in (copy.deepcopy(base + .4*s), pickle.loads(pickle.dumps(base + .4*s))):
+        assert again.hash == (base + .4*s).hash and (again - .4*s).hash == base.hash
+    sent = pickle.dumps(s)
+    edit(mine/"speech", lambda t: t["encoder.layer_norm.bias"].add_(1))
+    with pytest.raises(ValueError, match="speech/model.safetensors was changed since it was opened"): pickle.loads(sent)
+
+def test_a_file_that_is_written_over_while_open_is_refused(mine, tmp_path):
+    base, s, m = algebra(mine)
+    s.norm() # its hash is known now
+    shutil.copyfile(mine/"music/model.safetensors", mine/"speech/model.safetensors")
+    with pytest.raises(ValueError, match="speech/model.safetensors was changed while it was open"):
+        (base + s).save_pretrained(tmp_path/"u")
+    os.replace(shutil.copytree(mine/"speech", tmp_path/"c")/"model.safetensors", mine/"music/model.safetensors")
+    (base + m).save_pretrained(tmp_path/"u") # replaced by rename: the old file is still there for us
 
 # --- geometry
 
