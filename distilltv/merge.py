@@ -14,8 +14,8 @@ import numpy as np
 from .parts import ByName, finite, spread
 from .rules import RULES, Ruled, check_options
 from .runs import Fingerprint
-from .saving import plain, save_all
-from .weights import Checkpoint, Loaded, blocks, check_same, gathered, pieces
+from .saving import plain, preprocessor, save_all
+from .weights import HEARD, Checkpoint, Loaded, blocks, check_same, gathered, pieces
 
 # %% ../nbs/03e_algebra.ipynb #2f81a052
 class Combination:
@@ -154,11 +154,15 @@ class Student(Combination):
         return f.hash
 
     def model(self):
-        "This student as a `transformers.HubertModel` in float32, in eval mode; every tensor must find its place."
-        import torch                                            # here: merging files needs neither torch nor
-        from transformers import HubertConfig, HubertModel      # transformers, which take most of a short run's time
-        model = HubertModel(HubertConfig.from_dict(self.config))
+        """This student as a `transformers.HubertModel`, or one of its kin, in float32, in eval mode; every tensor must
+        find its place. It knows its `sample_rate`, `do_normalize`, `hop` and `window` as from `load_encoder`."""
+        import torch                                # here: merging files needs neither torch nor transformers,
+        from distilltv.encoders import FAMILIES, receptive   # which take most of a short run's time
+        kind, said = FAMILIES.get(self.config.get("model_type"), FAMILIES["hubert"]), HEARD | preprocessor(self)
+        model = kind(kind.config_class.from_dict(self.config)).float()
         model.load_state_dict({n: torch.from_numpy(np.array(self[n], np.float32)) for n in self.names})
+        model.sample_rate = self.config.get("sample_rate") or said["sampling_rate"]
+        model.do_normalize, (model.hop, model.window) = said["do_normalize"], receptive(model.config)
         return model.eval()
 
     def save_pretrained(self,

@@ -34,7 +34,8 @@ class Dial:
         import torch
         if speech.origin != music.origin:
             raise ValueError(f"{speech} and {music} start from different θ₀; there is no path between them")
-        self.model = music.model().to(device).requires_grad_(False)
+        both = music + 0*(speech - music)   # refuses what cannot be merged
+        self.model = both.model().to(device).requires_grad_(False)
         params = dict(self.model.named_parameters())
         if set(params) != set(self.model.state_dict()):
             raise ValueError("the model has buffers besides its parameters; they cannot be interpolated")

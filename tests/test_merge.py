@@ -13,6 +13,7 @@ from distilltv.saving import add_scores, save_all
 from distilltv.profiles import Profile
 from distilltv.students import find_students, settings_of
 from distilltv.recipes import domain_weights, merge_recipe
+from distilltv.path import Dial
 from distilltv.rules import RULES, apply_rule
 from distilltv.weights import Checkpoint
 from distilltv.parts import ByName, part, parts
@@ -500,6 +501,58 @@ def test_memory_does_not_grow_with_inputs_beyond_one_tensor_each(tmp_path):
         tracemalloc.stop()
     assert peaks[2] < (3+5)*4*one                     # the inputs' tensors, the float64 sum and its rounded copy
     assert peaks[6] - peaks[2] < 4*(1.25*4*one)       # four inputs more, one tensor each
+
+# --- what an encoder hears
+
+def hears(model): return model.sample_rate, model.do_normalize
+
+@pytest.fixture(scope="module")
+def other_audio(tmp_path_factory):
+    "Encoders of 24 kHz whose waveforms are not normalised."
+    top, more = tmp_path_factory.mktemp("audio"), {}
+    for i, d in enumerate(("base", "speech", "music")):
+        model = tiny(i)
+        model.sample_rate, model.do_normalize = 24_000, False
+        encoders.save_encoder(model, top/d, **more)
+        more = more or dict(base_hash=encoders.weights_hash(model))
+    return top
+
+def test_rate_and_normalisation_stay_with_a_model(other_audio, tmp_path):
+    base, s, m = algebra(other_audio)
+    u = base + .4*s + .6*m
+    dial = Dial(base + s, base + m, .4).model
+    u.save_pretrained(tmp_path/"folder")
+    encoders.save_encoder(dial, tmp_path/"saved")
+    opened = [encoders.load_encoder(tmp_path/d) for d in ("folder", "saved")]
+    assert {hears(x) for x in (u.model(), dial, *opened)} == {(24_000, False)}
+    assert {(x.hop, x.window) for x in (u.model(), dial, *opened)} == {(320, 400)}
+
+def test_loaded_models_that_lie_in_no_folder_keep_their_audio(other_audio, tmp_path):
+    loaded = {d: encoders.load_encoder(other_audio/d) for d in ("base", "speech")}
+    for d, x in loaded.items(): x.name_or_path = f"org/{d}" # as opened by a name of the hub
+    u = loaded["base"] + .4*TaskVector.between(loaded["base"], loaded["speech"])
+    u.save_pretrained(tmp_path/"u")
+    assert hears(encoders.load_encoder(tmp_path/"u")) == (24_000, False)
+    loaded["speech"].sample_rate = 16_000
+    with pytest.raises(ValueError, match="differs between org/base and org/speech .sampling_rate"):
+        (loaded["base"] + TaskVector.between(loaded["base"], loaded["speech"])).save_pretrained(tmp_path/"v")
+
+def test_a_processors_file_says_it_too(mine, tmp_path):
+    "`transformers` 5 writes what a Wav2Vec2Processor hears nowhere else, and reads it there first."
+    said = dict(feature_extractor_type="Wav2Vec2FeatureExtractor", sampling_rate=24_000, do_normalize=False)
+    for d in ("base", "speech"):
+        (mine/d/"processor_config.json").write_text(json.dumps(dict(feature_extractor=said)))
+    base, s, _ = algebra(mine)
+    (base + .4*s).save_pretrained(tmp_path/"u")
+    assert hears(encoders.load_encoder(mine/"base")) == hears(encoders.load_encoder(tmp_path/"u")) == (24_000, False)
+
+@pytest.mark.parametrize("said", [dict(processor_class="Wav2Vec2Processor"), dict(padding_side="left"), dict(),
+                                  dict(feature_extractor_type="Wav2Vec2FeatureExtractor", feature_size=1)])
+def test_what_nobody_hears_does_not_matter(mine, tmp_path, said):
+    for d, more in (("base", {}), ("speech", said)):
+        (mine/d/"preprocessor_config.json").write_text(json.dumps(dict(sampling_rate=16_000) | more))
+    base, s, _ = algebra(mine)
+    (base + s).save_pretrained(tmp_path/"u")
 
 # --- refusals
 
