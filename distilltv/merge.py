@@ -11,6 +11,7 @@ from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
 import numpy as np
+from .cards import check_facts
 from .parts import ByName, finite, spread
 from .rules import RULES, Ruled, check_options
 from .runs import Fingerprint
@@ -171,6 +172,7 @@ class Student(Combination):
                         **facts              # what else to record, such as `lam=.4`
                        ) -> dict:            # what `distilltv.json` holds
         "Write a folder that `HubertModel.from_pretrained` opens."
+        check_facts(facts)
         return save_all({folder: self}, dtype, {folder: facts})[folder]
 
 # %% ../nbs/03e_algebra.ipynb #8b8957ed

@@ -9,8 +9,9 @@ __all__ = ['OBJECTIVES', 'sweep', 'Dial', 'objective', 'pareto', 'choose_lam', '
 import os, time
 from pathlib import Path
 import numpy as np
-from .saving import save_all
 from .parts import ByName
+from .runs import user_path
+from .saving import save_all
 
 # %% ../nbs/03c_path.ipynb #2bfcf7a5
 def sweep(make,    # function: λ → student, such as `lambda l: base + l*speech + (1-l)*music`
@@ -20,7 +21,7 @@ def sweep(make,    # function: λ → student, such as `lambda l: base + l*speec
          ) -> dict:           # `{λ: its folder}`
     "Write one encoder for each λ, reading each input once."
     def name(l): return f"{l:g}" if float(f"{l:g}") == l else repr(l)
-    folders = {l: Path(folder)/f"lam-{name(l)}" for l in (float(l) + 0. for l in lams)} # -0.0 is 0.0
+    folders = {l: user_path(folder)/f"lam-{name(l)}" for l in (float(l) + 0. for l in lams)} # -0.0 is 0.0
     save_all({folders[l]: make(l) for l in folders}, dtype, {f: dict(lam=l) for l, f in folders.items()})
     return folders
 

@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from fractions import Fraction
 from pathlib import Path
 import yaml
-from .cards import licence_of, model_card, provenance
+from .cards import licence_of, model_card, other_class, provenance
 from .parts import parts
 from .rules import Ruled
 from .runs import atomic_folder, commit, read_json, user_path, write_atomic
@@ -123,6 +123,7 @@ def save_all(students:dict,       # `{folder to write: student}`, of one archite
              facts:dict={}        # what else to record, for each folder
             ) -> dict:            # `{folder: record}`
     "Write folders that `HubertModel.from_pretrained` opens, each whole or not at all; inputs are read once."
+    dtype = str(dtype).removeprefix("torch.")
     check_dtype(dtype)
     facts = {f: plain(said) for f, said in facts.items()}
     for f in facts.values():
@@ -141,7 +142,7 @@ def save_all(students:dict,       # `{folder to write: student}`, of one archite
         for f, s in students.items():
             more = facts.get(f, {})
             steps = recipe(s, place[f]) | dict(dtype=dtype, facts=more)
-            made = dict(weights_hash=hashes[tmp[f]/"model.safetensors"], dtype=dtype)
+            made = other_class(s.config) | dict(weights_hash=hashes[tmp[f]/"model.safetensors"], dtype=dtype)
             licences = {c.hash: licence_of(c.record) for c in leaves(s)}
             records[f] = provenance(steps, s.origin, licences, made_at) | more | made
             files = {"config.json": _json(s.config | dict(dtype=dtype))} | _papers(records[f], steps)

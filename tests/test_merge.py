@@ -2,12 +2,12 @@
 import copy, json, multiprocessing, os, pickle, shutil, signal, subprocess, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-import numpy as np, pytest, torch
+import numpy as np, pytest, torch, yaml
 from hypothesis import HealthCheck, given, settings, strategies as st
 from safetensors.torch import load_file, save_file
-from transformers import HubertConfig, HubertModel
+from transformers import HubertConfig, HubertModel, WavLMConfig, WavLMModel
 from distilltv.geometry import geometry
-from distilltv.cards import merged_name
+from distilltv.cards import licence_line, merged_name
 from distilltv.merge import Student, TaskVector, load_student, merge
 from distilltv.saving import add_scores, save_all
 from distilltv.profiles import Profile
@@ -24,11 +24,12 @@ ROOT = Path(__file__).resolve().parents[1]
 G, V = ("encoder.pos_conv_embed.conv.parametrizations.weight.original" + i for i in "01")
 lams = st.floats(-3, 3, allow_nan=False).map(lambda x: round(x, 6))
 
+TINY = dict(hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96, conv_dim=(24,)*7,
+            num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=4, feat_proj_layer_norm=False, mask_time_prob=0.)
+
 def tiny(seed, **kw):
     torch.manual_seed(seed)
-    c = dict(hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96, conv_dim=(24,)*7,
-             num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=4, feat_proj_layer_norm=False, mask_time_prob=0.)
-    m = HubertModel(HubertConfig(**(c | kw)))
+    m = HubertModel(HubertConfig(**(TINY | kw)))
     for p in m.parameters(): p.data += .02*torch.randn_like(p) # norms and biases must differ as well
     return m
 
@@ -428,6 +429,36 @@ def test_card_names_licences_and_scores(mine, tmp_path):
                for line in ("| phones | 0.5 |", "| pitch | 0.75 |", "CC-BY-4.0", f"numpy {np.__version__}"))
     merge_recipe(tmp_path/"u/recipe.yaml", tmp_path/"v")
     for f in (tmp_path/"u").iterdir(): assert f.read_bytes() == (tmp_path/"v"/f.name).read_bytes(), f.name
+
+@pytest.mark.parametrize("said, front", [
+    ("CC-BY-4.0", dict(license="cc-by-4.0")), ("CC BY-NC 4.0", dict(license="cc-by-nc-4.0")),
+    ("MIT License", dict(license="mit")), ("no", dict(license="other", license_name="no")),
+    ("proprietary: ask us", dict(license="other", license_name="proprietary-ask-us")), ("not recorded", {})])
+def test_licences_are_named_as_the_hub_names_them(said, front):
+    assert (yaml.safe_load(licence_line([said, said])) or {}) == front
+
+def test_the_card_opens_the_folder_with_its_own_class_in_float32(tmp_path):
+    more = {}
+    for i, d in enumerate(("base", "speech")):
+        torch.manual_seed(i)
+        model = WavLMModel(WavLMConfig(**{k: v for k, v in TINY.items() if k != "feat_proj_layer_norm"}))
+        encoders.save_encoder(model, tmp_path/d, **more)
+        more = dict(base_hash=encoders.weights_hash(model))
+    base = load_student(tmp_path/"base")
+    u = base + .4*TaskVector.between(base, tmp_path/"speech")
+    u.save_pretrained(tmp_path/"u", dtype=torch.bfloat16)
+    for d in ("base", "u"):
+        card = (tmp_path/d/"README.md").read_text()
+        code, opened = card.split("```python\n")[1].split("```")[0], {}
+        exec(code.replace("this folder", str(tmp_path/d)), opened)
+        assert "hubert" not in card.lower() and opened["encoder"].dtype == torch.float32
+    assert type(u.model()) is WavLMModel and encoders.weights_hash(u.model()) == u.hash
+
+def test_arguments_of_others_are_no_facts(trio, tmp_path):
+    base, s, _ = algebra(trio)
+    for name, says in dict(torch_dtype="give dtype", license="give licence", push_to_hub="leave it out").items():
+        with pytest.raises(ValueError, match=f"{name} .*{says}"):
+            (base + s).save_pretrained(tmp_path/"u", **{name: "x"})
 
 @pytest.mark.parametrize("rule", ["linear", "ties"])
 @pytest.mark.parametrize("out", ["base", "speech", "link"])
