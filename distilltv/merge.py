@@ -180,7 +180,10 @@ def as_student(model,          # a `Student`, a model folder, or a loaded `trans
                origin:str=None # hash of the θ₀ to assume where none is recorded
               ) -> Student:
     "The model as a `Student`; tensors of a folder are read when they are needed."
-    if isinstance(model, Student): return model
+    if isinstance(model, Student):
+        c = next(iter(model.terms))
+        silent = origin and len(model.terms) == 1 and "base_hash" not in c.record and model.origin == c.hash
+        return Student(model.terms, origin) if silent else model
     if hasattr(model, "state_dict"): c = Loaded(model)
     elif isinstance(model, (str, os.PathLike)): c = Checkpoint(model)
     else: raise TypeError(f"a model folder, a HubertModel or a Student is needed, not {type(model).__name__}")

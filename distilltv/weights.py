@@ -31,6 +31,9 @@ def _check_tensor(where, name, dtype):
 
 def _layout(file):
     "`{tensor name: (dtype, shape, offset in the file)}` in order of name; a broken file is a `ValueError`."
+    with open(file, "rb") as f:
+        if f.read(24) == b"version https://git-lfs.":
+            raise ValueError(f"{file} is a pointer of git-lfs, not the weights; fetch them with git lfs pull")
     try:
         with safe_open(file, "np") as f: f.keys()
         with open(file, "rb") as f:
@@ -115,6 +118,23 @@ def _extractor(folder):
     within = read_json(folder/"processor_config.json").get("feature_extractor")
     return within if isinstance(within, dict) else read_json(folder/"preprocessor_config.json")
 
+def _as_ours(config):
+    "A configuration without code that is not there; a MERT is a HuBERT."
+    config = {k: v for k, v in config.items() if k != "auto_map"}
+    mert = config.get("model_type") in ("mert_model", "music_hubert")
+    return config | dict(model_type="hubert", architectures=["HubertModel"]) if mert else config
+
+def _check_names(c):
+    "A `ValueError` for a checkpoint whose tensors are not those that its configuration wants."
+    masks = any(c.config.get(k) for k in ("mask_time_prob", "mask_feature_prob"))
+    if c.config and masks != ("masked_spec_embed" in c.layout):
+        raise ValueError(f"{c}: config.json {'asks for' if masks else 'has no use for'} masked_spec_embed, the file "
+                         f"{'lacks' if masks else 'holds'} it; set mask_time_prob to match")
+    said, has = c.config.get("num_hidden_layers"), {m[1] for n in c.layout if (m := re.search(r"\.layers\.(\d+)\.", n))}
+    if type(said) is int and said != len(has):
+        raise ValueError(f"{c}: config.json says num_hidden_layers = {said}, but the weights are of {len(has)}; "
+                         "set it to match")
+
 class Checkpoint:
     "A model folder whose tensors are read when they are asked for, and checked and hashed as they are read."
     def __init__(self, folder): # holds config.json and model.safetensors
@@ -127,9 +147,10 @@ class Checkpoint:
         self._opened = os.open(self.file, os.O_RDONLY)
         weakref.finalize(self, os.close, self._opened)
         self.layout = _layout(self.file)
-        self.config, self.record = read_json(self.folder/"config.json"), read_json(self.folder/"distilltv.json")
+        self.config = _as_ours(read_json(self.folder/"config.json"))
+        self.record = read_json(self.folder/"distilltv.json")
         self.extractor = _extractor(self.folder)
-        self._check_names()
+        _check_names(self)
         self._state = self._stamp()
         self._begin()
 
@@ -140,12 +161,6 @@ class Checkpoint:
     def _stamp(self):
         s = os.fstat(self._opened)
         return s.st_mtime_ns, s.st_size
-
-    def _check_names(self):
-        masks = any(self.config.get(k) for k in ("mask_time_prob", "mask_feature_prob"))
-        if self.config and masks != ("masked_spec_embed" in self.layout):
-            raise ValueError(f"{self.file}: config.json {'asks for' if masks else 'has no use for'} masked_spec_embed, "
-                             f"the file {'lacks' if masks else 'holds'} it; set mask_time_prob to match")
 
     def _read(self, name, b):
         "A piece of a tensor, checked, and hashed if it is the next one due."
@@ -201,6 +216,10 @@ def _no_model(folder):
     if (folder/"model.safetensors.index.json").exists():
         return f"{folder} holds its weights in several files (shards); join them with {opens}, max_shard_size='100GB')"
     if (folder/"pytorch_model.bin").exists(): return f"{folder} holds pytorch_model.bin; convert it with {opens})"
+    if (folder/"adapter_model.safetensors").exists():
+        return f"{folder} holds an adapter alone; save the model that merge_and_unload() gives"
+    if other := next(folder.glob("model.*.safetensors"), None):
+        return f"{folder} holds {other.name} alone; open it with variant='{other.name.split('.')[1]}' and save it again"
     return f"{folder} holds no model.safetensors; write one with save_pretrained"
 
 # %% ../nbs/03f_weights.ipynb #38f8e17b
@@ -210,7 +229,7 @@ class Loaded:
         import torch # whoever holds a loaded model has imported it
         codes = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
         source = str(getattr(model, "name_or_path", "") or "")
-        self.folder, self.config = Path(source or "a loaded model"), model.config.to_dict()
+        self.folder, self.config = Path(source or "a loaded model"), _as_ours(model.config.to_dict())
         self.record = getattr(model, "distilltv", None) or (read_json(self.folder/"distilltv.json") if source else {})
         self.extractor = _extractor(self.folder) if source else {}
         if hasattr(model, "sample_rate"): # of `load_encoder`, wherever it found the model
@@ -224,6 +243,7 @@ class Loaded:
             if not all_finite(array): raise ValueError(f"{self}: {name} holds NaN or infinity; this model is broken")
             self.layout[name], self._tensors[name] = (code, array.shape, None), array
             f.feed(name, array)
+        _check_names(self)
         self.hash = f.hash
         # these very weights
         whole = all((self.folder/n).is_file() for n in ("config.json", "model.safetensors"))
@@ -240,11 +260,17 @@ _HEADS = "classifier_proj|use_weighted_layer_sum|vocab_size|_token_id|tokenizer_
 _FILES = "version|_name_or_path|architectures|dtype|auto_map|use_cache|return_dict|output_|attn_implementation"
 _NO_MATTER = re.compile("|".join((_TRAINING, _HEADS, _FILES)))
 
-def _default(key):
-    "What a `HubertConfig` takes for a setting that config.json leaves out."
+_SWITCHES = dict(deepnorm=False, feature_extractor_cqt=False) # of MERT, off
+
+def _defaults(config):
+    "`{setting: what is taken where config.json leaves it out}`; what is not among them computes nothing."
     # only asked for where two files differ: a merge of files needs no transformers
-    from transformers import HubertConfig
-    return HubertConfig().to_dict().get(key)
+    from transformers import CONFIG_MAPPING, HubertConfig
+    kind = config.get("model_type")
+    cls = CONFIG_MAPPING[kind] if isinstance(kind, str) and kind in CONFIG_MAPPING else HubertConfig
+    return _SWITCHES | cls().to_dict()
+
+_HEAD = re.compile(r"^(hubert|wavlm|wav2vec2|data2vec_audio)\.|^(lm_head|projector|classifier|layer_weights)\b")
 
 def check_same(a, b):
     "Raise a `ValueError` naming what differs between two checkpoints' tensors or configs."
@@ -256,11 +282,16 @@ def check_same(a, b):
         if x == y: continue
         if x and y:
             raise ValueError(f"{n} is {x} in {a} but {y} in {b}; inputs of a merge must have one architecture and type")
+        headed = next((c for c in (a, b) if any(map(_HEAD.search, c.layout))), None)
+        head = f"; {headed} has a head: open it with load_encoder, which leaves heads out" if headed else ""
         raise ValueError(f"{n} is missing from {b if x else a} but present in {a if x else b}; no tensor is skipped, "
-                         "so nothing was merged")
-    for k in sorted(k for k in {*a.config, *b.config} if not _NO_MATTER.search(k)):
-        x, y = (c.config[k] if k in c.config else _default(k) for c in (a, b))
-        if _listed(x) != _listed(y):
+                         f"so nothing was merged{head}")
+    keys = sorted(k for k in {*a.config, *b.config} if not _NO_MATTER.search(k))
+    if all(k in a.config and k in b.config and _listed(a.config[k]) == _listed(b.config[k]) for k in keys): return
+    known = _defaults(a.config) | _defaults(b.config)
+    for k in keys:
+        x, y = (c.config.get(k, known.get(k)) for c in (a, b))
+        if k in known and _listed(x) != _listed(y):
             raise ValueError(f"config.json: {k} is {x} in {a} but {y} in {b}; these are not the same architecture")
 
 def _listed(value): return list(value) if isinstance(value, tuple) else value # a file has no tuples

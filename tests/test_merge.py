@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np, pytest, torch, yaml
 from hypothesis import HealthCheck, given, settings, strategies as st
 from safetensors.torch import load_file, save_file
-from transformers import HubertConfig, HubertModel, WavLMConfig, WavLMModel
+from transformers import AutoModel, HubertConfig, HubertForCTC, HubertModel, WavLMConfig, WavLMModel
 from distilltv.geometry import geometry
 from distilltv.cards import licence_line, merged_name
-from distilltv.merge import Student, TaskVector, load_student, merge
+from distilltv.merge import Student, TaskVector, as_student, load_student, merge
 from distilltv.saving import add_scores, save_all
 from distilltv.profiles import Profile
 from distilltv.students import find_students, settings_of
@@ -690,6 +690,60 @@ def test_configs_of_other_versions_are_the_same_architecture(mine):
     # its default is another
     (mine/"music/config.json").write_text(json.dumps({k: v for k, v in c.items() if k != "num_attention_heads"}))
     with pytest.raises(ValueError, match="num_attention_heads is 12 in .*music but 4"): algebra(mine)
+
+@pytest.mark.parametrize("more", [{"transformers.js_config": {}}, dict(num_labels=30), dict(finetuning_task="asr"),
+                                  dict(attention_relax=None), dict(deepnorm=False)])
+def test_settings_that_compute_nothing_are_no_architecture(mine, more):
+    file = mine/"speech/config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | more))
+    algebra(mine)
+
+def test_a_switch_of_mert_is_architecture(mine):
+    file = mine/"speech/config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | dict(deepnorm=True)))
+    with pytest.raises(ValueError, match="deepnorm is (True|False) in"): algebra(mine)
+
+def test_a_merged_mert_opens_without_its_authors_code(mine, tmp_path):
+    "As what it is here, a HuBERT; and it merges with what we save of it."
+    for d in ("base", "music"):
+        file = mine/d/"config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | dict(
+            model_type="mert_model", architectures=["MERTModel"], auto_map=dict(AutoModel="modeling_MERT.MERTModel"),
+            attention_relax=-1., deepnorm=False)))
+    base, s, m = algebra(mine)
+    u = base + .4*s + .6*m
+    u.save_pretrained(tmp_path/"u")
+    model = AutoModel.from_pretrained(tmp_path/"u")
+    assert type(model) is HubertModel and encoders.weights_hash(model) == encoders.weights_hash(u.model())
+
+def test_layers_are_as_many_as_the_config_says(tmp_path):
+    cut = tiny(0)
+    cut.encoder.layers = cut.encoder.layers[:1]
+    save(tmp_path/"cut", cut)
+    for model in (tmp_path/"cut", cut):
+        with pytest.raises(ValueError, match="says num_hidden_layers = 2, but the weights are of 1"): as_student(model)
+
+def test_a_student_that_is_loaded_is_trusted_like_its_folder(trio, tmp_path):
+    save(tmp_path/"plain", tiny(5))
+    for model in (tmp_path/"plain", load_student(tmp_path/"plain"), HubertModel.from_pretrained(tmp_path/"plain")):
+        with pytest.raises(ValueError, match="no base_hash is recorded"): TaskVector.between(trio/"base", model)
+        assert TaskVector.between(trio/"base", model, trust=True).origin == load_student(trio/"base").hash
+    with pytest.raises(ValueError, match="different θ₀"): # what is recorded is not overruled
+        TaskVector.between(tmp_path/"plain", load_student(trio/"speech"), trust=True)
+
+@pytest.mark.parametrize("name, holds, says", [
+    ("model.safetensors", b"version https://git-lfs.github.com/spec/v1\n", "fetch them with git lfs pull"),
+    ("adapter_model.safetensors", b"", "merge_and_unload"), ("model.fp16.safetensors", b"", "variant='fp16'")])
+def test_files_that_are_no_whole_model_say_what_to_do(mine, name, holds, says):
+    (mine/"music/model.safetensors").unlink()
+    (mine/"music"/name).write_bytes(holds)
+    with pytest.raises((ValueError, OSError), match=says): load_student(mine/"music")
+
+def test_a_head_that_is_too_much_says_what_to_do(mine, tmp_path):
+    HubertForCTC(HubertConfig(**TINY)).save_pretrained(tmp_path/"ctc")
+    with pytest.raises(ValueError, match="missing from .*; .*load_encoder, which leaves heads out"):
+        TaskVector.between(mine/"base", tmp_path/"ctc", trust=True)
+    TaskVector.between(mine/"base", encoders.load_encoder(tmp_path/"ctc"), trust=True)
 
 def test_shards_and_broken_json_say_what_to_do(mine, tmp_path):
     tiny(1).save_pretrained(tmp_path/"shards", max_shard_size="100KB")
