@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['HOP', 'WINDOW', 'FAMILIES', 'frames', 'receptive', 'read_config', 'read_preprocessor', 'hearing', 'load_encoder',
-           'weights_hash', 'save_encoder', 'hidden_states', 'student_config', 'random_student', 'make_base', 'Heads']
+           'weights_hash', 'save_encoder', 'hidden_states', 'student_config', 'in_float32', 'random_student',
+           'make_base', 'Heads']
 
 # %% ../nbs/01_encoders.ipynb #5ea3960b
-import json, pickle, re
+import copy, json, pickle, re
+from contextlib import contextmanager
 from pathlib import Path
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -17,8 +19,8 @@ from transformers import (Data2VecAudioModel, HubertConfig, HubertModel, PreTrai
                           Wav2Vec2FeatureExtractor, Wav2Vec2Model, WavLMModel)
 from transformers.utils import logging as hf_logging
 from .audio import RATES
-from .cards import encoder_card
-from .runs import Fingerprint, atomic_folder, read_json, versions, commit
+from .cards import check_facts, encoder_card, other_class
+from .runs import Fingerprint, atomic_folder, read_json, user_path, versions, commit
 
 hf_logging.disable_progress_bar()  # loading a 5 MB file needs no bar in every notebook
 
@@ -163,7 +165,7 @@ def load_encoder(path,        # model folder or hub name, of one of the types ab
                 ) -> PreTrainedModel: # frozen, in eval mode, float32
     """Open an encoder without running code of its authors; a `ValueError` names the tensors that do not fit. The model
     knows its `sample_rate` (Hz), `hop` and `window` (samples) and `do_normalize`."""
-    path = str(path)
+    path = str(user_path(path))
     cls, config, raw = _config(path, layers)
     model, info = _open(cls, path, config)
     wrong, heads = _account(info, cls.base_model_prefix, config.num_hidden_layers, raw.get("num_hidden_layers", 12))
@@ -181,25 +183,49 @@ def weights_hash(model) -> str: # a module, or a dict of tensors
     return f.hash
 
 # %% ../nbs/01_encoders.ipynb #550da3c3
+def _stored(dtype):
+    "A float type of torch, by itself or by name."
+    kind = getattr(torch, str(dtype).removeprefix("torch."), None)
+    if getattr(kind, "is_floating_point", False): return kind
+    raise ValueError(f"dtype {dtype!r} cannot be stored; use a float type such as torch.float16")
+
+def _bare(model):
+    "A model without what `torch.compile` and `DataParallel` put around it."
+    while inner := getattr(model, "_orig_mod", None) or getattr(model, "module", None): model = inner
+    return model
+
+def _check_whole(model):
+    "A `ValueError` for a model whose tensors are not those that its configuration builds."
+    with torch.random.fork_rng(devices=[]), torch.device("meta"): built = type(model)(copy.deepcopy(model.config)).state_dict()
+    has = {n: t.shape for n, t in model.state_dict().items()}
+    if wrong := sorted({n for n, _ in has.items() ^ {(n, t.shape) for n, t in built.items()}}):
+        raise ValueError(f"{wrong[0]} and {len(wrong)-1} other tensors are not as the model's configuration says, so "
+                         "nothing could open it; save the model before its parts are changed, or set its config to match")
+
 def save_encoder(model:HubertModel,    # student, teacher or merged encoder
                  folder,               # where to; an older version there is replaced at once, never half
                  dtype=torch.float32,  # of the stored tensors
                  **provenance          # noted in `distilltv.json`, beside hash, versions and commit
                 ) -> Path:
-    "Save as a plain `transformers` model folder."
-    state = {k: v.to(dtype).contiguous() for k, v in model.state_dict().items()}
+    "Save as a plain `transformers` model folder, which opens in float32; a `ValueError` for half a model."
+    check_facts(provenance)
+    kind, model, folder = _stored(dtype), _bare(model), user_path(folder)
+    _check_whole(model)
+    state = {k: v.to(kind).contiguous() for k, v in model.state_dict().items()}
     rate = getattr(model, "sample_rate", 16_000)  # a teacher that was opened knows its own; a student hears 16 kHz
     normal = getattr(model, "do_normalize", True)
-    note = dict(provenance, weights_hash=weights_hash(state), versions=versions(), commit=commit())
+    note = dict(provenance, **other_class(model.config.to_dict()), weights_hash=weights_hash(state), versions=versions(), commit=commit())
     with atomic_folder(folder) as tmp:
         HubertModel.save_pretrained(model, tmp, state_dict=state)
+        said = read_json(tmp/"config.json") | dict(dtype="float32") # not the type that the model has in memory
+        (tmp/"config.json").write_text(json.dumps(said, indent=2, sort_keys=True)+"\n", encoding="utf-8")
         # a norm by frame may be told what is padding; one by group must not
         masked = model.config.feat_extract_norm == "layer"
         Wav2Vec2FeatureExtractor(sampling_rate=rate, do_normalize=normal,
                                  return_attention_mask=masked).save_pretrained(tmp)
         (tmp/"distilltv.json").write_text(json.dumps(note, indent=1, default=str)+"\n", encoding="utf-8")
         (tmp/"README.md").write_text(encoder_card(note, rate, normal), encoding="utf-8")
-    return Path(folder)
+    return folder
 
 # %% ../nbs/01_encoders.ipynb #b8887f87
 @torch.inference_mode()
@@ -236,10 +262,18 @@ def student_config(teacher:HubertConfig, # of the teacher that θ₀ copies
         layerdrop=0., apply_spec_augment=False, mask_time_prob=0., mask_feature_prob=0., feat_proj_layer_norm=False,
         architectures=["HubertModel"]))
 
+@contextmanager
+def in_float32():
+    "`torch.get_default_dtype()` is float32 in here, whatever this process has set before."
+    was = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try: yield
+    finally: torch.set_default_dtype(was)
+
 def random_student(like:HubertConfig, seed:int=0 # the shape, from `student_config`; of the weights
                   ) -> HubertModel:
     "A student of that configuration with random weights: what the architecture gives for free."
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), in_float32():
         torch.manual_seed(seed)
         return HubertModel(like).eval().requires_grad_(False)
 

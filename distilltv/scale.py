@@ -15,16 +15,11 @@ from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from datasets import Audio, load_dataset
 from datasets.distributed import split_dataset_by_node
-from distilltv.audio import SAMPLE_RATE, AudioError, load_audio
-<<<<<<< OURS
-from distilltv.corpora import DRAWS, Segments, as_batch, draw_crop, open_segments, split_of, splits_above
-from distilltv.files import write_atomic
-from distilltv.runs import refuse
-=======
-from distilltv.corpora import DRAWS, Segments, as_batch, contents_of, draw_crop, open_segments, split_of, splits_above
-from distilltv.runs import launched, refuse, version_of, write_atomic
-from distilltv.students import stream_folder
->>>>>>> THEIRS
+from .audio import SAMPLE_RATE, AudioError, load_audio
+from .corpora import DRAWS, Segments, as_batch, contents_of, draw_crop, open_segments, split_of, splits_above
+from .files import write_atomic
+from .runs import launched, refuse, version_of
+from .students import stream_folder
 
 # %% ../nbs/00d_scale.ipynb #91957291
 class Stream:
