@@ -18,8 +18,8 @@ from torch import nn
 from .encoders import Heads, load_encoder, make_base, save_encoder, weights_hash
 from .objective import Distiller, NamedModules, check_length, check_teachers, teacher_rate
 from .profiles import Profile, profile as get_profile, record, with_settings
-from .runs import (Run, check_replaceable, commit, data_dir, launched, read_json, use_threads, user_path,
-                            write_atomic)
+from .runs import (Run, atomic_folder, check_replaceable, commit, data_dir, launched, read_json, use_threads,
+                            user_path)
 from .scale import Crops, merge_quarantines, processes, write_quarantine
 from .students import as_asked, listens_to, settings_of, student_folder, taught_by
 from .training import TargetCache, check_training, fit
@@ -97,8 +97,7 @@ def distil(p:Profile,     # teachers, audio, objective, budget and seed
     repeat is left as it is."""
     folder = user_path(out) if out else student_folder(p, who, corpus, seed, steps)
     p, state = as_asked(p, corpus, steps, seed), processes()
-    # of a run that has begun
-    check_replaceable(folder.resolve(), ("best.pt", "log.csv", "quarantine.csv", "02_distill.ipynb"))
+    check_replaceable(folder.resolve(), training=True)
     check_training(p, state.num_processes, len(listens_to(p, who)), state.device.type)
     crops, held_out = crops_of(p, listens_to(p, who)), validation_crops(p)
     if p.validate_every and not held_out and state.is_main_process:
@@ -152,12 +151,13 @@ def _finished(folder, p, who, inputs):
         return None  # a file that is missing or damaged
 
 def _deliver(distiller, folder, log, bad, p, who, start):
-    "Save student and heads in half precision, which is plenty at rest; the folder's old content goes, checkpoints too."
-    save_encoder(distiller.student, folder, torch.float16, **_note(p, who), base_hash=start, **_licence(p))
+    "Save student and heads in half precision, which is plenty at rest; what the training left goes, checkpoints too."
     heads = {k: v.half().cpu().contiguous() for k, v in distiller.heads.state_dict().items()}
-    with write_atomic(folder/"heads.safetensors") as tmp: save_file(heads, tmp)
-    with write_atomic(folder/"log.csv") as tmp: log.to_csv(tmp, index=False, encoding="utf-8")
-    if bad: write_quarantine(bad, folder)
+    with atomic_folder(folder, training=True) as tmp:
+        save_encoder(distiller.student, tmp, torch.float16, **_note(p, who), base_hash=start, **_licence(p))
+        save_file(heads, tmp/"heads.safetensors")
+        log.to_csv(tmp/"log.csv", index=False, encoding="utf-8")
+        if bad: write_quarantine(bad, tmp)
 
 def load_heads(folder # of a student
               ) -> nn.ModuleDict: # `Heads` by the teacher they predict, as they were when the student was done

@@ -20,6 +20,7 @@ from transformers import (Data2VecAudioModel, HubertConfig, HubertModel, PreTrai
 from transformers.utils import logging as hf_logging
 from .audio import RATES
 from .cards import check_facts, encoder_card, other_class
+from .files import text_hash
 from .runs import Fingerprint, atomic_folder, read_json, user_path, versions, commit
 
 hf_logging.disable_progress_bar()  # loading a 5 MB file needs no bar in every notebook
@@ -223,8 +224,10 @@ def save_encoder(model:HubertModel,    # student, teacher or merged encoder
         masked = model.config.feat_extract_norm == "layer"
         Wav2Vec2FeatureExtractor(sampling_rate=rate, do_normalize=normal,
                                  return_attention_mask=masked).save_pretrained(tmp)
+        card = encoder_card(note, rate, normal)
+        note["texts"] = {"README.md": text_hash(card)}
         (tmp/"distilltv.json").write_text(json.dumps(note, indent=1, default=str)+"\n", encoding="utf-8")
-        (tmp/"README.md").write_text(encoder_card(note, rate, normal), encoding="utf-8")
+        (tmp/"README.md").write_text(card, encoding="utf-8")
     return folder
 
 # %% ../nbs/01_encoders.ipynb #b8887f87

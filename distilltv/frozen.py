@@ -14,8 +14,9 @@ from numbers import Rational
 from pathlib import Path
 import torch, torchaudio
 from .audio import SAMPLE_RATE
-from .cards import merged_name, settings_hash
-from .encoders import (FAMILIES, HOP, WINDOW, hearing, hidden_states, in_float32, load_encoder, random_student, read_config,
+from .cards import merged_name, settings_hash, true_record
+from .encoders import (FAMILIES, HOP, WINDOW, hearing, hidden_states, in_float32, load_encoder,
+                                random_student, read_config,
                                 receptive, weights_hash)
 from .objective import at_rate, teacher_rate
 from .profiles import profile as get_profile
@@ -122,6 +123,7 @@ def open_encoder(name:str,            # a model folder, a hub name, `logmel`, `r
         return _described(check_encoder(Transformer(random_student(AutoConfig.from_pretrained(where), seed))),
                           name=f"random-{seed}" if seed else "random", role="random")
     encoder = check_encoder(Transformer(_opened(str(where), name)))
+    true_record(where, encoder.hash)
     info = _provenance(where, "base" if name == "base" else None)
     if (domain := name.removeprefix("teacher-")) != name and domain in get_profile(profile).teachers:
         info |= dict(name=name, role="teacher", taught_by=domain)    # wherever it lies, and whatever it is called there
@@ -188,6 +190,7 @@ def _record(folder):
         if w is not None and not _is_number(w):
             raise ValueError(f"{folder/'distilltv.json'} gives a merge the weight {w!r}, which is no number; "
                              "merge again")
+    if said.get("rule") not in (None, "linear", "task_arithmetic"): said["method"] = said.get("method") or said["rule"]
     return said
 
 def _is_number(text):

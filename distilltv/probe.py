@@ -14,7 +14,7 @@ import numpy as np, pandas as pd, torch
 from .answers import LRS, Unheard
 from .features import table_hash
 from .frozen import Transformer, check_encoder, choose_view, open_encoder
-from .runs import Run, commit, peak_memory, user_path, versions, write_atomic
+from .runs import Run, commit, peak_memory, read_json, user_path, versions, write_atomic
 from .tasks import Leak, TableError, check_leakage, duplicates, find_task, find_tasks
 from . import mini, published     # they enter their tasks
 
@@ -106,6 +106,7 @@ def _probe_all(encoders, tasks, seeds, view, seed, root, out, head):
     encoders = [open_encoder(str(e)) if isinstance(e, (str, Path)) else check_encoder(e) for e in encoders]
     infos = [_named_as(e, view, head) for e in encoders]
     _told_apart(encoders, infos)
+    for o, e in zip(map(user_path, out), encoders): _check_scores(o, e)
     rows, kept = [[] for _ in encoders], [{} for _ in encoders]
     software = "; ".join(f"{k} {v}" for k, v in versions().items() if k in _LIBRARIES)
     began, now = time.perf_counter(), commit()
@@ -127,6 +128,13 @@ def _probe_all(encoders, tasks, seeds, view, seed, root, out, head):
             run.began -= (time.perf_counter() - began)/len(encoders)
             _write(run, o, d, k, e)
     return tables
+
+def _check_scores(out, encoder):
+    # two merges of one name, or one whose students were distilled again
+    had, now = read_json(out/"result.json").get("inputs", {}).get("encoder"), getattr(encoder, "hash", None)
+    if had and now and had != now:
+        raise ValueError(f"{out} holds the scores of other weights, {had[:8]}, not {now[:8]}: name another folder, or "
+                         "delete that one")
 
 def _told_apart(encoders, infos):
     # rows of two encoders under one name, or twice of one, would be read as repeated measurements of one

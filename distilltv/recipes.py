@@ -6,22 +6,23 @@
 __all__ = ['Weights', 'domain_weights', 'recipe_student', 'merge_recipe', 'push_to_hub']
 
 # %% ../nbs/03b_recipes.ipynb #7457f005
-import os, re, reprlib
+import os, re, reprlib, sys
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 import numpy as np
 import yaml
+from .cards import true_record
 from .merge import TaskVector, load_student, merge
 from .parts import ByName, finite
 from .profiles import closest
 from .rules import FAMILY, RULES, options_of
-from .runs import read_json, user_path
-from .saving import save_all
-from .weights import check_dtype
+from .runs import user_path
+from .saving import formula, save_all
+from .weights import Checkpoint, check_dtype
 
 # %% ../nbs/03b_recipes.ipynb #1c4d57ce
-_KEYS = {"merge_method", "base_model", "models", "parameters", "dtype", "out_dtype", "hashes", "facts"}
+_KEYS = {"merge_method", "base_model", "models", "parameters", "dtype", "out_dtype", "hashes", "facts", "formula"}
 _SHARED = {"seed", "lambda", "normalize", "rescale", "int8_mask", "weight"}
 _NORMALIZES = {"linear", "ties", "della"} # mergekit divides by the sum of weights in these
 _RESCALES = {"dare_linear", "dare_ties", "della_linear", "della"} # and makes up for what was dropped in these
@@ -253,8 +254,13 @@ def merge_recipe(file,       # the recipe
                  out,        # folder to write, whole or not at all
                  trust=False # take models that record no θ₀ as trained from `base_model`
                 ) -> dict:   # the record of the merged folder
-    "Make the model that a recipe describes. The same recipe and inputs give the same bytes."
+    """Make the model that a recipe describes. The same recipe and inputs give the same bytes. Facts of another formula,
+    as of a recipe that was edited, are left out."""
     student, r = recipe_student(file, trust)
+    if r["facts"] and r.get("formula", formula(r)) != formula(r):
+        print(f"{file} was edited: {', '.join(r['facts'])} are of what it made before and are left out; "
+              "delete the line formula to keep them", file=sys.stderr)
+        r["facts"] = {}
     dtype = r.get("out_dtype", r.get("dtype", "float32"))
     with _named(file): return save_all({out: student}, dtype, {out: r["facts"]})[out]
 
@@ -264,15 +270,17 @@ def push_to_hub(folder,       # a merged folder
                 private=True, # visible to you alone
                 api=None      # a `huggingface_hub.HfApi`; made with your login where none is given
                ) -> str:      # address of the commit
-    "Upload a merged folder to the Hugging Face hub; a `ValueError` if it is not a whole one."
+    "Upload a merged folder to the Hugging Face hub; a `ValueError` if it is not a whole one, as it was saved."
     from huggingface_hub import HfApi     # of many modules, which no merge needs
     folder = user_path(folder)
     wanted = "distilltv.json", "recipe.yaml", "README.md", "config.json", "model.safetensors"
     if lacking := [f for f in wanted if not (folder/f).exists()]:
         raise ValueError(f"{folder} holds no {', '.join(lacking)}; only a saved merge can be pushed")
     if api is None: api = HfApi()
-    record = read_json(folder/"distilltv.json")
+    record = true_record(folder, Checkpoint(folder).hash)
     api.create_repo(repo_id, private=private, exist_ok=True)
+    if private and not api.repo_info(repo_id).private:
+        raise ValueError(f"{repo_id} is there already, for all to see: give another name, or private=False")
     return str(api.upload_folder(folder_path=folder, repo_id=repo_id,
                                  allow_patterns=[*wanted, "preprocessor_config.json"],
                                  commit_message=f"Merge by {record['rule']}, weights {record['weights_hash'][:16]}"))

@@ -214,7 +214,10 @@ def _reopened(folder, known):
 def _no_model(folder):
     "Why a folder without model.safetensors cannot be read, and what to do."
     if not folder.exists(): return f"the model folder {folder} does not exist; check the path"
-    opens = f"HubertModel.from_pretrained('{folder}').save_pretrained('{folder}'"
+    config = read_json(folder/"config.json")
+    # where the class is the authors' own code, HuBERT's reads the same tensors
+    named = (config.get("architectures") or ["HubertModel"])[0] if "auto_map" not in config else "HubertModel"
+    opens = f"{named}.from_pretrained('{folder}').save_pretrained('{folder}-joined'"
     if (folder/"model.safetensors.index.json").exists():
         return f"{folder} holds its weights in several files (shards); join them with {opens}, max_shard_size='100GB')"
     if (folder/"pytorch_model.bin").exists(): return f"{folder} holds pytorch_model.bin; convert it with {opens})"

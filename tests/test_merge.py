@@ -12,8 +12,9 @@ from distilltv.merge import Student, TaskVector, as_student, load_student, merge
 from distilltv.saving import add_scores, save_all
 from distilltv.profiles import Profile
 from distilltv.students import find_students, settings_of
-from distilltv.recipes import domain_weights, merge_recipe
+from distilltv.frozen import open_encoder
 from distilltv.path import Dial
+from distilltv.recipes import domain_weights, merge_recipe, push_to_hub
 from distilltv.rules import RULES, apply_rule
 from distilltv.weights import Checkpoint
 from distilltv.parts import ByName, part, parts
@@ -750,9 +751,53 @@ def test_shards_and_broken_json_say_what_to_do(mine, tmp_path):
     with pytest.raises(FileNotFoundError,
                        match="in several files .shards.; join them with HubertModel.from_pretrained"):
         load_student(tmp_path/"shards")
+    for said, kind in ((dict(architectures=["WavLMForCTC"]), "WavLMForCTC"), (dict(auto_map={}), "HubertModel")):
+        (tmp_path/"shards/config.json").write_text(json.dumps(said))    # the model keeps its class, and its files
+        with pytest.raises(FileNotFoundError, match=rf"with {kind}.from_pretr.*shards'\).save_pretr.*shards-joined'"):
+            load_student(tmp_path/"shards")
     for text in ("[1]", "{", "["*10**5, "\udcff"):
         (mine/"music/config.json").write_text(text, errors="surrogateescape")
         with pytest.raises(ValueError, match="music/config.json is not"): load_student(mine/"music")
+
+def test_a_merge_takes_the_place_of_nothing_but_a_merge_as_it_was_saved(trio, tmp_path):
+    "Not of a student, a teacher or what was trained further; nor of a card that somebody wrote."
+    base, s, m = algebra(trio)
+    encoders.save_encoder(tiny(5), tmp_path/"ensemble", base_hash=base.hash, role="student")
+    encoders.save_encoder(tiny(6), tmp_path/"teacher", role="teacher")
+    for n in ("merge", "trained", "carded"): (base + s).save_pretrained(tmp_path/n)
+    tiny(7).save_pretrained(tmp_path/"trained")
+    (tmp_path/"carded/README.md").write_text("an afternoon of work")
+    before = {n: Checkpoint(tmp_path/n).hash for n in ("ensemble", "teacher", "trained", "carded")}
+    for n in before:
+        with pytest.raises(ValueError, match=rf"{n} holds .*: choose another folder, or move"):
+            (base + m).save_pretrained(tmp_path/n)
+    assert before == {n: Checkpoint(tmp_path/n).hash for n in before}
+    assert (tmp_path/"carded/README.md").read_text() == "an afternoon of work"
+    (base + m).save_pretrained(tmp_path/"merge")
+    assert Checkpoint(tmp_path/"merge").hash == load_student(trio/"music").hash
+
+def test_a_student_is_not_saved_over_the_files_of_its_training(tmp_path):
+    encoders.save_encoder(tiny(5), tmp_path/"s")
+    (tmp_path/"s/heads.safetensors").touch()
+    with pytest.raises(ValueError, match="holds heads.safetensors, which only a training makes again"):
+        encoders.save_encoder(tiny(5), tmp_path/"s", licence="MIT")
+
+def test_what_is_said_of_other_weights_is_not_said_of_these(trio, tmp_path):
+    base, s, m = algebra(trio)
+    (base + .4*s + .6*m).save_pretrained(tmp_path/"u", lam=.4)
+    tiny(7).save_pretrained(tmp_path/"u")
+    for use in (lambda: add_scores(tmp_path/"u", dict(pitch=.5)), lambda: push_to_hub(tmp_path/"u", "me/u", api=()),
+                lambda: open_encoder(str(tmp_path/"u"))):
+        with pytest.raises(ValueError, match="u: distilltv.json is about the weights .*; if you trained them further"):
+            use()
+
+def test_scores_leave_a_card_that_was_changed_by_hand(trio, tmp_path):
+    base, s, _ = algebra(trio)
+    (base + s).save_pretrained(tmp_path/"u")
+    (tmp_path/"u/README.md").write_text("my card")
+    for task in ("pitch", "phones"): add_scores(tmp_path/"u", {task: .5})
+    assert (tmp_path/"u/README.md").read_text() == "my card"
+    assert json.loads((tmp_path/"u/distilltv.json").read_text())["scores"] == dict(pitch=.5, phones=.5)
 
 def test_a_folder_of_somebody_else_is_not_replaced(trio, tmp_path):
     base, s, m = algebra(trio)

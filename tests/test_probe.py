@@ -437,6 +437,8 @@ MADE = dict(role="student", corpus="both", seed=0, steps=9)
     ("runs/teachers/base", dict(role="base"), "base", "base"), ("runs/x/base", None, "base", "base"),
     ("runs/x/students/both/a", None, "a", "endpoint"), ("runs/x/teachers/a", None, "teacher-a", "teacher"),
     ("runs/unified", dict(lam=.4, corpus="both"), "lam-0.40-both", "merged"),
+    ("runs/unified", dict(lam=.4, rule="ties"), "ties-lam-0.40", "merged"),
+    ("runs/unified", dict(lam=.4, rule="task_arithmetic"), "lam-0.40", "merged"),
     ("runs/unified", None, "unified", "other"),
     ("mine/base", None, "base", "other"), ("mine/ensemble", None, "ensemble", "other"),
     ("mine/teachers", None, "teachers", "other"), ("mine/copy", MADE | dict(teacher="a"), "copy-both", "endpoint")])
@@ -674,6 +676,8 @@ def test_two_encoders_of_one_folder_name_are_two(runs, corpus, tmp_path):
     assert both[0].info["encoder"] == f"final-{both[0].hash[:8]}"
     d = P.probe(both, "pitch", seeds=1, root=str(corpus), out=[tmp_path/"out"/e.info["encoder"] for e in both])
     assert d.encoder.nunique() == 2 and len(list((tmp_path/"out").glob("*/scores.csv"))) == 2
+    with pytest.raises(ValueError, match=f"holds the scores of other weights, {both[0].hash[:8]}, not"):
+        P.probe(both[1], "pitch", seeds=1, root=str(corpus), out=tmp_path/"out"/both[0].info["encoder"])
     for e in both: e.info["encoder"] = "final"
     with pytest.raises(ValueError, match="two encoders of different weights are called 'final'"):
         P.probe(both, "pitch", seeds=1, root=str(corpus))

@@ -11,6 +11,7 @@ from distilltv.encoders import load_encoder, save_encoder, weights_hash
 from distilltv.merge import TaskVector, as_student, load_student, merge
 from distilltv.path import Dial, choose_by_part, choose_lam, pareto, slider, sweep
 from distilltv.recipes import merge_recipe, push_to_hub, recipe_student
+from distilltv.saving import add_scores
 from distilltv.rules import (RULES, add, apply_rule, blocks, breadcrumbs, dare, elect, fisher, magprune, model_stock,
                              regmean, slerp, trim, vote)
 from distilltv.runs import file_hash
@@ -279,7 +280,9 @@ def test_not_yaml(mine):
 def test_push_goes_where_it_is_told(mine):
     calls = []
     class Fake:
+        private = True
         def create_repo(self, *a, **kw): calls.append((a, kw))
+        def repo_info(self, name): return self
         def upload_folder(self, **kw): calls.append(kw); return "done"
     base, v = vectors(mine)
     (base + v["speech"]).save_pretrained(mine/"u")
@@ -287,6 +290,26 @@ def test_push_goes_where_it_is_told(mine):
     assert push_to_hub(mine/"u", "me/u", api=Fake()) == "done"
     assert calls[0] == (("me/u",), dict(private=True, exist_ok=True)) and "notes.txt" not in calls[1]["allow_patterns"]
     with pytest.raises(ValueError, match="only a saved merge"): push_to_hub(mine/"base", "me/u", api=Fake())
+    Fake.private = False    # a repository that is there keeps its visibility
+    with pytest.raises(ValueError, match="me/u is there already, for all to see"):
+        push_to_hub(mine/"u", "me/u", api=Fake())
+    assert len(calls) == 3 and push_to_hub(mine/"u", "me/u", private=False, api=Fake()) == "done"
+
+@pytest.mark.parametrize("change, kept", [(lambda r: r["models"][0]["parameters"].update(weight=.9), False),
+                                          (lambda r: r.update(dtype="float16"), False),
+                                          (lambda r: r["parameters"].update({"lambda": .5}), False),
+                                          (lambda r: r["facts"].update(corpus="both"), True)])
+def test_facts_of_another_formula_are_left_out(mine, capsys, change, kept):
+    base, v = vectors(mine)
+    (base + .4*v["speech"] + .6*v["music"]).save_pretrained(mine/"u", lam=.4)
+    add_scores(mine/"u", dict(pitch=.9))
+    r = yaml.safe_load((mine/"u/recipe.yaml").read_text())
+    change(r)
+    (mine/"edited").mkdir()
+    (mine/"edited/recipe.yaml").write_text(yaml.safe_dump(r))
+    record = merge_recipe(mine/"edited/recipe.yaml", mine/"new")
+    assert ({"lam", "scores"} <= set(record)) == kept
+    assert ("lam, scores are of what it made before" in capsys.readouterr().err) != kept
 
 # --- sweep and dial
 

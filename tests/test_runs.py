@@ -2,7 +2,7 @@
 import errno, json, os, shutil, subprocess, sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-import numpy as np, pytest
+import numpy as np, pytest, torch
 from distilltv import files, runs
 from distilltv.files import atomic_folder, cached, check_replaceable, write_atomic, write_json
 from distilltv.runs import data_dir, home, root
@@ -14,6 +14,12 @@ def note(text): return json.dumps(dict(weights_hash="0"*64, text=text))
 def write(folder, text="new"):
     with atomic_folder(folder) as t: (t/"distilltv.json").write_text(note(text), encoding="utf-8")
 
+def put(file):
+    "A file of that name, of ours where it is one of our names."
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if file.suffix == ".pt": torch.save(dict.fromkeys("settings step log skipped module optimiser".split(), 0), file)
+    else: file.write_text(SAID.get(file.name, "x"), encoding="utf-8")
+
 def left(folder): return sorted(f.name for f in folder.iterdir())
 
 @pytest.mark.parametrize("threads", ["abc", "0", "-1", "1.5", "1e3"])
@@ -21,10 +27,43 @@ def test_a_wrong_number_of_threads_is_named(monkeypatch, threads):
     monkeypatch.setenv("DISTILLTV_THREADS", threads)
     with pytest.raises(ValueError, match=f"DISTILLTV_THREADS={threads} is not a number of threads"): runs.use_threads()
 
-def test_what_a_killed_run_left_may_be_there_if_it_is_said(tmp_path):
-    for f in ("best.pt", "log.csv"): (tmp_path/f).touch()
-    with pytest.raises(ValueError, match="holds best.pt, log.csv"): check_replaceable(tmp_path)
-    check_replaceable(tmp_path, ("best.pt", "log.csv"))
+@pytest.mark.parametrize("begun", [["log.csv"], ["checkpoint.pt"], ["best.pt", "log.csv", "notes.txt", "a/b.txt"],
+                                   ["02_distill.ipynb"], ["checkpoint.pt", "slurm-1.out"]])
+def test_a_training_goes_on_in_its_folder_and_no_other_writer_may_replace_it(tmp_path, begun):
+    for f in begun: put(tmp_path/"u"/f)
+    with pytest.raises(ValueError, match="u holds "): check_replaceable(tmp_path/"u")
+    check_replaceable(tmp_path/"u", training=True)
+
+@pytest.mark.parametrize("sealed", [False, True])
+def test_what_others_put_beside_a_training_is_there_at_its_end(tmp_path, monkeypatch, sealed):
+    "The same file, for a log may still be written; also where a folder cannot be renamed."
+    for f in ("checkpoint.pt", "log.csv", ".DS_Store"): put(tmp_path/"u"/f)
+    if sealed: no_renames_of(monkeypatch, tmp_path/"u", errno.EBUSY)
+    with open(tmp_path/"u/slurm-1.out", "w") as log:
+        with atomic_folder(tmp_path/"u", training=True) as t:
+            (t/"distilltv.json").write_text(note("done"), encoding="utf-8")
+            for f in ("a/b.txt", "02_distill.ipynb"): put(tmp_path/"u"/f)
+            log.write("one, two")
+    assert left(tmp_path/"u") == ["02_distill.ipynb", "a", "distilltv.json", "slurm-1.out"]
+    assert (tmp_path/"u/slurm-1.out").read_text() == "one, two" and left(tmp_path/"u/a") == ["b.txt"]
+
+@pytest.mark.parametrize("name", ["best.pt", "log.csv", "quarantine.csv"])
+def test_a_file_of_another_training_is_refused_though_it_has_our_name(tmp_path, name):
+    (tmp_path/name).write_text("epoch,acc\n1,.9", encoding="utf-8")
+    with pytest.raises(ValueError, match=f"holds {name}, which distilltv did not write"):
+        check_replaceable(tmp_path, training=True)
+    put(tmp_path/"checkpoint.pt")
+    with pytest.raises(ValueError, match=f"holds {name}, which distilltv did not write"):
+        check_replaceable(tmp_path, training=True)
+
+@pytest.mark.parametrize("name", [".DS_Store", "._model.safetensors", "Thumbs.db", "desktop.ini", ".nfs000000001",
+                                  ".directory"])
+def test_what_an_operating_system_puts_there_is_no_reason_to_refuse(tmp_path, name):
+    write(tmp_path/"u"), put(tmp_path/"u"/name)
+    write(tmp_path/"u", "again")
+    put(tmp_path/"empty"/name)
+    write(tmp_path/"empty")
+    assert left(tmp_path/"u") == left(tmp_path/"empty") == ["distilltv.json"]
 
 # --- folders: only what this package wrote is replaced
 
@@ -55,7 +94,7 @@ SAID = {"distilltv.json": note(""), "stamp.json": json.dumps(dict(key="1"*64)),
 
 @pytest.mark.parametrize("ours", [
     [], ["result.json", "02_distill.ipynb", ".ipynb_checkpoints/02_distill-checkpoint.ipynb"], ["stamp.json"],
-    ["checkpoint.pt", "log.csv", "best.pt", ".best.pt.7.0123abcd-99.tmp"],
+    ["stamp.json", ".config.json.7.0123abcd-99.tmp"],
     ["distilltv.json", "config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json",
      "recipe.yaml"]])
 def test_a_folder_of_ours_is_replaced(tmp_path, ours):
@@ -109,17 +148,21 @@ def test_a_file_behind_a_link_is_written(tmp_path):
     assert (tmp_path/"link.json").is_symlink()
     assert json.loads((tmp_path/"disk/a.json").read_text(encoding="utf-8")) == dict(a="ü")
 
-@pytest.mark.parametrize("code", [errno.EXDEV, errno.EBUSY, errno.EROFS])
-def test_a_folder_that_cannot_be_renamed_is_filled(tmp_path, monkeypatch, code):
-    "As a container's mount point or lower layer: every rename of the folder itself fails."
-    write(tmp_path/"u", "old")
-    (tmp_path/"u/recipe.yaml").touch()
-    replace, u = os.replace, str(tmp_path/"u")
+def no_renames_of(monkeypatch, folder, code):
+    replace, u = os.replace, str(folder)
     def refuse(a, b):
         if u in (str(a), str(b)): raise OSError(code, os.strerror(code))
         replace(a, b)
     monkeypatch.setattr(files, "_exchange", lambda a, b: False)
     monkeypatch.setattr(os, "replace", refuse)
+    return u
+
+@pytest.mark.parametrize("code", [errno.EXDEV, errno.EBUSY, errno.EROFS])
+def test_a_folder_that_cannot_be_renamed_is_filled(tmp_path, monkeypatch, code):
+    "As a container's mount point or lower layer: every rename of the folder itself fails."
+    write(tmp_path/"u", "old")
+    (tmp_path/"u/recipe.yaml").touch()
+    u = no_renames_of(monkeypatch, tmp_path/"u", code)
     copy2 = shutil.copy2
     def full(a, b):
         if Path(a).name == "model.safetensors": raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
