@@ -15,8 +15,8 @@ from .cards import check_facts
 from .parts import ByName, finite, spread
 from .rules import RULES, Ruled, check_options
 from .runs import Fingerprint
-from .saving import plain, preprocessor, save_all
-from .weights import HEARD, Checkpoint, Loaded, blocks, check_same, gathered, pieces
+from .saving import HEARD, plain, preprocessor, save_all
+from .weights import Checkpoint, Loaded, blocks, check_same, gathered, pieces
 
 # %% ../nbs/03e_algebra.ipynb #2f81a052
 class Combination:
