@@ -97,7 +97,6 @@ def distil(p:Profile,     # teachers, audio, objective, budget and seed
     repeat is left as it is."""
     folder = user_path(out) if out else student_folder(p, who, corpus, seed, steps)
     p, state = as_asked(p, corpus, steps, seed), processes()
-    check_replaceable(folder.resolve(), training=True)
     check_training(p, state.num_processes, len(listens_to(p, who)), state.device.type)
     crops, held_out = crops_of(p, listens_to(p, who)), validation_crops(p)
     if p.validate_every and not held_out and state.is_main_process:
@@ -115,6 +114,7 @@ def distil(p:Profile,     # teachers, audio, objective, budget and seed
     if all(gather_object([log is not None])):  # so say all processes
         if state.is_main_process: print(f"{folder} is up to date; delete the folder to distil again", file=sys.stderr)
         return folder, log
+    check_replaceable(folder.resolve(), training=True)
     set_seed(p.seed)  # of the heads
     cache = TargetCache(p.cache, p.cache_gb*1e9) if p.cache else None
     distiller = Distiller(student, teachers, p.predict, loss=p.loss, cache=cache)

@@ -1012,11 +1012,14 @@ def test_a_finished_student_is_not_trained_again(tmp_path, monkeypatch, tiny_one
     sf.write(tmp_path/"more/train/new.wav", noise(7), 16_000)
     moved, more = (replace(tiny_one, licence="MIT", audio=dict(sound=str(tmp_path/d))) for d in ("moved", "more"))
     folder, log = distil(tiny_one, "sound")
+    (folder/"README.md").write_text("my card")
     for p in (tiny_one, moved):
         again, read = distil(p, "sound")
         assert again == folder and trained == [2]
         pd.testing.assert_frame_equal(read, log)
         assert f"{folder} is up to date; delete the folder to distil again" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="holds README.md, which distilltv did not write"): distil(more, "sound")
+    (folder/"README.md").unlink()
     def trains(p=tiny_one, **asked):
         before = len(trained)
         distil(p, "sound", out=folder, **asked)
