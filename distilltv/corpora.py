@@ -102,7 +102,7 @@ def _table_row(row, folder, where):
     return row | dict(start=int(start), end=int(end), path=str(folder/row["file"]), shard="license" in row)
 
 # counted up when what a header must be changes
-def _headers(files): return _looked("headers 3", _header, files)
+def _headers(files): return _looked("headers 4", _header, files)
 
 def _looked(kind, look, files):
     "What `look` finds in each file, read once per state of the files."

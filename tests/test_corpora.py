@@ -178,6 +178,7 @@ BAD = {
             "not finite"),
     "silent": (lambda p: sf.write(p, np.zeros(16000), SAMPLE_RATE), "silent"),
     "empty": (lambda p: sf.write(p, np.zeros(0), SAMPLE_RATE), "no samples"),
+    "dead": (lambda p: sf.write(p, .3 + np.arange(16000) % 2/2**15, SAMPLE_RATE), "silent but for a constant offset"),
 }
 
 @pytest.mark.parametrize("fault", BAD)
@@ -288,6 +289,37 @@ def test_an_mp3_that_would_be_read_in_part_is_refused():
     with pytest.raises(AudioError, match="does not say how long it is.*FLAC"): load_audio("x", data=loud + soft)
     with pytest.raises(AudioError, match=f"no MP3 frame at byte {len(soft)}.*FLAC"):
         load_audio("x", data=soft + b"junk"*300 + soft)
+
+ID3 = {"": b"", "ID3v1": b"TAG" + b"x"*125, "APE": b"APETAGEX\xd0\7\0\0" + (32).to_bytes(4, "little") + bytes(48),
+       "ID3v2": b"ID3\4\0\0\0\0\1\0" + bytes(128)}
+
+@pytest.mark.parametrize("tags", ID3)
+@pytest.mark.parametrize("tag", [True, False])
+@pytest.mark.parametrize("rate, channels", [(16_000, 1), (44_100, 2)])
+def test_joined_mp3s_are_named(tag, tags, rate, channels):
+    x = np.random.default_rng(0).normal(0, .1, (rate, channels))
+    a, b = mp3(x[:, 0], rate, tag, **MODES["constant"]), mp3(x, rate, **MODES["constant"])
+    assert len(load_audio("x", data=a + ID3[tags])) == len(load_audio("x", data=a))
+    if tag or tags:    # else it is one longer MP3 without a tag, or of two rates
+        with pytest.raises(AudioError, match="x is several files joined"): load_audio("x", data=a + ID3[tags] + b)
+
+@pytest.mark.parametrize("kind, subtype", [*((k, "PCM_16") for k in HALVES), ("OGG", "OPUS"), ("OGG", "VORBIS")])
+@pytest.mark.parametrize("more", [.1, 4])
+def test_joined_files_are_named(kind, subtype, more):
+    x = np.random.default_rng(0).normal(0, .1, 4*SAMPLE_RATE)
+    a, b = (encoded(x[:int(n*SAMPLE_RATE)], SAMPLE_RATE, format=kind, subtype=subtype) for n in (1, more))
+    with pytest.raises(AudioError, match="x is several files joined, of which only the first"):
+        load_audio("x", data=a + b)
+
+def test_a_header_that_tells_of_too_few_samples_is_named():
+    "As of a recorder that was switched off; chunks behind the samples, tags and zeros are no samples."
+    x, rest = np.random.default_rng(0).normal(0, .1, (2, 4*SAMPLE_RATE))
+    whole, samples = encoded(x, SAMPLE_RATE, format="WAV"), encoded(rest, SAMPLE_RATE, format="WAV")[44:]
+    with pytest.raises(AudioError, match="goes on behind the samples that its header tells of"):
+        load_audio("x", data=whole + samples)
+    chunk = len(samples).to_bytes(4, "little") + samples
+    for behind in (b"LIST" + chunk, b"ID3\4" + samples, bytes(2**17)):
+        assert np.array_equal(load_audio("x", data=whole + behind), load_audio("x", data=whole))
 
 UNSOUGHT = [("WAV", "GSM610"), ("W64", "GSM610"), ("WAV", "G721_32"), ("WAV", "NMS_ADPCM_16"), ("AU", "G723_24"),
             ("AIFF", "DWVW_16")]
@@ -664,7 +696,7 @@ def test_broken_files_are_quarantined_and_change_no_other_crop(tmp_path):
 def test_quarantine_has_every_fault_and_becomes_a_table(tmp_path):
     folder = folder_of(tmp_path, 3)
     for fault, (make, _) in BAD.items(): make(folder/f"{fault}.wav")
-    with pytest.warns(UserWarning, match="3 of 8 files left out"): crops = Crops([folder], 8, .5)
+    with pytest.warns(UserWarning, match="3 of 9 files left out"): crops = Crops([folder], 8, .5)
     for k in range(20): crops(k)
     write_quarantine(merge_quarantines([crops.state(20), dict(quarantine={"b,c.wav": "is \"odd\""})]), tmp_path)
     table = pd.read_csv(tmp_path/"quarantine.csv", index_col="path").reason
