@@ -89,7 +89,7 @@ def _raw(path, data): return open(path, "rb") if data is None else io.BytesIO(da
 
 # %% ../nbs/00c_audio.ipynb #8ca1a05b
 def _fault(path, data=None):
-    "What is wrong with the end of an Ogg file, or of one whose header says how many bytes of samples follow; else None."
+    "What is wrong with the end of an Ogg file, or of one whose header tells the bytes of its samples; else None."
     with _raw(path, data) as f:
         size = f.seek(0, 2)
         f.seek(0)
