@@ -13,8 +13,6 @@ from .rules import best_match, correlation, fisher, regmean
 # %% ../nbs/03d_align.ipynb #e455d815
 _F, _A = "encoder.layers.{}.feed_forward.", "encoder.layers.{}.attention."
 
-def _blocks(order, size): return (np.asarray(order)[:, None]*size + np.arange(size)).ravel()
-
 def permuted(tensors:dict, # name → array
              orders:dict,  # `{(layer, "units" or "heads"): which old unit goes to each place}`
              heads:int     # attention heads of a layer
@@ -29,7 +27,8 @@ def permuted(tensors:dict, # name → array
         if kind == "units":
             move(f+"intermediate_dense.", order, 0); move(f+"output_dense.", order, 1)
         else:
-            rows = _blocks(order, out[a+"q_proj.weight"].shape[0]//heads)
+            size = len(out[a+"q_proj.weight"])//heads
+            rows = (np.asarray(order)[:, None]*size + np.arange(size)).ravel()
             for p in "qkv": move(f"{a}{p}_proj.", rows, 0)
             move(a+"out_proj.", rows, 1)
     return out
@@ -41,7 +40,7 @@ def _hear(model, modules, audio, note):
     hooks = [m.register_forward_pre_hook(hook(k)) for k, m in modules.items()]
     try:
         with torch.no_grad():
-            for batch in audio: model.eval()(batch)
+            for batch in audio: model.eval()(batch.to(model.dtype))
     finally:
         for h in hooks: h.remove()
 
@@ -86,7 +85,7 @@ def fisher_information(model, # a `HubertModel`
     model.requires_grad_(True)
     for batch in audio:
         for wav in batch:
-            frames = model.eval()(wav[None])[0]
+            frames = model.eval()(wav[None].to(model.dtype))[0]
             signs = torch.randint(0, 2, frames.shape, generator=g)*2. - 1
             model.zero_grad()
             (frames*signs).sum().backward()
@@ -117,14 +116,18 @@ def merge_with_data(models:dict,  # `{"speech": HubertModel, "music": HubertMode
                    ):             # the merged `HubertModel`, in eval mode
     "Merge by what models do on audio; `permute` aligns every model with the first and averages."
     import copy
-    if rule not in ("fisher", "regmean", "permute"):
-        raise ValueError(f"rule {rule!r} is unknown; use fisher, regmean or permute")
-    if not set(models) == set(weights) == set(audio):
-        raise ValueError("models, weights and audio must have the same names")
     total = sum(weights.values())
-    if not total: raise ValueError("the weights add up to 0 and cannot be shares; give others")
+    refused = (
+        (rule not in ("fisher", "regmean", "permute"), f"rule {rule!r} is unknown; use fisher, regmean or permute"),
+        (not set(models) == set(weights) == set(audio), "models, weights and audio must have the same names"),
+        (not total, "the weights add up to 0 and cannot be shares; give others"))
+    for wrong, why in refused:
+        if wrong: raise ValueError(why)
     names, w = list(models), [weights[d]/total for d in models]
     states = [{n: t.detach().double().numpy() for n, t in models[d].state_dict().items()} for d in names]
+    models = {d: copy.deepcopy(m) for d, m in models.items()} # yours stay as they are
+    for m in models.values():
+        if m.dtype.itemsize < 4: m.float()
     if rule == "permute":
         first, heard = models[names[0]], [b for d in names for b in audio[d]]
         for i, d in enumerate(names[1:], 1):
@@ -135,6 +138,7 @@ def merge_with_data(models:dict,  # `{"speech": HubertModel, "music": HubertMode
         ts = [s[n] for s in states]
         if n not in infos[0]: return sum(k*t for k, t in zip(w, ts))
         return (fisher if rule == "fisher" else regmean)(ts, [i[n] for i in infos], w)
-    merged = copy.deepcopy(models[names[0]])
+    merged = models[names[0]]
+    merged.distilltv, merged.name_or_path = {}, "" # what was recorded of it is not true of the result
     merged.load_state_dict({n: torch.from_numpy(np.asarray(one(n), np.float32)) for n in states[0]})
     return merged.eval()

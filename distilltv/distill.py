@@ -6,8 +6,9 @@
 __all__ = ['base_of', 'crops_of', 'validation_crops', 'validate', 'distil', 'load_heads', 'main']
 
 # %% ../nbs/02_distill.ipynb #bf474f44
-import argparse, os, sys
+import argparse, sys, warnings
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 import pandas as pd, torch
 from accelerate.utils import gather_object, set_seed
@@ -17,7 +18,7 @@ from torch import nn
 from .encoders import Heads, load_encoder, make_base, save_encoder, weights_hash
 from .objective import Distiller, NamedModules, check_length, check_teachers, teacher_rate
 from .profiles import Profile, profile as get_profile, record, with_settings
-from .runs import (Run, check_replaceable, commit, data_dir, read_json, use_threads, user_path,
+from .runs import (Run, check_replaceable, commit, data_dir, launched, read_json, use_threads, user_path,
                             write_atomic)
 from .scale import Crops, merge_quarantines, processes, write_quarantine
 from .students import as_asked, listens_to, settings_of, student_folder, taught_by
@@ -78,9 +79,9 @@ def validate(distiller,     # a `Distiller`
     device, found = next(distiller.parameters()).device, {}
     for d, crops in held_out.items():
         losses = [distiller(crops(k).to(device)) for k in range(batches)]
-        found[f"valid_{d}"] = sum(float(l["loss"]) for l in losses)/batches
         for part in losses[0]:
-            if part != "loss": found[f"valid_{d}/{part}"] = sum(float(l[part]) for l in losses)/batches
+            name = f"valid_{d}" if part == "loss" else f"valid_{d}/{part}"
+            found[name] = sum(float(l[part]) for l in losses)/batches
     return found
 
 # %% ../nbs/02_distill.ipynb #000d0f21
@@ -100,6 +101,9 @@ def distil(p:Profile,     # teachers, audio, objective, budget and seed
     check_replaceable(folder.resolve(), ("best.pt", "log.csv", "quarantine.csv", "02_distill.ipynb"))
     check_training(p, state.num_processes, len(listens_to(p, who)), state.device.type)
     crops, held_out = crops_of(p, listens_to(p, who)), validation_crops(p)
+    if p.validate_every and not held_out and state.is_main_process:
+        warnings.warn(f"validate_every = {p.validate_every} is not used, as nothing of a stream is held out: "
+                      "name a folder of files for a domain, or set validate_every=0")
     teachers = {d: load_encoder(p.teachers[d], max(p.predict)) for d in taught_by(p, who)}
     check_teachers(teachers, p.predict)
     for d, t in teachers.items(): check_length(p.seconds, f"the teacher of {d}", t.config, teacher_rate(t))
@@ -115,7 +119,7 @@ def distil(p:Profile,     # teachers, audio, objective, budget and seed
     set_seed(p.seed)  # of the heads
     cache = TargetCache(p.cache, p.cache_gb*1e9) if p.cache else None
     distiller = Distiller(student, teachers, p.predict, loss=p.loss, cache=cache)
-    def check(): return validate(distiller, held_out)
+    check = partial(validate, distiller, held_out)
     with Run(folder, **_note(p, who)) as run:
         run.inputs(**inputs)
         log = fit(distiller, crops, folder, p, p.steps, run.record["inputs"], save_every=max(50, p.steps//100),
@@ -188,7 +192,7 @@ def main(args:list=None # arguments; default those of the command line
         folder, _ = distil(p, o.teacher or p.domains[0], o.corpus, o.steps, o.seed, o.out)
     except (ValueError, OSError, FloatingPointError) as e: a.error(str(e))
     except KeyboardInterrupt:
-        if os.environ.get("RANK", "0") == "0":
+        if not launched()[1]:
             print("\n\nstopped; the same command continues from here", file=sys.stderr, flush=True)
         sys.exit(130)
     if processes().is_main_process: print(folder)

@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['HOP', 'WINDOW', 'FAMILIES', 'frames', 'receptive', 'read_config', 'read_preprocessor', 'hearing', 'load_encoder',
-           'weights_hash', 'save_encoder', 'hidden_states', 'student_config', 'make_base', 'random_student', 'Heads']
+           'weights_hash', 'save_encoder', 'hidden_states', 'student_config', 'in_float32', 'random_student',
+           'make_base', 'Heads']
 
 # %% ../nbs/01_encoders.ipynb #5ea3960b
-import json, pickle, re
+import copy, json, pickle, re
+from contextlib import contextmanager
 from pathlib import Path
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -17,8 +19,8 @@ from transformers import (Data2VecAudioModel, HubertConfig, HubertModel, PreTrai
                           Wav2Vec2FeatureExtractor, Wav2Vec2Model, WavLMModel)
 from transformers.utils import logging as hf_logging
 from .audio import RATES
-from .cards import encoder_card
-from .runs import Fingerprint, atomic_folder, read_json, versions, commit
+from .cards import check_facts, encoder_card, other_class
+from .runs import Fingerprint, atomic_folder, read_json, user_path, versions, commit
 
 hf_logging.disable_progress_bar()  # loading a 5 MB file needs no bar in every notebook
 
@@ -105,9 +107,8 @@ def _open(cls, path, config):
                                     output_loading_info=True, ignore_mismatched_sizes=True)
     except pickle.UnpicklingError as e:
         wants = re.search(r"GLOBAL (\S+)", str(e))
-        says = "is not a file of tensors; download it again"
-        if wants: says = (f"holds more than tensors: it wants {wants[1]}. It was not run; "
-                          "ask its author for model.safetensors")
+        says = (f"holds more than tensors: it wants {wants[1]}. It was not run; ask its author for model.safetensors"
+                if wants else "is not a file of tensors; download it again")
         raise ValueError(f"{path}: pytorch_model.bin {says}") from e
     except (SafetensorError, RuntimeError, EOFError, OSError) as e:
         raise ValueError(f"{path}: the weights cannot be read ({_first_line(e)}); download or make them again") from e
@@ -125,9 +126,9 @@ def _account(info, prefix, kept, depth):
     above = tuple(f"encoder.layers.{i}." for i in range(kept, depth))
     extra = sorted(n.removeprefix(f"{prefix}.") for n in info["unexpected_keys"])
     extra = [n for n in extra if not n.startswith(above)]
-    shapes = sorted(info["mismatched_keys"], key=str)
     wrong = dict(missing=sorted(info["missing_keys"]), unexpected=[n for n in extra if not _HEADS.fullmatch(n)],
-                 mismatched=[f"{n} {list(has)}, not {list(wants)}" for n, has, wants in shapes])
+                 mismatched=[f"{n} {list(has)}, not {list(wants)}"
+                             for n, has, wants in sorted(info["mismatched_keys"], key=str)])
     return {k: v for k, v in wrong.items() if v}, [n for n in extra if _HEADS.fullmatch(n)]
 
 def read_preprocessor(path # model folder or hub name
@@ -144,8 +145,11 @@ def read_preprocessor(path # model folder or hub name
                          "neither true nor false; download it again")
     return said
 
-def _sample_rate(path, raw, prep):
-    "What config.json and preprocessor_config.json say the encoder hears, in Hz; 16 kHz if they are silent."
+def hearing(path,    # model folder or hub name
+            raw:dict # what `read_config` says of it
+           ) -> tuple: # samples a second, 16 kHz if both files are silent; whether it wants zero mean, unit variance
+    "How a model wants its waveforms; a `ValueError` where its files do not say it clearly."
+    prep = read_preprocessor(path)
     model, heard = raw.get("sample_rate"), prep.get("sampling_rate")
     if model and heard and model != heard:
         raise ValueError(f"{path}: config.json says {model} Hz and preprocessor_config.json {heard} Hz; "
@@ -153,14 +157,7 @@ def _sample_rate(path, raw, prep):
     rate = model or heard or 16_000
     if type(rate) is not int or not RATES[0] <= rate <= RATES[1]:
         raise ValueError(f"{path} says that it hears {rate!r} samples a second; write a whole number in {RATES}")
-    return rate
-
-def hearing(path,    # model folder or hub name
-            raw:dict # what `read_config` says of it
-           ) -> tuple: # samples a second; whether it was trained on zero mean and unit variance
-    "How a model wants its waveforms; a `ValueError` where its files do not say it clearly."
-    prep = read_preprocessor(path)
-    return _sample_rate(path, raw, prep), prep.get("do_normalize", True)
+    return rate, prep.get("do_normalize", True)
 
 # %% ../nbs/01_encoders.ipynb #2ff79f92
 def load_encoder(path,        # model folder or hub name, of one of the types above
@@ -168,7 +165,7 @@ def load_encoder(path,        # model folder or hub name, of one of the types ab
                 ) -> PreTrainedModel: # frozen, in eval mode, float32
     """Open an encoder without running code of its authors; a `ValueError` names the tensors that do not fit. The model
     knows its `sample_rate` (Hz), `hop` and `window` (samples) and `do_normalize`."""
-    path = str(path)
+    path = str(user_path(path))
     cls, config, raw = _config(path, layers)
     model, info = _open(cls, path, config)
     wrong, heads = _account(info, cls.base_model_prefix, config.num_hidden_layers, raw.get("num_hidden_layers", 12))
@@ -186,25 +183,49 @@ def weights_hash(model) -> str: # a module, or a dict of tensors
     return f.hash
 
 # %% ../nbs/01_encoders.ipynb #550da3c3
+def _stored(dtype):
+    "A float type of torch, by itself or by name."
+    kind = getattr(torch, str(dtype).removeprefix("torch."), None)
+    if getattr(kind, "is_floating_point", False): return kind
+    raise ValueError(f"dtype {dtype!r} cannot be stored; use a float type such as torch.float16")
+
+def _bare(model):
+    "A model without what `torch.compile` and `DataParallel` put around it."
+    while inner := getattr(model, "_orig_mod", None) or getattr(model, "module", None): model = inner
+    return model
+
+def _check_whole(model):
+    "A `ValueError` for a model whose tensors are not those that its configuration builds."
+    with torch.random.fork_rng(devices=[]), torch.device("meta"): built = type(model)(copy.deepcopy(model.config)).state_dict()
+    has = {n: t.shape for n, t in model.state_dict().items()}
+    if wrong := sorted({n for n, _ in has.items() ^ {(n, t.shape) for n, t in built.items()}}):
+        raise ValueError(f"{wrong[0]} and {len(wrong)-1} other tensors are not as the model's configuration says, so "
+                         "nothing could open it; save the model before its parts are changed, or set its config to match")
+
 def save_encoder(model:HubertModel,    # student, teacher or merged encoder
                  folder,               # where to; an older version there is replaced at once, never half
                  dtype=torch.float32,  # of the stored tensors
                  **provenance          # noted in `distilltv.json`, beside hash, versions and commit
                 ) -> Path:
-    "Save as a plain `transformers` model folder."
-    state = {k: v.to(dtype).contiguous() for k, v in model.state_dict().items()}
+    "Save as a plain `transformers` model folder, which opens in float32; a `ValueError` for half a model."
+    check_facts(provenance)
+    kind, model, folder = _stored(dtype), _bare(model), user_path(folder)
+    _check_whole(model)
+    state = {k: v.to(kind).contiguous() for k, v in model.state_dict().items()}
     rate = getattr(model, "sample_rate", 16_000)  # a teacher that was opened knows its own; a student hears 16 kHz
     normal = getattr(model, "do_normalize", True)
-    note = dict(provenance, weights_hash=weights_hash(state), versions=versions(), commit=commit())
+    note = dict(provenance, **other_class(model.config.to_dict()), weights_hash=weights_hash(state), versions=versions(), commit=commit())
     with atomic_folder(folder) as tmp:
         HubertModel.save_pretrained(model, tmp, state_dict=state)
+        said = read_json(tmp/"config.json") | dict(dtype="float32") # not the type that the model has in memory
+        (tmp/"config.json").write_text(json.dumps(said, indent=2, sort_keys=True)+"\n", encoding="utf-8")
         # a norm by frame may be told what is padding; one by group must not
         masked = model.config.feat_extract_norm == "layer"
         Wav2Vec2FeatureExtractor(sampling_rate=rate, do_normalize=normal,
                                  return_attention_mask=masked).save_pretrained(tmp)
         (tmp/"distilltv.json").write_text(json.dumps(note, indent=1, default=str)+"\n", encoding="utf-8")
         (tmp/"README.md").write_text(encoder_card(note, rate, normal), encoding="utf-8")
-    return Path(folder)
+    return folder
 
 # %% ../nbs/01_encoders.ipynb #b8887f87
 @torch.inference_mode()
@@ -237,14 +258,24 @@ def student_config(teacher:HubertConfig, # of the teacher that θ₀ copies
     if wide % groups:
         raise ValueError(f"width = {wide} cannot be shared by the {groups} groups of the teacher's positional "
                          "convolution: use a multiple of it")
-    unmasked = dict(layerdrop=0., apply_spec_augment=False, mask_time_prob=0., mask_feature_prob=0.)
-    return HubertConfig(**teacher.to_dict() | shape | unmasked
-                        | dict(feat_proj_layer_norm=False, architectures=["HubertModel"]))
+    return HubertConfig(**teacher.to_dict() | shape | dict(
+        layerdrop=0., apply_spec_augment=False, mask_time_prob=0., mask_feature_prob=0., feat_proj_layer_norm=False,
+        architectures=["HubertModel"]))
 
-def _random(config, seed):
-    with torch.random.fork_rng(devices=[]):
+@contextmanager
+def in_float32():
+    "`torch.get_default_dtype()` is float32 in here, whatever this process has set before."
+    was = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try: yield
+    finally: torch.set_default_dtype(was)
+
+def random_student(like:HubertConfig, seed:int=0 # the shape, from `student_config`; of the weights
+                  ) -> HubertModel:
+    "A student of that configuration with random weights: what the architecture gives for free."
+    with torch.random.fork_rng(devices=[]), in_float32():
         torch.manual_seed(seed)
-        return HubertModel(config)
+        return HubertModel(like).eval().requires_grad_(False)
 
 def make_base(teacher:HubertModel, # whose convolutions, projection and first layers are copied
               layers:int=2,        # transformer layers of the student
@@ -253,19 +284,13 @@ def make_base(teacher:HubertModel, # whose convolutions, projection and first la
               seed:int=0           # of the weights that are not copied, when the width is another
              ) -> HubertModel:
     "θ₀: the student before distillation. Deterministic: what is not copied from the teacher depends on the seed alone."
-    student = _random(student_config(teacher.config, layers, width, heads), seed)
+    student = random_student(student_config(teacher.config, layers, width, heads), seed).requires_grad_(True)
     wide = student.config.hidden_size != teacher.config.hidden_size
     copied = lambda k: k.startswith("feature_extractor.") if wide else not k.startswith(_NOT_COPIED)
     source = teacher.state_dict()
     student.load_state_dict({k: source[k] if copied(k) else v for k, v in student.state_dict().items()})
     student.encoder.layer_norm.reset_parameters()    # ones and zeros
-    return student.eval()
-
-# %% ../nbs/01_encoders.ipynb #289cdc02
-def random_student(like:HubertConfig, seed:int=0 # the shape, from `student_config`; of the weights
-                  ) -> HubertModel:
-    "A student of that configuration with random weights: what the architecture gives for free."
-    return _random(like, seed).eval().requires_grad_(False)
+    return student
 
 # %% ../nbs/01_encoders.ipynb #ff35590d
 class Heads(nn.Module):

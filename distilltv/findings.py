@@ -116,8 +116,8 @@ def _dial(ev, es, how):
     elif wrong: verdict = "The dial works from end to end, but not at every step."
     else: verdict = "The dial works."
     steps = ", ".join(f"{d} from λ = {ev.lam(lo)} to {ev.lam(hi)}" for d, lo, hi in wrong)
-    steps = (f"; beyond its interval, the wrong way goes {steps}" if wrong else
-             "; no step between neighbouring λ goes the wrong way beyond its interval")
+    steps = (f"; significantly in the wrong direction goes {steps}" if wrong else
+             "; no step from one λ to the next goes significantly in the wrong direction")
     return (f"{verdict} From λ = {ev.lam(es[0])} to {ev.lam(es[-1])} ({how}) "
             f"the {a} mean changes by {ev.points(a, es[-1], es[0])}, "
             f"the {b} mean by {ev.points(b, es[-1], es[0])}{steps} ({_seeds(ev)}).")
@@ -144,19 +144,19 @@ def _over_logmel(ev):
     for d, s in students.items():
         if not s: continue
         teacher = ev.of_role("teacher", d)
-        far = f"; its teacher {ev.points(d, teacher, zero)}{_share(ev, d, s, teacher, zero)}" if teacher else ""
+        far = f", its teacher at {ev.points(d, teacher, zero)}{_share(ev, d, s, teacher, zero)}" if teacher else ""
         rows.append(f"the {d} student is at {ev.points(d, s, zero)}{far}")
     verdict = ("Each student knows more than log-mel features in its own domain." if len(above) == len(students) else
                f"Of the students, only that of {' and '.join(above)} is clearly above log-mel features in its own "
                "domain." if above else
                "No student is clearly above log-mel features in its own domain.")
-    return [f"{verdict} Over log-mel, {', '.join(rows)} ({_seeds(ev)})."]
+    return [f"{verdict} Over log-mel, {'; '.join(rows)} ({_seeds(ev)})."]
 
 def _share(ev, d, s, teacher, zero):
-    "How much of the teacher's lead over log-mel arrived; nothing where one of the two has no clear lead."
+    "How much of its teacher's lead over log-mel a student has; nothing where one of the two has no clear lead."
     if ev.counts(d, teacher, zero) != 1 or ev.counts(d, s, zero) != 1: return ""
     share = ev.difference(d, s, zero)[0]/ev.difference(d, teacher, zero)[0]
-    return f", of which {100*share:.0f} % arrived"
+    return f" (the student reaches {100*share:.0f} % of it)"
 
 # %% ../nbs/05d_findings.ipynb #bfdd54ed
 def _both_means(ev, es, ref):

@@ -15,11 +15,11 @@ from pathlib import Path
 import torch, torchaudio
 from .audio import SAMPLE_RATE
 from .cards import merged_name, settings_hash
-from .encoders import (FAMILIES, HOP, WINDOW, hearing, hidden_states, load_encoder, random_student, read_config,
+from .encoders import (FAMILIES, HOP, WINDOW, hearing, hidden_states, in_float32, load_encoder, random_student, read_config,
                                 receptive, weights_hash)
 from .objective import at_rate, teacher_rate
 from .profiles import profile as get_profile
-from .runs import data_dir, home, read_json
+from .runs import data_dir, home, read_json, user_path
 
 
 # %% ../nbs/04a_frozen.ipynb #f3432492
@@ -102,6 +102,7 @@ def check_encoder(encoder):
     return encoder
 
 # %% ../nbs/04a_frozen.ipynb #aa36a611
+@in_float32()
 def open_encoder(name:str,            # a model folder, a hub name, `logmel`, `random`, `base` or `teacher-DOMAIN`
                  profile:str="mini",  # whose base and teachers; `random` has the shape of `base`
                  seed:int=0           # seed of the random weights
@@ -154,7 +155,7 @@ def encoder_names(text:str # for `open_encoder`: one name, or several with comma
 
 def _named(name, p):
     if name in ("base", "random"): return shipped_or_run("base", p)
-    return Path({f"teacher-{d}": t for d, t in get_profile(p).teachers.items()}.get(name, name))
+    return user_path({f"teacher-{d}": t for d, t in get_profile(p).teachers.items()}.get(name, name))
 
 _MADE = ("lam", "weights", "method", "corpus", "distil_seed", "steps", "taught_by", "settings")
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from .cards import merged_name, weights_name
 from .profiles import AUDIO_SUFFIXES, SHIPPED, Profile, profile as get_profile, record
 from .runs import data_dir, file_hash, home, read_json, root, user_path
-from .students import as_asked, listens_to, student_folder, taught_by
+from .students import as_asked, listens_to, stream_folder, student_folder, taught_by
 
 # %% ../nbs/06a_grid.ipynb #e73bf74c
 @dataclass(frozen=True)
@@ -239,6 +239,8 @@ def _state(text, p):
     if kind not in ("audio", "teacher"): return digest(Path(expand(text)))
     place = (p.audio if kind == "audio" else p.teachers)[domain]
     if place.startswith("mini:"): return digest(data_dir()/place.removeprefix("mini:"))
+    if place.startswith("stream:") and (folder := stream_folder(place)):
+        return [place, _hashed(f"{f.relative_to(folder)} {_seen(f)}" for f in _files(folder) if f.is_file())]
     if not place or not Path(place).is_dir(): return place
     if kind == "teacher": return digest(Path(place))
     return [digest(Path(place), contents=False), _named(Path(place)/"metadata.csv")]

@@ -11,11 +11,12 @@ from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
 import numpy as np
+from .cards import check_facts
 from .parts import ByName, finite, spread
 from .rules import RULES, Ruled, check_options
 from .runs import Fingerprint
-from .saving import plain, save_all
-from .weights import Checkpoint, Loaded, blocks, check_same, gathered, pieces
+from .saving import plain, preprocessor, save_all
+from .weights import HEARD, Checkpoint, Loaded, blocks, check_same, gathered, pieces
 
 # %% ../nbs/03e_algebra.ipynb #2f81a052
 class Combination:
@@ -137,9 +138,8 @@ class Student(Combination):
     "A model: `student - student` is a task vector, `student + vector` a student."
     def __add__(self, v): return self._plus(v, 1, Student) if isinstance(v, TaskVector) else NotImplemented
     def __sub__(self, other):
-        if isinstance(other, TaskVector): return self._plus(other, -1, Student)
-        if not isinstance(other, Student): return NotImplemented
-        return self._plus(other, -1, TaskVector)
+        kind = {TaskVector: Student, Student: TaskVector}.get(type(other))
+        return self._plus(other, -1, kind) if kind else NotImplemented
 
     @property
     def config(self) -> dict:
@@ -154,11 +154,15 @@ class Student(Combination):
         return f.hash
 
     def model(self):
-        "This student as a `transformers.HubertModel` in float32, in eval mode; every tensor must find its place."
-        import torch                                            # here: merging files needs neither torch nor
-        from transformers import HubertConfig, HubertModel      # transformers, which take most of a short run's time
-        model = HubertModel(HubertConfig.from_dict(self.config))
+        """This student as a `transformers.HubertModel`, or one of its kin, in float32, in eval mode; every tensor must
+        find its place. It knows its `sample_rate`, `do_normalize`, `hop` and `window` as from `load_encoder`."""
+        import torch                                # here: merging files needs neither torch nor transformers,
+        from distilltv.encoders import FAMILIES, receptive   # which take most of a short run's time
+        kind, said = FAMILIES.get(self.config.get("model_type"), FAMILIES["hubert"]), HEARD | preprocessor(self)
+        model = kind(kind.config_class.from_dict(self.config)).float()
         model.load_state_dict({n: torch.from_numpy(np.array(self[n], np.float32)) for n in self.names})
+        model.sample_rate = self.config.get("sample_rate") or said["sampling_rate"]
+        model.do_normalize, (model.hop, model.window) = said["do_normalize"], receptive(model.config)
         return model.eval()
 
     def save_pretrained(self,
@@ -167,6 +171,7 @@ class Student(Combination):
                         **facts              # what else to record, such as `lam=.4`
                        ) -> dict:            # what `distilltv.json` holds
         "Write a folder that `HubertModel.from_pretrained` opens."
+        check_facts(facts)
         return save_all({folder: self}, dtype, {folder: facts})[folder]
 
 # %% ../nbs/03e_algebra.ipynb #8b8957ed
@@ -174,7 +179,10 @@ def as_student(model,          # a `Student`, a model folder, or a loaded `trans
                origin:str=None # hash of the θ₀ to assume where none is recorded
               ) -> Student:
     "The model as a `Student`; tensors of a folder are read when they are needed."
-    if isinstance(model, Student): return model
+    if isinstance(model, Student):
+        c = next(iter(model.terms))
+        silent = origin and len(model.terms) == 1 and "base_hash" not in c.record and model.origin == c.hash
+        return Student(model.terms, origin) if silent else model
     if hasattr(model, "state_dict"): c = Loaded(model)
     elif isinstance(model, (str, os.PathLike)): c = Checkpoint(model)
     else: raise TypeError(f"a model folder, a HubertModel or a Student is needed, not {type(model).__name__}")
@@ -200,11 +208,13 @@ def merge(base,              # θ₀: a `Student`, its folder, or a loaded `Hube
          ) -> "Student":     # θ₀ plus `scale` times the merged task vector
     "θ₀ plus what a rule makes of task vectors of any number of domains."
     base, weights = as_student(base), dict.fromkeys(vectors, 1.) if weights is None else weights
-    if not vectors: raise ValueError("there are no task vectors to merge; give at least one")
-    if set(weights) != set(vectors):
-        raise ValueError(f"weights are given for {sorted(weights)} but vectors for {sorted(vectors)}; name the same")
-    if rule != "linear" and rule not in RULES:
-        raise ValueError(f"merge rule {rule!r} is unknown; use one of linear, {', '.join(RULES)}")
+    refused = (
+        (not vectors, "there are no task vectors to merge; give at least one"),
+        (set(weights) != set(vectors),
+         f"weights are given for {list(weights)} but vectors for {list(vectors)}; name the same"),
+        (rule not in ("linear", *RULES), f"merge rule {rule!r} is unknown; use one of linear, {', '.join(RULES)}"))
+    for wrong, why in refused:
+        if wrong: raise ValueError(why)
     rule = "task_arithmetic" if rule == "linear" else rule
     vectors = {d: v if isinstance(v, TaskVector) else TaskVector.between(base, v) for d, v in vectors.items()}
     options = plain(check_options(rule, [weights[d] for d in vectors], seed, options, base.names))

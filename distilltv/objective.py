@@ -83,9 +83,9 @@ def match_frames(target:torch.Tensor, # [layers, batch, frames, dim] of the teac
     "The target at the times of the student's frames: cropped where the clocks agree, else interpolated linearly."
     if theirs == ours: return target[:, :, :frames]
     at = (ours[1] - theirs[1] + ours[0]*torch.arange(frames, dtype=torch.double))/theirs[0]
-    at = at.clamp(0, target.shape[2]-1).to(target.device)
+    at = at.clamp(0, target.shape[2]-1)    # in double: on the processor, as some devices have none
     left = at.long().clamp(max=max(0, target.shape[2]-2))
-    weight = (at-left).to(target.dtype)[:, None]
+    weight, left = (at-left).to(target.dtype)[:, None].to(target.device), left.to(target.device)
     return torch.lerp(target[:, :, left], target[:, :, (left+1).clamp(max=target.shape[2]-1)], weight)
 
 # %% ../nbs/02a_objective.ipynb #c4c0e0d2
@@ -118,8 +118,8 @@ class Distiller(nn.Module):
         check_teachers(teachers, layers)
         self.student, self.layers = student.requires_grad_(True), layers
         self.loss, self.cache = LOSSES[loss], cache
-        wide = student.config.hidden_size
-        self.heads = NamedModules({n: Heads(wide, t.config.hidden_size, len(layers)) for n, t in teachers.items()})
+        self.heads = NamedModules({n: Heads(student.config.hidden_size, t.config.hidden_size, len(layers))
+                                   for n, t in teachers.items()})
         self._teachers = teachers      # a plain dict: not trained, not saved, never in train mode
         self.feature_grad = feature_grad
         self.settings = dict(layers=list(layers), objective=loss, feature_grad=feature_grad, heads=list(teachers),
@@ -129,7 +129,10 @@ class Distiller(nn.Module):
         for t in self._teachers.values(): t._apply(fn)  # they follow to the GPU
         return super()._apply(fn, *args)
     def targets(self, teacher, wav): # [layers, batch, frames, dim], at the teacher's own frames
-        def compute(): return _hidden(teacher, wav, self.layers)
+        @torch.inference_mode()
+        def compute():
+            h = teacher(at_rate(wav, teacher_rate(teacher)), output_hidden_states=True).hidden_states
+            return torch.stack([h[l] for l in self.layers])
         return compute() if self.cache is None else self.cache(teacher, wav, self.layers, compute)
     def hear(self, wav): # [batch, frames, dim] of the student, whose convolutions will get that share of their gradient
         less = lambda m, i, o: o*self.feature_grad + o.detach()*(1-self.feature_grad)
@@ -165,11 +168,6 @@ def at_rate(wav:torch.Tensor,  # [batch, samples] at 16 kHz
     whole = wav.shape[-1]*rate//SAMPLE_RATE    # the resampler rounds up, to a sample that was not recorded
     wav = torchaudio.functional.resample(wav, SAMPLE_RATE, rate)[..., :whole]
     return normalise(wav) if normal else wav
-
-def _hidden(teacher, wav, layers):
-    wav = at_rate(wav, teacher_rate(teacher))
-    with torch.inference_mode(): h = teacher(wav, output_hidden_states=True).hidden_states
-    return torch.stack([h[l] for l in layers])
 
 def check_length(seconds:float,        # of the crops
                  name:str,             # of the encoder, for the error

@@ -9,8 +9,9 @@ __all__ = ['OBJECTIVES', 'sweep', 'Dial', 'objective', 'pareto', 'choose_lam', '
 import os, time
 from pathlib import Path
 import numpy as np
-from .saving import save_all
 from .parts import ByName
+from .runs import user_path
+from .saving import save_all
 
 # %% ../nbs/03c_path.ipynb #2bfcf7a5
 def sweep(make,    # function: λ → student, such as `lambda l: base + l*speech + (1-l)*music`
@@ -20,7 +21,7 @@ def sweep(make,    # function: λ → student, such as `lambda l: base + l*speec
          ) -> dict:           # `{λ: its folder}`
     "Write one encoder for each λ, reading each input once."
     def name(l): return f"{l:g}" if float(f"{l:g}") == l else repr(l)
-    folders = {l: Path(folder)/f"lam-{name(l)}" for l in (float(l) + 0. for l in lams)} # -0.0 is 0.0
+    folders = {l: user_path(folder)/f"lam-{name(l)}" for l in (float(l) + 0. for l in lams)} # -0.0 is 0.0
     save_all({folders[l]: make(l) for l in folders}, dtype, {f: dict(lam=l) for l, f in folders.items()})
     return folders
 
@@ -34,15 +35,15 @@ class Dial:
         import torch
         if speech.origin != music.origin:
             raise ValueError(f"{speech} and {music} start from different θ₀; there is no path between them")
-        self.model = music.model().to(device).requires_grad_(False)
+        both = music + 0*(speech - music)   # refuses what cannot be merged
+        self.model = both.model().to(device).requires_grad_(False)
         params = dict(self.model.named_parameters())
         if set(params) != set(self.model.state_dict()):
             raise ValueError("the model has buffers besides its parameters; they cannot be interpolated")
         def flat(student): return np.concatenate([np.asarray(student[n], np.float32).ravel() for n in params])
         self.ends = [torch.from_numpy(flat(student)).to(device) for student in (music, speech)]
         self.flat = torch.empty_like(self.ends[0])
-        views = self.flat.split([p.numel() for p in params.values()])
-        for p, view in zip(params.values(), views): p.data = view.view_as(p)
+        torch.nn.utils.vector_to_parameters(self.flat, params.values())    # each is a view of it from now on
         self(lam)
     def __call__(self, lam:float): # share of speech; returns the model, which is always the same object
         import torch

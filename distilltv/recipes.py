@@ -6,7 +6,7 @@
 __all__ = ['Weights', 'domain_weights', 'recipe_student', 'merge_recipe', 'push_to_hub']
 
 # %% ../nbs/03b_recipes.ipynb #7457f005
-import re, reprlib
+import os, re, reprlib
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
@@ -54,6 +54,14 @@ def _kind(where, value, kind, needs):
 
 def _others(given, allowed): return ", ".join(sorted(set(map(str, given)) - allowed))
 
+def _place(path, file):
+    "Where a recipe's path leads, which begins beside the file, behind links, else beside the link."
+    if path.startswith("in memory/"):
+        raise ValueError(f"{path[10:]} was a model in memory and lies in no folder; "
+                         "save it with save_encoder and name that folder")
+    tried = [folder/user_path(path) for folder in (file.resolve().parent, file.parent)]
+    return next((p for p in tried if p.exists()), file.parent/path)
+
 def _read(file):
     "What a recipe says, every key known and of the right kind; a `ValueError` names the key."
     try: r = yaml.load(Path(file).read_text(encoding="utf-8"), Loader=_Strict)
@@ -74,6 +82,9 @@ def _read(file):
     for k, h in r["hashes"].items(): _kind(f"the hash of {_kind(k, k, *_PATH)}", h, *_TEXT)
     for k in r["facts"]: _kind("a fact's name", k, *_TEXT)
     r["models"] = [_model(m) for m in _kind("models", r["models"], list, "a list of models")]
+    spelt = {} # two spellings of one place are one model
+    for m, k in ((r, "base_model"), *((m, "model") for m in r["models"])):
+        if k in m: m[k] = spelt.setdefault(os.path.realpath(_place(m[k], file)), m[k])
     names = [m["model"] for m in r["models"]]
     if len(set(names)) != len(names) or not names:
         raise ValueError("models must name at least one folder, each once")
@@ -171,13 +182,7 @@ def domain_weights(weights,   # `{domain: weight}`, text that holds it, or empty
     return {d: float(_number(weights[d], f"the weight of {d}")) for d in domains}
 
 # %% ../nbs/03b_recipes.ipynb #1553b6d5
-def _student(path, file, origin=None):
-    "The student at a recipe's path, which begins beside the file, behind links, else beside the link."
-    if path.startswith("in memory/"):
-        raise ValueError(f"{path[10:]} was a model in memory and lies in no folder; "
-                         "save it with save_encoder and name that folder")
-    tried = [folder/user_path(path) for folder in (file.resolve().parent, file.parent)]
-    return load_student(next((p for p in tried if p.exists()), file.parent/path), origin)
+def _student(path, file, origin=None): return load_student(_place(path, file), origin)
 
 def _options(r, students):
     "The rule's options that a recipe gives, the same for all models."

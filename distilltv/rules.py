@@ -11,15 +11,14 @@ __all__ = ['FAMILY', 'RULES', 'check_share', 'trim', 'breadcrumbs', 'dare', 'mag
 import inspect, zlib
 import numpy as np
 from .parts import spread
+from .runs import Integer
 from .weights import blocks, gathered
 
 # %% ../nbs/03a_rules.ipynb #060cc078
-def _ranks(t):
+def _ranks(t, axis=None):
     "Rank of each entry by magnitude, 0 the smallest; equal entries rank by position."
-    order = np.argsort(np.abs(t), axis=None, kind="stable")
-    ranks = np.empty(t.size, np.int64)
-    ranks[order] = np.arange(t.size)
-    return ranks.reshape(t.shape)
+    from scipy.stats import rankdata    # here: few rules need it
+    return rankdata(np.abs(t), "ordinal", axis=axis).reshape(t.shape) - 1
 
 def _count(t, share): return max(1, int(share*t.size)) if t.size else 0
 
@@ -78,8 +77,7 @@ def magprune(t, density:float=.5, # one tensor of a task vector; mean chance of 
         raise ValueError(f"density {density} with epsilon {epsilon} gives chances outside (0, 1]; lower epsilon, or "
                          f"set density between {epsilon} and {1-epsilon}")
     rows = t.reshape(len(t) if t.ndim > 1 else 1, -1)
-    ranks = np.argsort(np.argsort(np.abs(rows), 1, kind="stable"), 1)
-    chance = (density + epsilon*(2*ranks/max(rows.shape[1]-1, 1) - 1)).reshape(t.shape)
+    chance = (density + epsilon*(2*_ranks(rows, 1)/max(rows.shape[1]-1, 1) - 1)).reshape(t.shape)
     return np.where(rng.random(t.shape) < chance, t/chance, 0)
 
 # %% ../nbs/03a_rules.ipynb #53636469
@@ -220,18 +218,18 @@ def check_options(rule:str,     # one of `RULES`
                  ) -> dict:     # `{option: value}`, defaults filled in
     "All options of a rule; a `ValueError` for one that it lacks or out of range, or for weights that it does not use."
     count, known = len(weights), options_of(rule)
-    for o in options:
-        if o not in known:
-            raise ValueError(f"rule {rule} has no option {o!r}" + (f"; it has {', '.join(known)}" if known else ""))
-    if not (isinstance(seed, int) and not isinstance(seed, bool) and seed >= 0):
-        raise ValueError(f"seed is {seed!r}; give a whole number of at least 0")
+    extra = ", ".join(repr(o) for o in options if o not in known)
+    refused = (
+        (extra, f"rule {rule} has no option {extra}" + (f"; it has {', '.join(known)}" if known else "")),
+        (not Integer(0).ok(seed), f"seed is {seed!r}; give a whole number of at least 0"),
+        (rule == "slerp" and count != 2,
+         f"slerp merges two models, not {count}; use task_arithmetic or ties for more"),
+        (rule == "model_stock" and count < 2, "model_stock needs at least two models; give another"),
+        (rule == "model_stock" and any(spread(w, names) != spread(weights[0], names) for w in weights),
+         "model_stock takes its models as equals; give all of them the same weight, or leave the weights out"))
+    for wrong, why in refused:
+        if wrong: raise ValueError(why)
     if known: FAMILY[rule][0](np.zeros(1), rng=np.random.default_rng(0), **known | options) # refuses a wrong share
-    if rule == "slerp" and count != 2:
-        raise ValueError(f"slerp merges two models, not {count}; use task_arithmetic or ties for more")
-    if rule == "model_stock" and count < 2: raise ValueError("model_stock needs at least two models; give another")
-    if rule == "model_stock" and any(spread(w, names) != spread(weights[0], names) for w in weights):
-        raise ValueError("model_stock takes its models as equals; "
-                         "give all of them the same weight, or leave the weights out")
     return known | options
 
 # %% ../nbs/03a_rules.ipynb #6052658e

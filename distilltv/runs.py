@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['root', 'user_path', 'home', 'data_dir', 'Number', 'Integer', 'Choice', 'Text', 'check_parameters', 'refuse',
-           'version_of', 'versions', 'commit', 'peak_memory', 'Run', 'use_threads', 'keep_memory']
+           'version_of', 'versions', 'commit', 'launched', 'peak_memory', 'Run', 'use_threads', 'keep_memory']
 
 # %% ../nbs/00_runs.ipynb #42d82b39
 import ast, ctypes, os, platform, re, resource, shutil, subprocess, sys, time
@@ -138,6 +138,11 @@ def commit() -> str:
     if not top or not sha or Path(top).resolve() != clone: return "unknown"
     return sha + ("+" if git("diff", "--quiet", "HEAD").returncode else "")
 
+def launched() -> tuple: # how many processes, and which of them this is
+    "What `torchrun` or `accelerate launch` has started; (1, 0) without them, whatever rank an earlier one has left."
+    world = int(os.environ.get("WORLD_SIZE") or 1)
+    return world, int(os.environ.get("RANK") or 0) if world > 1 else 0
+
 def peak_memory() -> float:
     "Peak resident memory of this process in MB (GPU peak where CUDA is in use)."
     torch = sys.modules.get("torch")
@@ -160,7 +165,7 @@ class Run:
         self.began = time.perf_counter()
         return self
     def __exit__(self, kind, *_):
-        if kind or os.environ.get("RANK", "0") != "0": return
+        if kind or launched()[1]: return
         write_json(self.folder/"result.json", dict(
             **self.record, versions=versions(), commit=commit(),
             machine=f"{platform.machine()}, {os.cpu_count()} cores",

@@ -6,7 +6,7 @@
 __all__ = ['Stream', 'processes', 'Crops', 'merge_quarantines', 'write_quarantine']
 
 # %% ../nbs/00d_scale.ipynb #e10699a5
-import csv, hashlib, json, os, re
+import csv, fsspec, hashlib, json, os, re
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, islice
 from pathlib import Path
@@ -16,8 +16,10 @@ from accelerate.utils import parse_flag_from_env
 from datasets import Audio, load_dataset
 from datasets.distributed import split_dataset_by_node
 from .audio import SAMPLE_RATE, AudioError, load_audio
-from .corpora import DRAWS, Segments, as_batch, draw_crop, open_segments, split_of, splits_above
-from .runs import write_atomic
+from .corpora import DRAWS, Segments, as_batch, contents_of, draw_crop, open_segments, split_of, splits_above
+from .files import write_atomic
+from .runs import launched, refuse, version_of
+from .students import stream_folder
 
 # %% ../nbs/00d_scale.ipynb #91957291
 class Stream:
@@ -51,7 +53,7 @@ class Stream:
                 for n, i in enumerate(order[used:], used+1):
                     self.place = dict(epoch=epoch, block=block, used=n, data=began)
                     yield i, some[i]
-                block, used, began = block+1, 0, self.data.state_dict()
+                block, used, began = block+1, 0, self._behind(began)
             if not block:
                 raise ValueError(f"{self.name} has no examples for this process: check the split, "
                                  "or use fewer processes")
@@ -61,7 +63,21 @@ class Stream:
         try: return list(islice(rows, self.block))
         except ImportError:
             raise ValueError(f"{self.name} holds plain audio files, which `datasets` reads with torchcodec only: "
-                             "name the folder without stream:, or pip install torchcodec") from None
+                             "pip install torchcodec, or unpack them and name the folder without stream:") from None
+        except Exception as e:    # of whichever library reads the shards
+            raise ValueError(f"{self.name} cannot be read any further ({_said(e)}): if a shard is damaged or gone, "
+                             "get it again") from e
+    def _behind(self, began):
+        "Where the data is after a block; a `ValueError` for a version of `datasets` that has lost count."
+        now = self.data.state_dict()
+        if now != began: return now
+        raise ValueError(f"datasets {version_of('datasets')} does not say where {self.name} is, so a run that was "
+                         "stopped would hear examples again: install another version")
+    @property
+    def contents(self) -> str:
+        "Its name; of a folder on this disk also a hash of what the files hold."
+        folder = stream_folder(self.name)
+        return f"{self.name} {contents_of(folder)}" if folder else self.name
     def _unique(self, path, i, quarantine):
         "The name of an unusable example, with its place in the stream if another one has that name."
         block, of_another = self.place["block"], path in quarantine and path not in self.bad
@@ -79,7 +95,7 @@ class Stream:
             path = (row or {}).get("path") or f"example {i} of block {self.place['block']} of {self.name}"
             try:
                 if not row: raise AudioError(path, "has no audio: the data set has an empty cell there")
-                x = load_audio(row["path"] if row["bytes"] is None and row["path"] else path, data=row["bytes"])
+                x = load_audio(path, data=_encoded(row))
             except AudioError as e:
                 failed += 1
                 if quarantine is None or failed == DRAWS: raise
@@ -95,14 +111,42 @@ def _open_stream(name):
     "The data set of `stream:NAME[:CONFIG[:SPLIT]]`, its audio as bytes, and the name of the audio column."
     _, path, config, split, *_ = (name + ":::").split(":")
     _check_split(name, path, split)
+    if folder := stream_folder(name): _check_shards(folder)
     try: data = load_dataset(path, config or None, split=split or "train", streaming=True)
     except Exception as e:
         raise ValueError(f"{name} cannot be opened as stream:NAME:CONFIG:SPLIT of a `datasets` audio set "
-                         f"({str(e).splitlines()[0]}): check the three names and the network") from None
-    columns = [k for k, v in (data.features or {}).items() if isinstance(v, Audio)]
-    if not columns:
-        raise ValueError(f"{name} has no audio column, only {', '.join(data.features or ())}: name a data set of audio")
-    return data.cast_column(columns[0], Audio(decode=False)), columns[0]
+                         f"({_said(e)}): check the three names and the network") from None
+    column = _audio_column(name, data.features or {})
+    return data.cast_column(column, Audio(decode=False)), column
+
+def _said(error): return f"{type(error).__name__}: {error}".splitlines()[0]
+
+def _check_shards(folder):
+    "A `ValueError` for a Parquet or tar file that is not whole, as it would end a run when it is reached."
+    for f in sorted(folder.rglob("*")):
+        if f.suffix not in (".parquet", ".tar") or "/." in f"/{f.relative_to(folder)}" or not f.is_file(): continue
+        with open(f, "rb") as h:
+            h.seek(max(0, h.seek(0, 2)-512))
+            end = h.read()
+        whole = end.endswith(b"PAR1") if f.suffix == ".parquet" else end == bytes(512)    # of a tar a block of zeros
+        if not whole: raise ValueError(f"{f} is damaged or cut off: get it again, or move it away")
+
+def _audio_column(name, features):
+    "The column of a data set's audio; other libraries than `datasets` write it as a struct of bytes and path."
+    columns = ([k for k, v in features.items() if isinstance(v, Audio)]
+               or [k for k, v in features.items() if isinstance(v, dict) and set(v) == {"bytes", "path"}])
+    if "audio" in columns: return "audio"
+    refuse((not columns, f"{name} has no audio column, only {', '.join(features)}: name a data set of audio"),
+           (len(columns) > 1, f"{name} has several columns of audio, {', '.join(columns)}: name a data set with one, "
+                              "or in which one is called audio"))
+    return columns[0]
+
+def _encoded(row):
+    "The bytes of an example, fetched where they lie in an archive or on a server; `None`: its path is a file."
+    if row["bytes"] is not None or "://" not in (path := row["path"] or ""): return row["bytes"]
+    try:
+        with fsspec.open(path, "rb") as f: return f.read()
+    except Exception as e: raise AudioError(path, f"cannot be fetched ({_said(e)}): check the path") from None
 
 def _check_split(name, path, split):
     "A `ValueError` for what is not to be trained on: a split of held-out audio, or a folder of it on this disk."
@@ -115,9 +159,14 @@ def _check_split(name, path, split):
 
 # %% ../nbs/00d_scale.ipynb #5606d7bf
 def processes() -> PartialState: # of accelerate: this process's rank, how many there are, and how they wait
-    "The processes of this run. Without a GPU, accelerate sees one only, unless it is told that they share processors."
-    launched = int(os.environ.get("WORLD_SIZE", 1)) > 1
-    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or launched and not torch.cuda.is_available())
+    """The processes of this run. Without a GPU, accelerate sees one only, unless it is told that they share processors.
+    A `ValueError` for a launcher that divides a model."""
+    for kind in ("DEEPSPEED", "MEGATRON_LM", "FSDP"):
+        if parse_flag_from_env(f"ACCELERATE_USE_{kind}"):
+            raise ValueError(f"ACCELERATE_USE_{kind} is set, but here each process trains the whole student: "
+                             "launch without it, such as with accelerate launch --multi_gpu")
+    several = launched()[0] > 1 and not torch.cuda.is_available()
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or several)
 
 class Crops:
     "The crops of a run by step, a process's share of them, and the list of what could not be used."
@@ -191,14 +240,14 @@ class Crops:
         return list(dict.fromkeys(self._used.get(step, [])))
     @property
     def hash(self) -> str:
-        "What is drawn from: names and bounds of the segments, or the name of a stream."
-        ids = [s.name if s in self.streams else [(r["id"], r["start"], r["end"]) for r in s.rows] for s in self.sources]
+        "What is drawn from: names and bounds of the segments, or what a stream reads."
+        ids = [s.contents if s in self.streams else [(r["id"], r["start"], r["end"]) for r in s.rows]
+               for s in self.sources]
         return hashlib.sha256(json.dumps(ids).encode()).hexdigest()
     @property
     def contents(self) -> str:
-        "What the files hold that are drawn from, wherever they lie; of a stream its name."
-        of = [s.name if s in self.streams else s.contents for s in self.sources]
-        return hashlib.sha256(json.dumps(of).encode()).hexdigest()[:16]
+        "What the files hold that are drawn from, wherever they lie; of a stream of the hub its name."
+        return hashlib.sha256(json.dumps([s.contents for s in self.sources]).encode()).hexdigest()[:16]
     def state(self, step) -> dict:
         "What a process must know to go on at that step: where its streams are, its quarantine, and where that was met."
         return dict(streams=self._marks.get(step, []), quarantine=dict(self.quarantine),
@@ -208,13 +257,11 @@ class Crops:
         if not self.streams:
             self.quarantine |= merge_quarantines(states)
             return
-        if len(states) != self.world:
-            raise ValueError(f"the streams were shared by {len(states)} processes, not {self.world}: "
-                             f"continue with {len(states)}")
+        refuse((len(states) != self.world, f"the streams were shared by {len(states)} processes, not {self.world}: "
+                                           f"continue with {len(states)}"),
+               (any("places" not in s for s in states), "the checkpoint does not say where its streams met bad "
+                "examples, as an older version wrote it: delete checkpoint.pt and start again"))
         mine = states[rank]    # without those of others: an example's name depends on what this process has met
-        if "places" not in mine:
-            raise ValueError("the checkpoint does not say where its streams met bad examples, as an older version "
-                             "wrote it: delete checkpoint.pt and start again")
         self.quarantine |= mine["quarantine"]
         for s, mark, bad in zip(self.streams, mine["streams"], mine["places"]):
             s.seek(mark)

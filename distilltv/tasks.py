@@ -241,7 +241,7 @@ def _says_nothing(value, feature):
 
 def _recording(a, folder, i):
     # the file of a recording; bytes without one are written under their hash
-    if a["bytes"] is None and a["path"] is None:
+    if not a or a["bytes"] is None and a["path"] is None:
         raise ValueError(f"row {i} of the data set has neither audio bytes nor a path")
     if a["bytes"] is None: return Path(a["path"]).absolute()
     f = folder.absolute()/f"{hashlib.sha256(a['bytes']).hexdigest()[:32]}{Path(a['path'] or 'x.wav').suffix}"

@@ -50,7 +50,7 @@ def fit(module,            # `module(wav)`, with lengths where they differ: a di
         save_every:int=50, # steps between checkpoints
         log_every:int=10,  # steps between rows of the log
         validate=None,     # called without arguments at each `p.validate_every`-th step and the last: a dict of losses
-        patience:int=5,    # steps in a row without a finite gradient before a `FloatingPointError`
+        patience:int=5,    # steps in a row without a finite gradient, at the least loss scale: a `FloatingPointError`
         prefetch:int=0     # batches prepared ahead in a thread
        ) -> pd.DataFrame: # the log: a row per logged step; `.attrs["skipped"]`: the steps without a finite gradient
     "Train `module` in place, going on from `folder/checkpoint.pt`: the same weights, however often it was killed."
@@ -62,8 +62,8 @@ def fit(module,            # `module(wav)`, with lengths where they differ: a di
     model, optimiser = accelerator.prepare(module, _optimiser(module, p, accelerator.device))
     if p.compile: model = torch.compile(model, backend=p.compile)
     with accelerator.main_process_first(): heard = getattr(batch_at, "contents", "")
-    settings = (record(p) | dict(steps=steps, inputs=dict(inputs), audio_contents=heard)
-                | getattr(module, "settings", {}))
+    settings = _plain(record(p) | dict(steps=steps, inputs=inputs, audio_contents=heard)
+                      | getattr(module, "settings", {}))
     start, log, skipped = _resume(folder/"checkpoint.pt", settings, module, optimiser, accelerator, batch_at)
     model.train()
     bar = tqdm(range(start, steps), initial=start, total=steps, unit="step", disable=not accelerator.is_main_process,
@@ -83,18 +83,19 @@ def fit(module,            # `module(wav)`, with lengths where they differ: a di
         clock.step(time.perf_counter()-began, cache.seconds-made if cache else 0.)
         bar.set_postfix_str(f"{said}{clock.text(step)} left", refresh=False)
         if not finite: skipped.append(step)
-        if skipped[-patience:] == list(range(step-patience+1, step+1)):
+        streak = skipped[-patience:] == list(range(step-patience+1, step+1))
+        if streak and (not accelerator.scaler or accelerator.scaler.get_scale() <= 1):    # each such step halves it
             raise FloatingPointError(_diverged(skipped[-patience:], batch_at, folder))
         save, check = _due(step, steps, save_every), validate and _due(step, steps, p.validate_every)
         if step % log_every and not save and not check: continue
         means = {k: accelerator.reduce(v, "mean").item() for k, v in losses.items()}
-        row = dict(step=step) | means | dict(gradient=norm)
+        row = dict(step=step, **means, gradient=norm)
         if check:
             began = time.perf_counter()
             row |= _validated(validate())
             model.train()
             clock.check(time.perf_counter()-began)
-        log.append(row)
+        log.append(_plain(row))
         said = f"loss {row['loss']:.3f}, "
         bar.set_postfix_str(f"{said}{clock.text(step)} left")
         accelerator.log({k: v for k, v in row.items() if k != "step"}, step=step)
@@ -118,8 +119,7 @@ def _validated(found):
     whole = [v for k, v in found.items() if "/" not in k]
     return found | dict(validation=sum(whole)/len(whole))
 
-def _diverged(steps, batch_at, folder):
-    "The sentence about steps without a finite gradient."
+def _diverged(steps, batch_at, folder): # what to say of them
     names = batch_at.files(steps[-1]) if hasattr(batch_at, "files") else []
     files = f" ({', '.join(names)})" if names else ""
     good = folder/"checkpoint.pt"
@@ -155,11 +155,8 @@ class TimeLeft:
         return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {s:02} s" if minutes else f"{s} s"
 
 # %% ../nbs/02b_training.ipynb #5a0ebc3d
-def _in_one_piece(pieces):
-    "A `ValueError` for an objective of whole batches in several pieces."
-    if pieces > 1:
-        raise ValueError("loss=cl compares the crops of a batch with each other, so pieces of it have another loss: "
-                         "use accumulate=1, and more processes where memory is short")
+_PIECES = ("loss=cl compares the crops of a batch with each other, so pieces of it have another loss: "
+           "use accumulate=1, and more processes where memory is short")
 
 def needs_gpu(p:Profile # an experiment
              ) -> str:  # such as `precision = fp16`; "": nothing
@@ -173,29 +170,32 @@ def check_training(p:Profile,       # an experiment
                    device:str=""    # where it is trained, as torch has it; "": not known
                   ) -> None:
     "A `ValueError` for settings that no student can be trained with, before anything is read or written."
-    if p.log_with and not importlib.util.find_spec(p.log_with):
-        raise ValueError(f"log_with={p.log_with!r} needs that package: pip install {p.log_with}")
-    # transformers takes the kernel of either
-    if p.attention == "flash_attention_2" and not any(map(importlib.util.find_spec, ("flash_attn", "kernels"))):
-        raise ValueError("attention = flash_attention_2 needs a package: pip install flash-attn, or use sdpa")
-    if device == "cpu" and (wants := needs_gpu(p)):
-        raise ValueError(f"{wants} needs a GPU, and this machine shows none: use another value, or another machine")
+    least = max(corpora, 2 if p.loss == "cl" else 1)
+    several = corpora if p.short == "alone" else 1    # whose crops have lengths of their own
+    lengths = f" of {several} corpora with lengths of their own" if several > 1 else ""
+    unit = processes*p.accumulate*several
+    refused = (
+        (p.log_with and not importlib.util.find_spec(p.log_with),
+         f"log_with={p.log_with!r} needs that package: pip install {p.log_with}"),
+        # transformers takes the kernel of either
+        (p.attention == "flash_attention_2" and not any(map(importlib.util.find_spec, ("flash_attn", "kernels"))),
+         "attention = flash_attention_2 needs a package: pip install flash-attn, or use sdpa"),
+        (device == "cpu" and needs_gpu(p),
+         f"{needs_gpu(p)} needs a GPU, and this machine shows none: use another value, or another machine"),
+        (p.batch < corpora, f"batch = {p.batch} is fewer than the {corpora} corpora that take turns in it, so some "
+                            f"would never be heard: choose at least {least}"),
+        (p.batch < least, f"batch = {p.batch} is too small for loss = cl, which compares the crops of a batch with "
+                          f"each other: choose at least {least}"),
+        (p.cache and not p.epoch, f"cache={p.cache} keeps what is heard again, and with epoch=0 nothing is: "
+                                  "set epoch to a number of steps"),
+        (p.loss == "cl" and p.accumulate > 1, _PIECES),
+        (p.batch % unit, f"a batch of {p.batch} crops cannot be divided equally among {processes} processes that "
+                         f"accumulate over {p.accumulate} pieces{lengths}: choose a multiple of {unit}"))
+    for wrong, why in refused:
+        if wrong: raise ValueError(why)
     if p.compile and p.compile not in torch._dynamo.list_backends(exclude_tags=()):
         raise ValueError(f"compile = {p.compile!r} is no backend of torch.compile: use one of "
                          f"{', '.join(torch._dynamo.list_backends())}, or leave it empty")
-    if p.batch < (least := max(corpora, 2 if p.loss == "cl" else 1)):
-        why = (f"fewer than the {corpora} corpora that take turns in it, so some would never be heard"
-               if p.batch < corpora else "too small for loss = cl, which compares the crops of a batch with each other")
-        raise ValueError(f"batch = {p.batch} is {why}: choose at least {least}")
-    if p.cache and not p.epoch:
-        raise ValueError(f"cache={p.cache} keeps what is heard again, and with epoch=0 nothing is: "
-                         "set epoch to a number of steps")
-    if p.loss == "cl": _in_one_piece(p.accumulate)
-    several = corpora if p.short == "alone" else 1    # whose crops have lengths of their own
-    if p.batch % (unit := processes*p.accumulate*several):
-        lengths = f" of {several} corpora with lengths of their own" if several > 1 else ""
-        raise ValueError(f"a batch of {p.batch} crops cannot be divided equally among {processes} processes that "
-                         f"accumulate over {p.accumulate} pieces{lengths}: choose a multiple of {unit}")
 
 # %% ../nbs/02b_training.ipynb #880e865e
 def _accelerator(p, folder, config):
@@ -230,7 +230,7 @@ def _ahead(get, steps, n):
 
 def _backward(accelerator, model, batch, pieces):
     "Gradients of a batch, computed in that many pieces; the mean of each loss over them."
-    if getattr(accelerator.unwrap_model(model), "whole_batch", False): _in_one_piece(pieces)
+    if pieces > 1 and getattr(accelerator.unwrap_model(model), "whole_batch", False): raise ValueError(_PIECES)
     batch = [x.to(accelerator.device) for x in (batch if isinstance(batch, tuple) else (batch,))]
     total = {}
     for i, piece in enumerate(zip(*(x.chunk(pieces) for x in batch))):
@@ -246,12 +246,19 @@ def _save(folder, last, best, accelerator, batch_at, module, optimiser, state):
     data = gather_object([batch_at.state(state["step"])]) if hasattr(batch_at, "state") else []
     if not accelerator.is_main_process: return
     scaler = accelerator.scaler.state_dict() if accelerator.scaler else {}
-    state |= dict(module=module.state_dict(), optimiser=optimiser.state_dict(), scaler=scaler, data=data)
+    state |= dict(module=module.state_dict(), optimiser=_plain(optimiser.state_dict()), scaler=scaler, data=data)
     for name, due in (("best.pt", best), ("checkpoint.pt", last)):
-        if not due: continue
-        with write_atomic(folder/name) as tmp: torch.save(state, tmp)
+        if due:
+            with write_atomic(folder/name) as tmp: torch.save(state, tmp)
     with write_atomic(folder/"log.csv") as tmp: pd.DataFrame(state["log"]).to_csv(tmp, index=False, encoding="utf-8")
     if bad := merge_quarantines(data): write_quarantine(bad, folder)
+
+def _plain(x):
+    "The same as a checkpoint can hold it: numbers of numpy as Python's, paths and other objects as text."
+    if isinstance(x, dict): return {k: _plain(v) for k, v in x.items()}
+    if isinstance(x, (list, tuple, set)): return type(x)(map(_plain, x))
+    if isinstance(x, (np.generic, np.ndarray)): return x.tolist()
+    return x if isinstance(x, (int, float, str, bytes, type(None), torch.Tensor, torch.dtype)) else str(x)
 
 _STATE = {"settings", "step", "log", "skipped", "module", "optimiser", "scaler", "data"}    # of a checkpoint
 
@@ -282,17 +289,9 @@ def _resume(path, settings, module, optimiser, accelerator, batch_at):
 
 def _differences(old, new):
     "The values that differ, as `lr = 0.001, not 0.005`; at most three are written out."
-    old, new = _flat(old), _flat(new)
+    old, new = (pd.json_normalize(values).to_dict("records")[0] for values in (old, new))
     other = [f"{k} = {old.get(k)!r}, not {new.get(k)!r}" for k in sorted(old | new) if old.get(k) != new.get(k)]
     return "; ".join(other[:3]) + (f"; and {len(other)-3} more" if len(other) > 3 else "")
-
-def _flat(values, prefix=""):
-    "{`a.b`: value} of a dict of dicts."
-    flat = {}
-    for k, v in values.items():
-        if isinstance(v, dict): flat |= _flat(v, f"{prefix}{k}.")
-        else: flat[f"{prefix}{k}"] = v
-    return flat
 
 # %% ../nbs/02b_training.ipynb #c4c0e0d4
 class TargetCache:

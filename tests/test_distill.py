@@ -7,6 +7,7 @@ from datasets import Audio, Dataset
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import HubertConfig, HubertModel
 from distilltv import distill, training
 from distilltv.distill import base_of, crops_of, distil, load_heads, validate, validation_crops
@@ -141,6 +142,17 @@ def test_frames_are_matched_by_their_times():
     assert torch.equal(match_frames(x, ours, ours, 7), x[:, :, :7]) and torch.equal(match_frames(x, ours, ours, 10), x)
     one_hop = tuple(torch.tensor(theirs).tolist())
     assert match_frames(torch.ones(1, 1, 1, 2), one_hop, ours, 3).shape == (1, 1, 3, 2)
+
+def test_frames_are_matched_on_devices_without_double():
+    "Such as Apple's: what is moved there is no double."
+    class Moved(TorchDispatchMode):
+        def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+            out = f(*args, **kwargs or {})
+            assert not (isinstance(out, torch.Tensor) and out.is_meta and out.dtype == torch.double), f
+            return out
+    with Moved():
+        x = match_frames(torch.ones(1, 1, 9, 2, device="meta"), (.0133, .0083), (.02, .0125), 5)
+    assert x.shape == (1, 1, 5, 2)
 
 def test_a_teacher_at_another_rate_hears_that_rate():
     torch.manual_seed(0)
@@ -349,6 +361,37 @@ class Toy(torch.nn.Module):
         torch.manual_seed(0)
         self.w = torch.nn.Linear(4000, 3)
     def forward(self, wav): return dict(loss=self.w(wav).square().mean())
+
+@pytest.mark.parametrize("most, stops", [(100., None), (.5, "steps 13 to 15, 3 in a row")])
+def test_steps_that_find_a_loss_scale_are_no_streak(tmp_path, monkeypatch, most, stops):
+    "Half precision begins at 2¹⁶ and halves it at each step with a gradient that is not finite, here above `most`."
+    class Half(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x): return x.clone()
+        @staticmethod
+        def backward(ctx, g): return torch.where(g.abs() > most, torch.inf, g)
+    class Narrow(Toy):
+        def forward(self, wav): return dict(loss=Half.apply(super().forward(wav)["loss"]))
+    def scaled(*args, real=training._accelerator):
+        accelerator = real(*args)
+        accelerator.scaler = torch.amp.GradScaler("cpu")
+        return accelerator
+    monkeypatch.setattr(training, "_accelerator", scaled)
+    def skipped(): return fit(Narrow(), batch_at, tmp_path, P, steps=20, patience=3).attrs["skipped"]
+    if not stops: assert skipped() == list(range(10))
+    else:
+        with pytest.raises(FloatingPointError, match=stops): skipped()
+
+def test_numbers_of_numpy_and_paths_go_into_a_checkpoint_that_can_be_continued(tmp_path):
+    module = Toy()
+    module.settings = dict(width=np.int64(3), layers=(np.int32(1), 2))
+    def go():
+        return fit(module, batch_at, tmp_path, replace(P, lr=np.float64(1e-3), validate_every=2), np.int64(4),
+                   dict(corpus=tmp_path, hours=np.float32(3)), validate=lambda: dict(valid=np.float64(.3)))
+    whole = go()
+    assert torch.load(tmp_path/"best.pt", weights_only=True)["settings"]["inputs"]["corpus"] == str(tmp_path)
+    (tmp_path/"checkpoint.pt").write_bytes((tmp_path/"best.pt").read_bytes())
+    pd.testing.assert_frame_equal(go(), whole)
 
 def test_batches_prepared_ahead_and_a_compiled_model_train_the_same(tmp_path):
     plain, other, compiled = Toy(), Toy(), Toy()
@@ -565,7 +608,14 @@ def test_gradients_are_those_of_the_profile_whatever_the_environment_says(tmp_pa
     whole = fit(distiller(), batch_at, tmp_path/"a", P, steps=2, log_every=1)
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "nothing")
+    for name in ("WORLD_SIZE", "RANK"): monkeypatch.setenv(name, "")
     assert fit(distiller(), batch_at, tmp_path/"b", P, steps=2, log_every=1).equals(whole)
+
+@pytest.mark.parametrize("kind", ["DEEPSPEED", "MEGATRON_LM", "FSDP"])
+def test_a_launcher_that_divides_the_student_is_refused(tmp_path, monkeypatch, kind):
+    monkeypatch.setenv(f"ACCELERATE_USE_{kind}", "true")
+    with pytest.raises(ValueError, match=f"ACCELERATE_USE_{kind} is set, but here each process trains the whole"):
+        fit(Toy(), batch_at, tmp_path, P, steps=2)
 
 @pytest.mark.parametrize("seed", [4295, 2**32-1])
 def test_any_seed_of_a_profile_trains(tmp_path, seed):
@@ -983,6 +1033,12 @@ def test_a_finished_student_is_not_trained_again(tmp_path, monkeypatch, tiny_one
     monkeypatch.setattr(distill, "record", record)
     for trained.commit in ("ba9876543210", "ba9876543210+", "unknown"):      # the last two name no code
         assert trains(more) and trains(more) == (trained.commit != "ba9876543210")
+
+def test_validation_that_streams_have_none_of_is_said(tmp_path, monkeypatch, tiny_one, stream):
+    monkeypatch.setenv("DISTILLTV_HOME", str(tmp_path))
+    p = replace(tiny_one, audio=dict(sound=stream), validate_every=1)
+    with pytest.warns(UserWarning, match="validate_every = 1 is not used, as nothing of a stream is held out"):
+        assert "validation" not in distil(p, "sound")[1]
 
 def test_reproduce_adopts_a_student_made_by_hand_and_trains_a_stale_one(tmp_path, monkeypatch, tiny_one, trained):
     monkeypatch.setenv("DISTILLTV_HOME", str(tmp_path/"home"))

@@ -1,11 +1,12 @@
 "Encoders: checkpoints in the hub's own format, strict loading, hashes, θ₀, and parity with torchaudio's forward pass."
-import json, logging, os, pytest, torch
+import copy, json, logging, os, pytest, torch
 from safetensors.torch import load_file, save_file
 from torchaudio.models.wav2vec2.utils import import_huggingface_model
 from transformers import (Data2VecAudioConfig, Data2VecAudioForCTC, HubertConfig, HubertForCTC, HubertModel,
                           Wav2Vec2Config,
                           Wav2Vec2ForPreTraining, WavLMConfig, WavLMModel)
 from distilltv.frozen import open_encoder
+from distilltv.merge import load_student
 from distilltv.encoders import (Heads, frames, hidden_states, load_encoder, make_base, random_student, receptive,
                                 save_encoder, student_config, weights_hash)
 
@@ -402,6 +403,44 @@ def test_a_saved_encoder_has_a_card_and_its_sampling_rate(tmp_path, folder):
     again = load_encoder(save_encoder(load_encoder(tmp_path/"mert"), tmp_path/"mine", role="teacher"))
     assert again.sample_rate == 24_000 and "24,000 Hz" in (tmp_path/"mine/README.md").read_text()
     assert load_encoder(save_encoder(make_base(again), tmp_path/"base")).sample_rate == 16_000
+
+@pytest.mark.parametrize("wrap", [torch.compile, torch.nn.DataParallel])
+def test_a_wrapped_model_is_saved_without_its_wrapping(teacher, tmp_path, wrap):
+    wrapped, generator = wrap(teacher), torch.get_rng_state()
+    save_encoder(wrapped, tmp_path/"it")
+    assert torch.equal(generator, torch.get_rng_state()) # a run that saves goes on as one that does not
+    assert weights_hash(load_encoder(tmp_path/"it")) == weights_hash(teacher)
+
+def cut(model): model.encoder.layers = model.encoder.layers[:1]
+def exported(model): torch.nn.utils.parametrize.remove_parametrizations(model.encoder.pos_conv_embed.conv, "weight")
+
+@pytest.mark.parametrize("change", [cut, exported])
+def test_half_a_model_is_refused_before_anything_is_replaced(teacher, tmp_path, change):
+    model = copy.deepcopy(teacher)
+    save_encoder(model, tmp_path/"it")
+    change(model)
+    with pytest.raises(ValueError, match="not as the model's configuration says"): save_encoder(model, tmp_path/"it")
+    assert weights_hash(load_encoder(tmp_path/"it")) == weights_hash(teacher)
+
+def test_folders_and_types_as_people_write_them(teacher, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert save_encoder(teacher, "~/it", dtype="float16") == tmp_path/"it"
+    assert load_encoder("~/it").dtype == torch.float32 == HubertModel.from_pretrained(tmp_path/"it").dtype
+    save_encoder(copy.deepcopy(teacher).bfloat16(), tmp_path/"it")
+    assert HubertModel.from_pretrained(tmp_path/"it").dtype == torch.float32
+    with pytest.raises(ValueError, match="dtype 'int8' cannot be stored"): save_encoder(teacher, "~/it", dtype="int8")
+    with pytest.raises(ValueError, match="license .*; give licence instead"):
+        save_encoder(teacher, "~/it", license="MIT")
+
+def test_the_default_type_of_torch_has_no_say(teacher, tmp_path):
+    save_encoder(teacher, tmp_path/"it")
+    def made():
+        models = make_base(teacher, 1), make_base(teacher, 1, 32), load_student(tmp_path/"it").model()
+        return [weights_hash(m) for m in models] + [open_encoder(n).hash for n in (str(tmp_path/"it"), "logmel")]
+    want = made()
+    torch.set_default_dtype(torch.bfloat16)
+    try: assert made() == want and load_student(tmp_path/"it").model().dtype == torch.float32
+    finally: torch.set_default_dtype(torch.float32)
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element")
 @pytest.mark.parametrize("file", ["config.json", "preprocessor_config.json"])

@@ -1,17 +1,19 @@
 "Merge: the algebra against closed forms, files in and out, and everything that must be refused."
-import json, os, shutil, signal, subprocess, sys, time
+import copy, json, multiprocessing, os, pickle, shutil, signal, subprocess, sys, time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-import numpy as np, pytest, torch
+import numpy as np, pytest, torch, yaml
 from hypothesis import HealthCheck, given, settings, strategies as st
 from safetensors.torch import load_file, save_file
-from transformers import HubertConfig, HubertModel
+from transformers import AutoModel, HubertConfig, HubertForCTC, HubertModel, WavLMConfig, WavLMModel
 from distilltv.geometry import geometry
-from distilltv.cards import merged_name
-from distilltv.merge import Student, TaskVector, load_student, merge
+from distilltv.cards import licence_line, merged_name
+from distilltv.merge import Student, TaskVector, as_student, load_student, merge
 from distilltv.saving import add_scores, save_all
 from distilltv.profiles import Profile
 from distilltv.students import find_students, settings_of
 from distilltv.recipes import domain_weights, merge_recipe
+from distilltv.path import Dial
 from distilltv.rules import RULES, apply_rule
 from distilltv.weights import Checkpoint
 from distilltv.parts import ByName, part, parts
@@ -22,11 +24,12 @@ ROOT = Path(__file__).resolve().parents[1]
 G, V = ("encoder.pos_conv_embed.conv.parametrizations.weight.original" + i for i in "01")
 lams = st.floats(-3, 3, allow_nan=False).map(lambda x: round(x, 6))
 
+TINY = dict(hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96, conv_dim=(24,)*7,
+            num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=4, feat_proj_layer_norm=False, mask_time_prob=0.)
+
 def tiny(seed, **kw):
     torch.manual_seed(seed)
-    c = dict(hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96, conv_dim=(24,)*7,
-             num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=4, feat_proj_layer_norm=False, mask_time_prob=0.)
-    m = HubertModel(HubertConfig(**(c | kw)))
+    m = HubertModel(HubertConfig(**(TINY | kw)))
     for p in m.parameters(): p.data += .02*torch.randn_like(p) # norms and biases must differ as well
     return m
 
@@ -60,6 +63,13 @@ def algebra(top):
     return base, *(TaskVector.between(base, load_student(top/d)) for d in ("speech", "music"))
 
 def numbers(x): return np.concatenate([np.asarray(x[n], np.float64).ravel() for n in x.names])
+
+def saves(top, out, vectors, lam):
+    "Hash of a merge, and whether its record names the inputs that it was made of."
+    base, s, m = vectors
+    record = (base + lam*s + (1-lam)*m).save_pretrained(out/f"{lam}")
+    right = all(i["hash"] == load_student(top/Path(i["path"]).name).hash for i in record["inputs"])
+    return record["weights_hash"], right
 
 # --- the equation
 
@@ -297,6 +307,42 @@ def test_rules_refuse(trio):
     with pytest.raises(ValueError, match="slerp merges two models, not 3"):
         merge(base, two | dict(x=s), w | dict(x=1), "slerp").hash
 
+# --- several at once, and files that change
+
+def test_threads_share_vectors(trio, tmp_path):
+    "And the record of each merge names the right hashes, whoever read a tensor first."
+    shared, lams = algebra(trio), [i/10 for i in range(11)]
+    was = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(6) as ex: got = list(ex.map(lambda l: saves(trio, tmp_path/"t", shared, l), lams))
+    finally: sys.setswitchinterval(was)
+    assert got == [saves(trio, tmp_path/"one", algebra(trio), l) for l in lams] and all(right for _, right in got)
+
+def test_a_forked_worker_merges_what_was_read_before(trio, tmp_path):
+    shared = algebra(trio)
+    geometry(dict(speech=shared[1], music=shared[2]), base=shared[0]) # part of the hash is made by a thread
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        job = pool.apply_async(saves, (trio, tmp_path/"forked", shared, .4))
+        assert job.get(60) == saves(trio, tmp_path/"here", shared, .4)
+
+def test_students_and_vectors_are_copied_and_sent(mine):
+    base, s, _ = algebra(mine)
+    for again in (copy.deepcopy(base + .4*s), pickle.loads(pickle.dumps(base + .4*s))):
+        assert again.hash == (base + .4*s).hash and (again - .4*s).hash == base.hash
+    sent = pickle.dumps(s)
+    edit(mine/"speech", lambda t: t["encoder.layer_norm.bias"].add_(1))
+    with pytest.raises(ValueError, match="speech/model.safetensors was changed since it was opened"): pickle.loads(sent)
+
+def test_a_file_that_is_written_over_while_open_is_refused(mine, tmp_path):
+    base, s, m = algebra(mine)
+    s.norm() # its hash is known now
+    shutil.copyfile(mine/"music/model.safetensors", mine/"speech/model.safetensors")
+    with pytest.raises(ValueError, match="speech/model.safetensors was changed while it was open"):
+        (base + s).save_pretrained(tmp_path/"u")
+    os.replace(shutil.copytree(mine/"speech", tmp_path/"c")/"model.safetensors", mine/"music/model.safetensors")
+    (base + m).save_pretrained(tmp_path/"u") # replaced by rename: the old file is still there for us
+
 # --- geometry
 
 def test_geometry_against_numpy(trio):
@@ -384,6 +430,36 @@ def test_card_names_licences_and_scores(mine, tmp_path):
     merge_recipe(tmp_path/"u/recipe.yaml", tmp_path/"v")
     for f in (tmp_path/"u").iterdir(): assert f.read_bytes() == (tmp_path/"v"/f.name).read_bytes(), f.name
 
+@pytest.mark.parametrize("said, front", [
+    ("CC-BY-4.0", dict(license="cc-by-4.0")), ("CC BY-NC 4.0", dict(license="cc-by-nc-4.0")),
+    ("MIT License", dict(license="mit")), ("no", dict(license="other", license_name="no")),
+    ("proprietary: ask us", dict(license="other", license_name="proprietary-ask-us")), ("not recorded", {})])
+def test_licences_are_named_as_the_hub_names_them(said, front):
+    assert (yaml.safe_load(licence_line([said, said])) or {}) == front
+
+def test_the_card_opens_the_folder_with_its_own_class_in_float32(tmp_path):
+    more = {}
+    for i, d in enumerate(("base", "speech")):
+        torch.manual_seed(i)
+        model = WavLMModel(WavLMConfig(**{k: v for k, v in TINY.items() if k != "feat_proj_layer_norm"}))
+        encoders.save_encoder(model, tmp_path/d, **more)
+        more = dict(base_hash=encoders.weights_hash(model))
+    base = load_student(tmp_path/"base")
+    u = base + .4*TaskVector.between(base, tmp_path/"speech")
+    u.save_pretrained(tmp_path/"u", dtype=torch.bfloat16)
+    for d in ("base", "u"):
+        card = (tmp_path/d/"README.md").read_text()
+        code, opened = card.split("```python\n")[1].split("```")[0], {}
+        exec(code.replace("this folder", str(tmp_path/d)), opened)
+        assert "hubert" not in card.lower() and opened["encoder"].dtype == torch.float32
+    assert type(u.model()) is WavLMModel and encoders.weights_hash(u.model()) == u.hash
+
+def test_arguments_of_others_are_no_facts(trio, tmp_path):
+    base, s, _ = algebra(trio)
+    for name, says in dict(torch_dtype="give dtype", license="give licence", push_to_hub="leave it out").items():
+        with pytest.raises(ValueError, match=f"{name} .*{says}"):
+            (base + s).save_pretrained(tmp_path/"u", **{name: "x"})
+
 @pytest.mark.parametrize("rule", ["linear", "ties"])
 @pytest.mark.parametrize("out", ["base", "speech", "link"])
 def test_a_merge_does_not_take_the_place_of_an_input(trio, mine, rule, out):
@@ -456,6 +532,58 @@ def test_memory_does_not_grow_with_inputs_beyond_one_tensor_each(tmp_path):
         tracemalloc.stop()
     assert peaks[2] < (3+5)*4*one                     # the inputs' tensors, the float64 sum and its rounded copy
     assert peaks[6] - peaks[2] < 4*(1.25*4*one)       # four inputs more, one tensor each
+
+# --- what an encoder hears
+
+def hears(model): return model.sample_rate, model.do_normalize
+
+@pytest.fixture(scope="module")
+def other_audio(tmp_path_factory):
+    "Encoders of 24 kHz whose waveforms are not normalised."
+    top, more = tmp_path_factory.mktemp("audio"), {}
+    for i, d in enumerate(("base", "speech", "music")):
+        model = tiny(i)
+        model.sample_rate, model.do_normalize = 24_000, False
+        encoders.save_encoder(model, top/d, **more)
+        more = more or dict(base_hash=encoders.weights_hash(model))
+    return top
+
+def test_rate_and_normalisation_stay_with_a_model(other_audio, tmp_path):
+    base, s, m = algebra(other_audio)
+    u = base + .4*s + .6*m
+    dial = Dial(base + s, base + m, .4).model
+    u.save_pretrained(tmp_path/"folder")
+    encoders.save_encoder(dial, tmp_path/"saved")
+    opened = [encoders.load_encoder(tmp_path/d) for d in ("folder", "saved")]
+    assert {hears(x) for x in (u.model(), dial, *opened)} == {(24_000, False)}
+    assert {(x.hop, x.window) for x in (u.model(), dial, *opened)} == {(320, 400)}
+
+def test_loaded_models_that_lie_in_no_folder_keep_their_audio(other_audio, tmp_path):
+    loaded = {d: encoders.load_encoder(other_audio/d) for d in ("base", "speech")}
+    for d, x in loaded.items(): x.name_or_path = f"org/{d}" # as opened by a name of the hub
+    u = loaded["base"] + .4*TaskVector.between(loaded["base"], loaded["speech"])
+    u.save_pretrained(tmp_path/"u")
+    assert hears(encoders.load_encoder(tmp_path/"u")) == (24_000, False)
+    loaded["speech"].sample_rate = 16_000
+    with pytest.raises(ValueError, match="differs between org/base and org/speech .sampling_rate"):
+        (loaded["base"] + TaskVector.between(loaded["base"], loaded["speech"])).save_pretrained(tmp_path/"v")
+
+def test_a_processors_file_says_it_too(mine, tmp_path):
+    "`transformers` 5 writes what a Wav2Vec2Processor hears nowhere else, and reads it there first."
+    said = dict(feature_extractor_type="Wav2Vec2FeatureExtractor", sampling_rate=24_000, do_normalize=False)
+    for d in ("base", "speech"):
+        (mine/d/"processor_config.json").write_text(json.dumps(dict(feature_extractor=said)))
+    base, s, _ = algebra(mine)
+    (base + .4*s).save_pretrained(tmp_path/"u")
+    assert hears(encoders.load_encoder(mine/"base")) == hears(encoders.load_encoder(tmp_path/"u")) == (24_000, False)
+
+@pytest.mark.parametrize("said", [dict(processor_class="Wav2Vec2Processor"), dict(padding_side="left"), dict(),
+                                  dict(feature_extractor_type="Wav2Vec2FeatureExtractor", feature_size=1)])
+def test_what_nobody_hears_does_not_matter(mine, tmp_path, said):
+    for d, more in (("base", {}), ("speech", said)):
+        (mine/d/"preprocessor_config.json").write_text(json.dumps(dict(sampling_rate=16_000) | more))
+    base, s, _ = algebra(mine)
+    (base + s).save_pretrained(tmp_path/"u")
 
 # --- refusals
 
@@ -562,6 +690,60 @@ def test_configs_of_other_versions_are_the_same_architecture(mine):
     # its default is another
     (mine/"music/config.json").write_text(json.dumps({k: v for k, v in c.items() if k != "num_attention_heads"}))
     with pytest.raises(ValueError, match="num_attention_heads is 12 in .*music but 4"): algebra(mine)
+
+@pytest.mark.parametrize("more", [{"transformers.js_config": {}}, dict(num_labels=30), dict(finetuning_task="asr"),
+                                  dict(attention_relax=None), dict(deepnorm=False)])
+def test_settings_that_compute_nothing_are_no_architecture(mine, more):
+    file = mine/"speech/config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | more))
+    algebra(mine)
+
+def test_a_switch_of_mert_is_architecture(mine):
+    file = mine/"speech/config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | dict(deepnorm=True)))
+    with pytest.raises(ValueError, match="deepnorm is (True|False) in"): algebra(mine)
+
+def test_a_merged_mert_opens_without_its_authors_code(mine, tmp_path):
+    "As what it is here, a HuBERT; and it merges with what we save of it."
+    for d in ("base", "music"):
+        file = mine/d/"config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | dict(
+            model_type="mert_model", architectures=["MERTModel"], auto_map=dict(AutoModel="modeling_MERT.MERTModel"),
+            attention_relax=-1., deepnorm=False)))
+    base, s, m = algebra(mine)
+    u = base + .4*s + .6*m
+    u.save_pretrained(tmp_path/"u")
+    model = AutoModel.from_pretrained(tmp_path/"u")
+    assert type(model) is HubertModel and encoders.weights_hash(model) == encoders.weights_hash(u.model())
+
+def test_layers_are_as_many_as_the_config_says(tmp_path):
+    cut = tiny(0)
+    cut.encoder.layers = cut.encoder.layers[:1]
+    save(tmp_path/"cut", cut)
+    for model in (tmp_path/"cut", cut):
+        with pytest.raises(ValueError, match="says num_hidden_layers = 2, but the weights are of 1"): as_student(model)
+
+def test_a_student_that_is_loaded_is_trusted_like_its_folder(trio, tmp_path):
+    save(tmp_path/"plain", tiny(5))
+    for model in (tmp_path/"plain", load_student(tmp_path/"plain"), HubertModel.from_pretrained(tmp_path/"plain")):
+        with pytest.raises(ValueError, match="no base_hash is recorded"): TaskVector.between(trio/"base", model)
+        assert TaskVector.between(trio/"base", model, trust=True).origin == load_student(trio/"base").hash
+    with pytest.raises(ValueError, match="different θ₀"): # what is recorded is not overruled
+        TaskVector.between(tmp_path/"plain", load_student(trio/"speech"), trust=True)
+
+@pytest.mark.parametrize("name, holds, says", [
+    ("model.safetensors", b"version https://git-lfs.github.com/spec/v1\n", "fetch them with git lfs pull"),
+    ("adapter_model.safetensors", b"", "merge_and_unload"), ("model.fp16.safetensors", b"", "variant='fp16'")])
+def test_files_that_are_no_whole_model_say_what_to_do(mine, name, holds, says):
+    (mine/"music/model.safetensors").unlink()
+    (mine/"music"/name).write_bytes(holds)
+    with pytest.raises((ValueError, OSError), match=says): load_student(mine/"music")
+
+def test_a_head_that_is_too_much_says_what_to_do(mine, tmp_path):
+    HubertForCTC(HubertConfig(**TINY)).save_pretrained(tmp_path/"ctc")
+    with pytest.raises(ValueError, match="missing from .*; .*load_encoder, which leaves heads out"):
+        TaskVector.between(mine/"base", tmp_path/"ctc", trust=True)
+    TaskVector.between(mine/"base", encoders.load_encoder(tmp_path/"ctc"), trust=True)
 
 def test_shards_and_broken_json_say_what_to_do(mine, tmp_path):
     tiny(1).save_pretrained(tmp_path/"shards", max_shard_size="100KB")

@@ -7,8 +7,8 @@ from safetensors.torch import load_file, save_file
 from transformers import HubertConfig, HubertModel
 from distilltv import merge as merging
 from distilltv.align import activations, align, in_place, merge_with_data, permuted
-from distilltv.encoders import save_encoder, weights_hash
-from distilltv.merge import TaskVector, load_student, merge
+from distilltv.encoders import load_encoder, save_encoder, weights_hash
+from distilltv.merge import TaskVector, as_student, load_student, merge
 from distilltv.path import Dial, choose_by_part, choose_lam, pareto, slider, sweep
 from distilltv.recipes import merge_recipe, push_to_hub, recipe_student
 from distilltv.rules import (RULES, add, apply_rule, blocks, breadcrumbs, dare, elect, fisher, magprune, model_stock,
@@ -166,6 +166,12 @@ def test_a_base_among_the_models(mine):
     models = [dict(model="base"), *two(speech=.5, music=.4)]
     assert (recipe_student(note(mine, merge_method="ties", base_model="base", models=models))[0].hash
             == merge(base, v, dict(speech=.5, music=.4), "ties", density=1.).hash)
+    models[0]["model"] = "./base/"
+    stock, plain = dict(merge_method="model_stock", base_model="base"), two(speech=1, music=1)
+    assert (recipe_student(note(mine, **stock, models=[models[0], *plain]))[0].hash
+            == recipe_student(note(mine, **stock, models=plain))[0].hash)
+    with pytest.raises(ValueError, match="each once"):
+        recipe_student(note(mine, merge_method="ties", base_model="base", models=two(**{"speech": 1, "./speech": 1})))
     mean = note(mine, merge_method="linear", base_model="base", models=two(base=.5, speech=.5))
     assert recipe_student(mean)[0].hash == (base + .5*v["speech"]).hash
 
@@ -594,6 +600,17 @@ def test_a_shuffled_model_merged_with_itself_is_itself():
     assert all(torch.allclose(t, model.state_dict()[n], atol=1e-7) for n, t in m.state_dict().items())
     with pytest.raises(ValueError, match="use fisher, regmean or permute"):
         merge_with_data(dict(a=model), dict(a=1), dict(a=audio), "magic")
+
+def test_a_merge_with_audio_is_a_model_of_its_own(mine):
+    "Models of two bytes a number are computed in float32; what was recorded of the first is not said of the result."
+    audio, opened = [torch.randn(1, 4000)], {}
+    for d in ("speech", "music"): opened[d] = load_encoder(mine/d).bfloat16()
+    for rule in ("fisher", "regmean", "permute"):
+        m = merge_with_data(opened, dict(speech=.5, music=.5), dict(speech=audio, music=audio), rule)
+        assert m.dtype == torch.float32 and as_student(m).origin == weights_hash(m)
+        assert "speech" not in str(as_student(m))
+    assert {x.dtype for x in opened.values()} == {torch.bfloat16} and opened["speech"].distilltv["base_hash"]
+    assert not any(p.requires_grad for x in opened.values() for p in x.parameters())
 
 # --- broken files
 

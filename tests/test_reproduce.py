@@ -417,6 +417,11 @@ def test_a_student_is_stale_with_what_it_reads_and_nothing_else(tmp_path, monkey
     assert stale() == ["distil/c", "distil/ensemble", "probe/teacher-c"]
     monkeypatch.setenv("STREAM", "stream:elsewhere:y:train")
     assert stale() == ["distil/c", "distil/ensemble"]        # a stream holds out nothing, so the others do not read it
+    monkeypatch.setenv("STREAM", f"stream:{tmp_path}/shards")
+    (tmp_path/"shards").mkdir()
+    assert stale() == ["distil/c", "distil/ensemble"]
+    (tmp_path/"shards/train-0.parquet").write_bytes(b"more")  # of a stream in a folder of this disk
+    assert stale() == ["distil/c", "distil/ensemble"]
     (tmp_path/"a/x").write_bytes(b"other start")             # the teacher of θ₀
     assert stale() == ["distil/a", "distil/b", "distil/c", "distil/ensemble"]
     (tmp_path/"heard/y.WAV").write_bytes(b"more")            # all are validated on files, whoever hears them

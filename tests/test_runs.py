@@ -217,6 +217,15 @@ def test_home_is_what_was_asked_for(tmp_path, monkeypatch):
         monkeypatch.setenv(name, "")
         assert f() == root()/dict(DISTILLTV_HOME="runs", DISTILLTV_DATA="data/mini")[name]
 
+@pytest.mark.parametrize("world, rank, writes", [(None, "1", True), ("", "", True), ("1", "1", True), ("2", "0", True),
+                                                 ("2", "1", False)])
+def test_the_first_process_writes_the_result_whatever_a_launcher_has_left(tmp_path, monkeypatch, world, rank, writes):
+    for name, said in dict(WORLD_SIZE=world, RANK=rank).items():
+        monkeypatch.delenv(name, raising=False)
+        if said is not None: monkeypatch.setenv(name, said)
+    with runs.Run(tmp_path): pass
+    assert (tmp_path/"result.json").exists() == writes
+
 def test_text_is_utf8_in_any_locale(tmp_path):
     code = ("import sys; from distilltv.runs import atomic_folder, root, write_json; "
             "write_json(sys.argv[1], dict(a='\\u03b8')); print(ascii(str(root())))")

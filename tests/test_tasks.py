@@ -518,8 +518,10 @@ def test_rows_of_datasets_without_audio_or_columns_are_named(tmp_path):
     some = tones().map(lambda r, i: dict(part=None if i == 1 else r["part"]), with_indices=True)
     with pytest.raises(ValueError, match="row 1 of the data set has no part; give it one, or leave it out"):
         T.from_datasets(some, tmp_path, audio="sound", label="what", split="part")
-    with pytest.raises(ValueError, match="row 0 of the data set has neither"):
-        T._recording(dict(bytes=None, path=None), tmp_path, 0)
+    for empty in (None, dict(bytes=None, path=None)):
+        gap = datasets.Dataset.from_list([dict(audio=a, label="a", split="test") for a in (rows[0]["audio"], empty)])
+        with pytest.raises(ValueError, match="row 1 of the data set has neither audio bytes nor a path"):
+            T.from_datasets(gap.cast_column("audio", datasets.Audio(decode=False)), tmp_path)
 
 @pytest.mark.parametrize("kind", ["text", "number", "classes"])
 def test_cells_of_datasets_that_say_nothing_are_empty(tmp_path, kind):
