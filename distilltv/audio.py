@@ -50,6 +50,7 @@ def load_audio(path,                        # any file that libsndfile reads: WA
 RATES = (1_000, 400_000)  # sampling rates that are taken, in Hz
 _CHECKED = "WAV WAVEX RF64 W64 AIFF AU NIST CAF OGG FLAC MP3 MPEG".split()  # formats in which a cut file shows
 _TRUNCATED = "is truncated: its end is missing; fetch it again or leave it out"
+_JOINED = "is several files joined, of which only the first would be heard: cut it apart or convert it to FLAC"
 # frames of a file that does not say how long it is, such as a FLAC that was written to a pipe
 _UNKNOWN = 2**62
 
@@ -60,11 +61,11 @@ def _open(path, data=None):
         if data is None and not path.is_file(): raise AudioError(path, "is not a file: check the path")
         if not (path.stat().st_size if data is None else len(data)):
             raise AudioError(path, "has 0 bytes: the copy or download failed, fetch it again")
-        cut = _cut(path, data)
+        fault = _fault(path, data)
         info = sf.info(_source(path, data))
         if info.format == "MP3": info.frames = _counted(path, data, info.frames)
     except sf.LibsndfileError as e:
-        if cut: raise AudioError(path, _TRUNCATED) from None
+        if fault: raise AudioError(path, fault) from None
         if e.error_string.startswith("File does not exist"):    # it does, so it is not what the decoder looks for
             raise AudioError(path, "is damaged or not what its name says: fetch it again or leave it out") from None
         raise AudioError(path, f"cannot be read as audio ({e.error_string.rstrip('.')}): convert it, "
@@ -74,7 +75,7 @@ def _open(path, data=None):
     _refuse(path, (not info.frames, "holds no samples: leave it out or fetch it again"),
             (info.format not in _CHECKED, f"is of the format {info.format}, of which a cut file looks like a whole "
                                           "one: convert it to FLAC"),
-            (cut, _TRUNCATED),
+            (fault, fault),
             (not RATES[0] <= info.samplerate <= RATES[1],
              f"says that it has {info.samplerate} samples a second, outside {RATES}: correct its header"))
     return info
@@ -90,29 +91,37 @@ def _source(path, data): return str(path) if data is None else _Bytes(data)
 def _raw(path, data): return open(path, "rb") if data is None else io.BytesIO(data)
 
 # %% ../nbs/00c_audio.ipynb #8ca1a05b
-def _cut(path, data=None):
-    "Whether an Ogg file lacks its last page, or a header promises more bytes of samples than there are."
+def _fault(path, data=None):
+    "What is wrong with the end of an Ogg file, or of one whose header tells the bytes of its samples; else None."
     with _raw(path, data) as f:
         size = f.seek(0, 2)
         f.seek(0)
         head = f.read(1024)
         if head[:4] == b"OggS":
             f.seek(max(0, size - 65_536))
-            return not _ends(f.read())
+            return _fault_of_ogg(head, f.read())
         end = _promised(f, head)
-    return end is not None and size < end
+        if end is None or size == end: return None
+        f.seek(end)
+        rest = f.read(2**16).lstrip(b"\0")
+    if size < end: return _TRUNCATED
+    if rest.startswith(head[:4]): return _JOINED
+    if len(rest) > 2**15 and not re.match(rb".?([ -~]{4}|ID3)", rest, re.S):    # chunks and tags
+        return "goes on behind the samples that its header tells of: write it again with a right header, or cut it"
 
 _MIRROR = bytes(int(f"{i:08b}"[::-1], 2) for i in range(256))    # each byte with its bits in the other order
 
-def _ends(tail):
-    "Whether the last Ogg page in these bytes is whole and marked as the end of its stream."
+def _fault_of_ogg(head, tail): # the first bytes of the file, and the last
+    "What is wrong if the last Ogg page is not whole, ends no stream, or ends another than the file begins with."
     page = tail[tail.rfind(b"OggS"):]
-    if len(page) < 27 or not page[5] & 4: return False
+    if len(page) < 27 or not page[5] & 4: return _TRUNCATED
     body = 27 + page[26]
     end = body + sum(page[27:body])
     # Ogg's checksum is zlib's of mirrored bytes, with other first and last values, and zeros where it stands itself
     crc = zlib.crc32((page[:22] + bytes(4) + page[26:end]).translate(_MIRROR), 2**32-1) ^ 2**32-1
-    return page[22:26] == crc.to_bytes(4, "big").translate(_MIRROR)
+    if page[22:26] != crc.to_bytes(4, "big").translate(_MIRROR): return _TRUNCATED
+    begun = re.findall(rb"OggS\0[\2\6].{8}(.{4})", head, re.S)    # numbers of the streams that begin together
+    return None if page[14:18] in begun else _JOINED
 
 # files of chunks: where the first chunk is, bytes of a chunk's name and of its length, the order of these bytes,
 # and the name of the chunk that holds the samples
@@ -128,7 +137,7 @@ def _promised(f, head):
     if head[:7] == b"NIST_1A":
         said = dict(re.findall(rb"(\w+) -(?:i|s\d+) (\d+)", head))
         sizes = [int(said.get(k, b"0")[:12]) for k in (b"sample_count", b"channel_count", b"sample_n_bytes")]
-        return 1024 + sizes[0]*sizes[1]*sizes[2]
+        return _end(1024, sizes[0]*sizes[1]*sizes[2])
     if kind not in _CHUNKS: return None
     at, n = _find(f, *_CHUNKS[kind])
     if n == 2**32-1 and head[12:16] == b"ds64": n = int.from_bytes(head[28:36], "little")    # in RF64 and BW64
@@ -169,14 +178,30 @@ def _frame(head):
     samples = 1152 if first or layer == 2 else 576
     return samples*125*_KBITS[2 - layer if first else 2][kbits-1]//rate + padding, samples
 
-def _past_tags(f):
-    "Where the frames of an MP3 begin, behind its ID3 tags."
-    at, head = 0, f.read(10)
-    while len(head) == 10 and head[:3] == b"ID3":
-        at += 10 + sum(b << 7*i for i, b in enumerate(head[:5:-1])) + 10*(head[5] >> 4 & 1)    # the last: its footer
+def _past_tags(f, at=0):
+    "Where the frames of an MP3 begin or go on, behind tags: ID3, and those that end a file (ID3v1, APE)."
+    while True:
         f.seek(at)
-        head = f.read(10)
-    return at
+        head = f.read(16).ljust(16, b"\0")
+        if head[:3] == b"ID3":    # the last part is a footer's
+            at += 10 + sum(b << 7*i for i, b in enumerate(head[9:5:-1])) + 10*(head[5] >> 4 & 1)
+        elif head[:3] == b"TAG": at += 128
+        elif head[:8] == b"APETAGEX": at += 32 + int.from_bytes(head[12:], "little")
+        else: return at
+
+def _goes_on(f, at):
+    "Whether two frames of an MP3 follow there, behind tags."
+    for _ in range(2):
+        f.seek(at := _past_tags(f, at))
+        if not (n := _frame(f.read(4))[0]): return False
+        at += n
+    return True
+
+def _told(frame):
+    "Bytes of the MP3 by the tag in its first frame: 0 if there is a tag without them, None if there is none."
+    if not (tag := re.search(b"(?:Xing|Info)...(.)(.{8})", frame, re.S)): return None
+    has, at = tag[1][0], 4*(tag[1][0] & 1)    # the number of frames may stand before it
+    return int.from_bytes(tag[2][at:at+4], "big") if has & 2 else 0
 
 def _counted(path, data, said):
     "Samples of an MP3: what libsndfile `said` if it has that from a tag; else the sum of the frames."
@@ -184,19 +209,22 @@ def _counted(path, data, said):
         at, size, samples = _past_tags(f), f.seek(0, 2), 0
         f.seek(at)
         first = f.read(4)
-        if not (n := _frame(first)[0]) or re.search(b"Xing|Info", f.read(n)): return said
+        if not (n := _frame(first)[0]): return said
+        if (told := _told(f.read(n))) is not None and not (told and _goes_on(f, at + told)): return said
         while n and at < size:
             f.seek(at)
             head = f.read(4)
             n, more = _frame(head + first[len(head):])
             if at + n > size: raise AudioError(path, _TRUNCATED)
             at, samples = at + n, samples + more
+        if _goes_on(f, at): raise AudioError(path, _JOINED)
         f.seek(at)
         rest = f.read()
     foreign = len(rest) >= _frame(first)[0] and rest[:3] not in (b"TAG", b"APE", b"LYR", b"ID3") and rest.strip(b"\0")
     _refuse(path, (foreign, f"has no MP3 frame at byte {at}, where one should begin: convert it to FLAC"),
             # a guess at a constant rate is nearer; libsndfile reads no further than its guess
-            (samples > 1.01*said, "does not say how long it is, and would be read only in part: convert it to FLAC"))
+            (samples > 1.01*said, _JOINED if told is not None else
+             "does not say how long it is, and would be read only in part: convert it to FLAC"))
     return min(samples, said)
 
 
@@ -264,10 +292,11 @@ _INFINITE = "has samples that are not finite numbers: write it again from its so
 def audible(x, path,        # float samples; the file that an error names
             where:str=""    # where in the file, in words
            ):
-    "`x`, or an `AudioError` if it is empty, not finite or silent."
+    "`x`, or an `AudioError` if it is empty, not finite or silent; a constant is silent too."
     _refuse(path, (not len(x), f"decodes to no samples{where}: leave it out or fetch it again"),
-            (not np.isfinite(x).all(), _INFINITE),
-            (np.abs(x).max(initial=0) < 1e-4, f"is silent{where} (peak under -80 dBFS): leave it out"))
+            (not np.isfinite(x).all(), _INFINITE))
+    offset = " but for a constant offset" if np.abs(x).max() >= 1e-4 else ""
+    _refuse(path, (np.ptp(x) < 2e-4, f"is silent{offset}{where} (peak under -80 dBFS): leave it out"))
     return x
 
 # %% ../nbs/00c_audio.ipynb #0ca0000c

@@ -6,11 +6,11 @@
 __all__ = ['table_task', 'profile_tasks']
 
 # %% ../nbs/04j_questions.ipynb #7a0b3d03
-import csv, os
+import csv, os, unicodedata
 from pathlib import Path
 import numpy as np, pandas as pd
 from .audio import SAMPLE_RATE, AudioError, audio_length
-from .corpora import split_of
+from .splits import split_of
 from .encoders import WINDOW
 from .features import whole_frames
 from .tasks import TableError, Task, add_task
@@ -51,9 +51,10 @@ def _of_file(path, name, label, group):
         raise TableError(f"{where} has no column {lacking[0]}; it has {', '.join(map(_printed, df))}")
     taken = [c for c in (label, group) if c in _MEANT] + ["label"]*(group == "label" != label)
     if taken: raise TableError(f"{where}: its column {taken[0]} has a meaning of its own here; give it another name")
-    df = df.assign(**{c: df[c].str.strip() for c in ("split", label, group)})
+    df = df.assign(**{c: df[c].str.strip().str.normalize("NFC") for c in ("split", label, group)})
     for c in ("file", "split", group):
         _check_rows(df[c].str.strip() == "", df, where, lambda r: f" says nothing in the column {c}; fill it in")
+    df = df.assign(file=df.file.map({f: _on_disk(path.parent, f) for f in df.file.unique()}))
     splits = df.split.map(split_of)
     _check_rows(splits == "", df, where, lambda r: f" has the split {r.split!r}; write train, valid or test")
     df = df.assign(split=splits)
@@ -76,7 +77,7 @@ def _read_csv(path, where):
     except OSError as e: raise TableError(f"{where} cannot be read ({e.strerror}); check its permissions") from None
     rows = [(i, r) for i, r in rows if r]
     if len(rows) < 2: raise TableError(f"{where} has no rows below the names of its columns; write it again")
-    head = rows[0][1]
+    head = [c.strip() for c in rows[0][1]]
     if len(head) == 1: raise TableError(f"{where} has one column, {_printed(head[0])}; separate columns by commas")
     if twice := [c for c in head if head.count(c) > 1]:
         raise TableError(f"{where} has two columns {_printed(twice[0])}; rename or delete one")
@@ -95,6 +96,12 @@ def _check_rows(bad, df, where, says):
     row = next(df[bad].itertuples())
     more = f" ({bad.sum()-1} more rows are like it)" if bad.sum() > 1 else ""
     raise TableError(f"row {row.Index} of {where}{says(row)}{more}")
+
+def _on_disk(folder, file):
+    "The name of a file as the disk has it: as written, else without blanks around, with / for \\, or in NFC or NFD."
+    plain = file.strip().replace("\\", "/")
+    forms = [file, plain, *(unicodedata.normalize(form, plain) for form in ("NFC", "NFD"))]
+    return next((f for f in forms if os.path.isfile(folder/f)), file)
 
 def _check_files(df, folder, where):
     "Samples at 16 kHz of the recording of each row; a `TableError` about one that is not there or cannot be heard."

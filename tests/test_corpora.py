@@ -178,6 +178,7 @@ BAD = {
             "not finite"),
     "silent": (lambda p: sf.write(p, np.zeros(16000), SAMPLE_RATE), "silent"),
     "empty": (lambda p: sf.write(p, np.zeros(0), SAMPLE_RATE), "no samples"),
+    "dead": (lambda p: sf.write(p, .3 + np.arange(16000) % 2/2**15, SAMPLE_RATE), "silent but for a constant offset"),
 }
 
 @pytest.mark.parametrize("fault", BAD)
@@ -288,6 +289,37 @@ def test_an_mp3_that_would_be_read_in_part_is_refused():
     with pytest.raises(AudioError, match="does not say how long it is.*FLAC"): load_audio("x", data=loud + soft)
     with pytest.raises(AudioError, match=f"no MP3 frame at byte {len(soft)}.*FLAC"):
         load_audio("x", data=soft + b"junk"*300 + soft)
+
+ID3 = {"": b"", "ID3v1": b"TAG" + b"x"*125, "APE": b"APETAGEX\xd0\7\0\0" + (32).to_bytes(4, "little") + bytes(48),
+       "ID3v2": b"ID3\4\0\0\0\0\1\0" + bytes(128)}
+
+@pytest.mark.parametrize("tags", ID3)
+@pytest.mark.parametrize("tag", [True, False])
+@pytest.mark.parametrize("rate, channels", [(16_000, 1), (44_100, 2)])
+def test_joined_mp3s_are_named(tag, tags, rate, channels):
+    x = np.random.default_rng(0).normal(0, .1, (rate, channels))
+    a, b = mp3(x[:, 0], rate, tag, **MODES["constant"]), mp3(x, rate, **MODES["constant"])
+    assert len(load_audio("x", data=a + ID3[tags])) == len(load_audio("x", data=a))
+    if tag or tags:    # else it is one longer MP3 without a tag, or of two rates
+        with pytest.raises(AudioError, match="x is several files joined"): load_audio("x", data=a + ID3[tags] + b)
+
+@pytest.mark.parametrize("kind, subtype", [*((k, "PCM_16") for k in HALVES), ("OGG", "OPUS"), ("OGG", "VORBIS")])
+@pytest.mark.parametrize("more", [.1, 4])
+def test_joined_files_are_named(kind, subtype, more):
+    x = np.random.default_rng(0).normal(0, .1, 4*SAMPLE_RATE)
+    a, b = (encoded(x[:int(n*SAMPLE_RATE)], SAMPLE_RATE, format=kind, subtype=subtype) for n in (1, more))
+    with pytest.raises(AudioError, match="x is several files joined, of which only the first"):
+        load_audio("x", data=a + b)
+
+def test_a_header_that_tells_of_too_few_samples_is_named():
+    "As of a recorder that was switched off; chunks behind the samples, tags and zeros are no samples."
+    x, rest = np.random.default_rng(0).normal(0, .1, (2, 4*SAMPLE_RATE))
+    whole, samples = encoded(x, SAMPLE_RATE, format="WAV"), encoded(rest, SAMPLE_RATE, format="WAV")[44:]
+    with pytest.raises(AudioError, match="goes on behind the samples that its header tells of"):
+        load_audio("x", data=whole + samples)
+    chunk = len(samples).to_bytes(4, "little") + samples
+    for behind in (b"LIST" + chunk, b"ID3\4" + samples, bytes(2**17)):
+        assert np.array_equal(load_audio("x", data=whole + behind), load_audio("x", data=whole))
 
 UNSOUGHT = [("WAV", "GSM610"), ("W64", "GSM610"), ("WAV", "G721_32"), ("WAV", "NMS_ADPCM_16"), ("AU", "G723_24"),
             ("AIFF", "DWVW_16")]
@@ -408,11 +440,13 @@ SPLIT_OF = dict(train="train", training="train", test="test", testing="test", de
     name: split for split, names in dict(
         test="""nsynth-test,testset,TestSet,test1,test92,test set,test-en,test_A,test-v2,test_final,testdata,my_test,
                 cv-valid-test,clean_testset_wav,noisy_testset_wav,heldout,held-out,Held_Out,holdout,test (copy),test(1),
-                dev_test""",
-        valid="eval92,dev93,eval2000,devset,cv-valid-dev,Dev Set",
+                dev_test,test_clips,test-clean-resampled,test_16k_mono,testing_list,test-clean.tar,testclean,
+                test_24bit""",
+        valid="eval_segments,eval92,dev93,eval2000,devset,cv-valid-dev,Dev Set",
         train="trainset,cv-valid-train,noisy_trainset_28spk_wav",
         none="""train_test_split,train-wreck-band,Crash_Test_Dummies,Test Dream,The Test,A Test,Test Me,Night Train,
-                Training Day,attestation,protest,developer,valentine,dataset,pytest-of-me"""
+                Training Day,attestation,protest,developer,valentine,dataset,pytest-of-me,
+                Test Clips,Mono Test,Crash_Test_Stereo_Dummies"""
         ).items() for name in re.split(r",\s*", names)}
 SPLIT_OF = {name: split.replace("none", "") for name, split in SPLIT_OF.items()}
 
@@ -437,6 +471,39 @@ def test_naming_a_test_folder_as_the_corpus_trains_on_nothing(tmp_path):
         assert load_corpus(tmp_path/folder)["split"][:] == [split], folder
         if split != "train":
             with pytest.raises(ValueError, match="has no training audio"): crop_batch(str(tmp_path/folder), 0, 1, 1.)
+
+def test_a_name_that_a_twin_lies_beside_is_a_split_and_doubts_are_told(tmp_path):
+    names = ("train-drums", "dev-drums", "eval_segments", "Test Dream", "test", "Testament")
+    audio_in(*(tmp_path/"c"/d/"x" for d in names))
+    with pytest.warns(UserWarning, match="held-out audio: Test Dream is taken for train, dev-drums is taken for valid, "
+                                         "eval_segments is taken for valid; rename"):
+        rows = load_corpus(tmp_path/"c")
+    assert dict(zip(rows["id"][:], rows["split"][:])) == {
+        "Test Dream/x/x": "train", "Testament/x/x": "train", "dev-drums/x/x": "valid", "eval_segments/x/x": "valid",
+        "test/x/x": "test", "train-drums/x/x": "train"}
+    assert load_corpus(tmp_path/"c/dev-drums/x")["split"][:] == ["valid"]
+
+def test_a_link_is_held_out_if_what_it_leads_to_is(tmp_path):
+    audio_in(tmp_path/"LibriSpeech/test-clean/1", tmp_path/"c/train", tmp_path/"c/dev")
+    (tmp_path/"speech").symlink_to(tmp_path/"LibriSpeech/test-clean")
+    (tmp_path/"c/part").symlink_to(tmp_path/"LibriSpeech/test-clean")
+    (tmp_path/"c/again").symlink_to(tmp_path/"c/dev")
+    (tmp_path/"c/a.wav").symlink_to(tmp_path/"LibriSpeech/test-clean/1/x.wav")
+    with pytest.raises(ValueError, match="has no training audio"): crop_batch(str(tmp_path/"speech"), 0, 1, 1.)
+    with pytest.raises(ValueError, match="asks for test audio"): Stream(f"stream:{tmp_path}/speech")
+    found = load_corpus(tmp_path/"c")
+    assert dict(zip(found["id"][:], found["split"][:])) == {"a": "test", "again/x": "valid", "part/1/x": "test",
+                                                            "train/x": "train"}
+
+@pytest.mark.parametrize("name, text", [("testing_list.txt", "a/x.wav"), ("en/test.tsv", "path\nx"),
+                                        ("metadata.csv", "file_name,split,label\na/x.wav,test,x")])
+def test_lists_that_are_not_read_are_told_where_no_folder_says_a_split(tmp_path, name, text):
+    audio_in(tmp_path/"c/a", tmp_path/"c/en")
+    (tmp_path/"c"/name).write_text(text, encoding="utf-8")
+    with pytest.warns(UserWarning, match=f"^{os.path.basename(name)} of .*: such lists are not read and all files"):
+        load_corpus(tmp_path/"c")
+    audio_in(tmp_path/"c/dev")
+    assert set(load_corpus(tmp_path/"c")["split"][:]) == {"train", "valid"}
 
 @pytest.mark.parametrize("text",
                          ["file_name,transcription\na.wav,hello\n", "a|Printing, in|Printing, in\n", "", "\0", '"',
@@ -523,15 +590,16 @@ def test_what_is_passed_over_is_said_and_links_are_followed(tmp_path):
     audio_in(tmp_path/"disk/more", tmp_path/"c")
     (tmp_path/"c/link").symlink_to(tmp_path/"disk")
     (tmp_path/"c/again").symlink_to(tmp_path/"c")             # a circle
-    (tmp_path/"c/song.m4a").touch()
+    (tmp_path/"c/song.m4a").touch(), (tmp_path/"c/fma.tar.gz").touch()
     (tmp_path/"c/notes.txt").touch()
     os.close(os.open(os.fsencode(tmp_path/"c") + b"/caf\xe9.wav", os.O_CREAT | os.O_WRONLY))
-    with pytest.warns(UserWarning, match=r"2 of 4 files left out: .*(m4a file, which is not read|not UTF-8)"):
+    says = "(?=.*is not looked into: unpack)(?=.*m4a file, which is not read).*not UTF-8"
+    with pytest.warns(UserWarning, match=f"3 of 5 files left out: {says}"):
         found = load_corpus(tmp_path/"c")
     assert found["id"][:] == ["link/more/x", "x"]
     bad = corpora._rows(str(tmp_path/"c"))[1]
     write_quarantine(bad, tmp_path)
-    assert set(bad) == {str(tmp_path/"c/song.m4a"),
+    assert set(bad) == {str(tmp_path/"c/song.m4a"), str(tmp_path/"c/fma.tar.gz"),
                         str(tmp_path/"c")+"/caf\\xe9.wav"} == set(pd.read_csv(tmp_path/"quarantine.csv").path)
 
 def test_training_batches_are_those_of_every_version():
@@ -664,7 +732,7 @@ def test_broken_files_are_quarantined_and_change_no_other_crop(tmp_path):
 def test_quarantine_has_every_fault_and_becomes_a_table(tmp_path):
     folder = folder_of(tmp_path, 3)
     for fault, (make, _) in BAD.items(): make(folder/f"{fault}.wav")
-    with pytest.warns(UserWarning, match="3 of 8 files left out"): crops = Crops([folder], 8, .5)
+    with pytest.warns(UserWarning, match="3 of 9 files left out"): crops = Crops([folder], 8, .5)
     for k in range(20): crops(k)
     write_quarantine(merge_quarantines([crops.state(20), dict(quarantine={"b,c.wav": "is \"odd\""})]), tmp_path)
     table = pd.read_csv(tmp_path/"quarantine.csv", index_col="path").reason

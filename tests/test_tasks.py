@@ -1,5 +1,5 @@
 "Published data sets on tiny trees with their real layout and file formats; letters; adapters for others' tools."
-import csv, dataclasses, json, os, shutil, zlib
+import csv, dataclasses, json, os, shutil, unicodedata, zlib
 from dataclasses import replace
 from pathlib import Path
 import datasets, numpy as np, pandas as pd, pytest, soundfile as sf, torch
@@ -631,6 +631,7 @@ def test_a_cell_that_is_wrong_is_named_by_row_and_column(question, change, says)
     (lambda b: b.replace(b",", b'";"').replace(b"file", b'"file'), "is not a table.*separate columns by commas"),
     (lambda b: b.replace(b",", b";"), "has one column, file;split;what;who;start;end; separate columns by commas"),
     (lambda b: b.replace(b"who", b"what", 1), "has two columns what"),
+    (lambda b: b.replace(b"who", b" split", 1), "has two columns split"),
     (lambda b: b + b"1.wav,train,low\n", "row 34 of .* has 3 cells, but there are 6 columns"),
     (lambda b: b"", "has no rows below"), (lambda b: b[:b.index(b"\n")], "has no rows below"),
     (lambda b: b + b'"1.wav', "is not a table"), (lambda b: b.replace(b"low", b"l\xf6w"), "is not UTF-8 text"),
@@ -664,6 +665,23 @@ def test_spaces_around_a_cell_mean_nothing(question):
     d["who"] = d.who.where(d.index % 2 > 0, d.who + " ")
     d.assign(what=" " + d.what, split=d.split + " ").to_csv(file, index=False)
     pd.testing.assert_frame_equal(table(), usual)
+
+@pytest.mark.parametrize("on_disk, in_table", [("NFD", "NFC"), ("NFC", "NFD")])
+def test_a_table_from_another_system_names_the_same_files_and_people(question, on_disk, in_table):
+    "Of a Mac, which writes é as two signs, or of Windows, with its backslashes."
+    file, made = question/"tones/table.csv", unicodedata.normalize
+    d = pd.read_csv(file, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+    table = lambda: Q.table_task("high", **profile(question/"mine.toml").tasks["high"]).split()
+    usual = table()
+    T.forget_tables()
+    (question/"tones/sub").mkdir()
+    for f in d.file: (question/"tones"/f).rename(question/"tones/sub"/made(on_disk, f"é{f}"))
+    d = d.assign(file=[made(in_table, f"sub\\é{f}" + " "*(i % 2)) for i, f in enumerate(d.file)],
+                 who=[made(form, f"é{w}") for form, w in zip(["NFC", "NFD"]*16, d.who)])
+    d.rename(columns=lambda c: f" {c}").to_csv(file, index=False)
+    got = table()
+    assert got.file.tolist() == [made(on_disk, f"sub/é{f}") for f in usual.file]
+    assert got.who.nunique() == usual.who.nunique() == 16 and got.end.tolist() == usual.end.tolist()
 
 def test_a_question_in_a_folder_whose_name_is_not_utf8(question, tmp_path):
     """As an old disk has them: `soundfile` cannot open what is in it, and the table of what was not run must be
