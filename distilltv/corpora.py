@@ -17,7 +17,7 @@ from datasets import Dataset
 from torch import nn
 from .audio import SAMPLE_RATE, AudioError, audible, audio_length, decoding, load_part, normalise
 from .profiles import AUDIO_SUFFIXES
-from .runs import data_dir, file_hash, home, user_path, write_atomic, write_json
+from .runs import data_dir, file_hash, home, spared, user_path, write_atomic, write_json
 
 
 # %% ../nbs/00_corpora.ipynb #77e5c4cc
@@ -111,7 +111,7 @@ def _looked(kind, look, files):
     except (OSError, ValueError): found = None
     if isinstance(found, list) and len(found) == len(files): return found
     with ThreadPoolExecutor(8) as pool: found = list(pool.map(look, files))
-    write_json(kept, found)
+    with spared(kept): write_json(kept, found)
     return found
 
 def _state(kind, files):
@@ -232,8 +232,10 @@ def _decoded(path, size, mtime):
     except (OSError, ValueError, EOFError): pass    # not there yet, or damaged
     with decoding(path): x, rate = sf.read(path, dtype="int16")
     if rate != SAMPLE_RATE or x.ndim != 1: raise AudioError(path, "is not 16 kHz mono: it is no shard of this project")
-    with write_atomic(cached) as tmp, open(tmp, "wb") as f: np.save(f, x)
-    return np.load(cached, mmap_mode="r")
+    with spared(cached):
+        with write_atomic(cached) as tmp, open(tmp, "wb") as f: np.save(f, x)
+        return np.load(cached, mmap_mode="r")
+    return x
 
 def read_shard(path, start:int=0, end:int=None # a shard; first sample; sample after the last, by default of all
               ) -> np.ndarray: # float32 [end - start]
