@@ -21,7 +21,7 @@ from .features import audio_hashes, whole_frames
 from .runs import data_dir, write_atomic
 
 # %% ../nbs/04f_tasks.ipynb #e46d1a09
-class TableError(ValueError): "A table that its loader cannot read; the message names the task and the folder."
+class TableError(ValueError): "A table that cannot be read or asked about; the message names the task."
 
 @dataclass(frozen=True)
 class Task:
@@ -61,29 +61,30 @@ class Task:
     def split(self, root=None, fold:int=0) -> pd.DataFrame: # the corpora's folder; the tested fold: the next validates
         "The segments with `label`, checked: splits present, no group in two; `usable` marks those that can be scored."
         df, name = self.table(root), f"task {self.name}"
-        for column, what in ((self.label, "label"), (self.group, "group")):
+        parted = "fold" if self.folds else "split"
+        for column, what in ((self.label, "label"), (self.group, "group"), (parted, "split")):
             if column not in df:
-                raise ValueError(f"{name}: table {self.segments} has no column {column}, its {what}; add it")
+                raise TableError(f"{name}: table {self.segments} has no column {column}, its {what}; add it")
         df = df.assign(label=_or_nothing(df[self.label]))
         if self.folds:
             df["split"] = np.select([df.fold == fold, df.fold == (fold+1) % self.folds], ["test", "valid"], "train")
         missing = {"train", "valid", "test"} - set(df.split)
         if missing:
-            raise ValueError(f"{name}: the {' and '.join(sorted(missing))} split of table {self.segments} is empty; "
+            raise TableError(f"{name}: the {' and '.join(sorted(missing))} split of table {self.segments} is empty; "
                              "give the table rows of it")
         unnamed = df.id[_or_nothing(df[self.group]).eq("").to_numpy()]
         if len(unnamed):
-            raise ValueError(f"{name}: {unnamed.iloc[0]} has no {self.group} (nor have {len(unnamed)-1} others), so it "
+            raise TableError(f"{name}: {unnamed.iloc[0]} has no {self.group} (nor have {len(unnamed)-1} others), so it "
                              f"cannot be kept within a split; give each row its {self.group}, or one of its own")
         astray = df.groupby(self.group).split.nunique().pipe(lambda n: n[n > 1])
         if len(astray):
             others = f", as are {len(astray)-1} others" if len(astray) > 1 else ""
-            raise ValueError(f"{name}: {astray.index[0]!r} (column {self.group}) is in several splits{others}: "
+            raise TableError(f"{name}: {astray.index[0]!r} (column {self.group}) is in several splits{others}: "
                              "put each into one")
         df["usable"] = self.answer.usable(df.label, df.label[df.split == "train"])
         poor = [s for s, d in df.groupby("split") if not d.usable.any()]
         if poor:
-            raise ValueError(f"{name}: no {self.label} in the {' and '.join(poor)} split is labelled and occurs in "
+            raise TableError(f"{name}: no {self.label} in the {' and '.join(poor)} split is labelled and occurs in "
                              f"training; check that column of table {self.segments}")
         return df
     def described(self, df) -> list:

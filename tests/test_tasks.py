@@ -1,5 +1,5 @@
 "Published data sets on tiny trees with their real layout and file formats; letters; adapters for others' tools."
-import csv, dataclasses, json, os, shutil, zlib
+import csv, dataclasses, json, os, re, shutil, zlib
 from dataclasses import replace
 from pathlib import Path
 import datasets, numpy as np, pandas as pd, pytest, soundfile as sf, torch
@@ -289,6 +289,21 @@ def test_a_split_that_cannot_be_heard_costs_the_task_not_the_run(tmp_path, root)
     assert d.loc["esc50"].score.notna().all() and (tmp_path/"out/not_run.csv").exists()
     P.probe("logmel", "esc50", seeds=1, out=tmp_path/"out")
     assert not (tmp_path/"out/not_run.csv").exists()
+
+@pytest.mark.filterwarnings("ignore:.*could not be read")
+@pytest.mark.parametrize("wrong, says", [
+    (lambda d: d.assign(file="no-" + d.file), "none of 12 files could be read"),
+    (lambda d: d.assign(end=9000), "none of 12 files could be read; .* ends before its table says"),
+    (lambda d: d.assign(end=9000, shard=True), "is shorter than its table says"),
+    (lambda d: d.assign(split="train"), "the test and valid split of table .* is empty"),
+    (lambda d: d.assign(voice=""), "has no voice"), (lambda d: d.assign(voice="v"), "'v' .column voice. is in several"),
+    (lambda d: d.assign(label=""), "no label in the"), (lambda d: d.drop(columns="split"), "no column split, its split")])
+def test_a_task_whose_data_are_wrong_costs_the_task_not_the_run(tmp_path, root, wrong, says):
+    good = unheard(tmp_path, "")
+    table = wrong(good.load(None).assign(voice=lambda d: d.id))
+    bad = replace(good, name="bad", load=lambda root: table, group="voice")
+    d = P.probe("logmel", [good, bad], seeds=1).set_index("task")
+    assert re.search(f"^not run: .*{says}", d.loc["bad", "status"]) and d.loc["unheard"].score.notna().all()
 
 def test_one_class_that_can_be_heard_is_no_question(tmp_path):
     t = T.Task("one", "music", lambda r: None, "label", "id")
