@@ -38,12 +38,12 @@ def score_encoders(encoders, task,       # several encoders; see `find_task`
     if head not in LRS: raise ValueError(f"head {head!r} is unknown; use {', '.join(LRS)}")
     leak = check_leakage(t, root)["state"]
     views = [choose_view(e, view) for e in encoders]
-    data = table_hash(t.table(root), t.root(root))[:16]
+    data = table_hash(t.table(root), t.root(root), *_answers(t, root))[:16]
     scored = t.answer.score(encoders, t, views, tuple(seeds), root, head)
-    twice = _heard_twice(t, root)
+    twice, trained = _heard_twice(t, root), t.heard_before(root)
     for e, v, (rows, _) in zip(encoders, views, scored):
         for r in rows:
-            r["status"] = "; ".join(filter(None, (r.get("status"), twice, leak))) or None
+            r["status"] = "; ".join(filter(None, (r.get("status"), twice, trained, leak))) or None
         rows[:] = [_common(e, t, v, data) | r for r in rows]
     return scored
 
@@ -52,6 +52,10 @@ def _common(encoder, t, view, data):
     layer = getattr(encoder, "depth", 1)-1 if view == "last" else view
     return dict(task=t.name, domain=t.domain, view=view, layer=layer, weights_hash=getattr(encoder, "hash", None),
                 data_hash=data)
+
+def _answers(t, root):
+    "What a question of one's own says of each row, as text; of others nothing, which are as they ship."
+    return [t.table(root)[[t.label, t.group, "split"]].to_csv(index=False)] if t.asked == "own" else []
 
 def _heard_twice(t, root):
     table = t.table(root)
