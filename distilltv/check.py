@@ -21,7 +21,7 @@ from .profiles import SHIPPED, closest, profile as get_profile
 from .runs import user_path
 from .scale import Stream
 from .students import listens_to, taught_by
-from .questions import profile_tasks, table_task
+from .questions import profile_tasks, questions_of
 from .tasks import task_names
 from .training import check_training, needs_gpu
 from . import mini, published     # they enter their tasks
@@ -178,13 +178,14 @@ def _tasks(p, check):
         if p.ask != "all":
             profile_tasks(p)
             check.lines.append(f"  asked of each: {', '.join(task_names(p.ask))}")
-    for name, said in p.tasks.items():
+    for question in questions_of(p):
         with check.noting():
-            t = table_task(name, **said).split()
+            t, name, domain = question.split(), question.name, question.domain
             items = ", ".join(f"{(t.usable & (t.split == s)).sum():,} {s}" for s in ("train", "valid", "test"))
             classes = t.label[t.label != ""].nunique()
-            check.lines.append(f"  {'beside the default tasks ' if p.ask == 'all' else ''}{name} ({said['domain']}"
-                               f"{_misspelt(said['domain'], p.domains)}): {classes} classes, {items} items")
+            check.lines.append(f"  {'beside the default tasks ' if p.ask == 'all' else ''}{name} ({domain}"
+                               f"{_misspelt(domain, p.domains)}): {classes} classes, {items} items")
+            if heard := question.heard_before(): check.lines.append(f"    {heard}: take them out of one of the two")
 
 def _misspelt(domain, domains):
     "What to note of a question's domain that no teacher and no default task has."

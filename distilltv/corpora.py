@@ -17,7 +17,7 @@ import numpy as np, soundfile as sf, torch
 from datasets import Dataset
 from torch import nn
 from .audio import SAMPLE_RATE, AudioError, audible, audio_length, decoding, load_part, normalise
-from .files import file_hash, write_atomic, write_json
+from .files import file_hash, spared, write_atomic, write_json
 from .profiles import AUDIO_SUFFIXES
 from .runs import data_dir, home, refuse, user_path
 from .splits import doubts, split_of, splits_above, splits_below, unread
@@ -114,7 +114,7 @@ def _looked(kind, look, files):
         found = json.loads(kept.read_text(encoding="utf-8"))
         if isinstance(found, list) and len(found) == len(files): return found
     with ThreadPoolExecutor(8) as pool: found = list(pool.map(look, files))
-    write_json(kept, found)
+    with spared(kept): write_json(kept, found)
     return found
 
 def _state(kind, files):
@@ -196,8 +196,10 @@ def _decoded(path, size, mtime):
     with suppress(OSError, ValueError, EOFError): return np.load(cached, mmap_mode="r")    # unless absent or damaged
     with decoding(path): x, rate = sf.read(path, dtype="int16")
     if rate != SAMPLE_RATE or x.ndim != 1: raise AudioError(path, "is not 16 kHz mono: it is no shard of this project")
-    with write_atomic(cached) as tmp, open(tmp, "wb") as f: np.save(f, x)
-    return np.load(cached, mmap_mode="r")
+    with spared(cached):
+        with write_atomic(cached) as tmp, open(tmp, "wb") as f: np.save(f, x)
+        return np.load(cached, mmap_mode="r")
+    return x
 
 def read_shard(path, start:int=0, end:int=None # a shard; first sample; sample after the last, by default of all
               ) -> np.ndarray: # float32 [end - start]

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['WRITES', 'write_atomic', 'changed_texts', 'check_replaceable', 'atomic_folder', 'write_json', 'read_json',
-           'text_hash', 'file_hash', 'Fingerprint', 'cached']
+           'text_hash', 'file_hash', 'Fingerprint', 'spared', 'cached']
 
 # %% ../nbs/00_files.ipynb #f11e0003
-import ctypes, errno, hashlib, itertools, json, os, platform, re, shutil, sys, zipfile, zlib
-from contextlib import contextmanager
+import ctypes, errno, hashlib, itertools, json, os, platform, re, shutil, sys, warnings, zipfile, zlib
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 import numpy as np
@@ -268,6 +268,14 @@ class Fingerprint:
     def hash(self) -> str: return self.sha.hexdigest()
 
 # %% ../nbs/00_files.ipynb #c4c0e0a2
+@contextmanager
+def spared(file): # of a cache
+    "A warning where a file of a cache cannot be written: what it would hold is made again the next time."
+    try: yield
+    except OSError as e:
+        warnings.warn(f"{file.parent} cannot be written to ({e.strerror or e}), so what it would keep is made again "
+                      "the next time: free some space there, or name another folder with DISTILLTV_HOME")
+
 def cached(file:Path,      # `.npy` file whose name is a hash of all that decides its content
            ok,             # array -> whether it can be the one
            make,           # makes the array where the file is absent, damaged or not the one
@@ -278,14 +286,15 @@ def cached(file:Path,      # `.npy` file whose name is a hash of all that decide
     try:
         x = np.load(file, mmap_mode="r", allow_pickle=False)
         if ok(x) and (not check or _checksum(x) == np.fromfile(file, "<u4", offset=file.stat().st_size-4)):
-            os.utime(file)
+            with suppress(OSError): os.utime(file)    # on a disk that is only read
             return x
     except (OSError, ValueError, EOFError): pass
     x = make()
-    with write_atomic(file) as tmp, open(tmp, "wb") as f:
-        np.save(f, x, allow_pickle=False)
-        f.write(np.array(_checksum(x), "<u4").tobytes())
-    _trim(file.parent, most)
+    with spared(file):
+        with write_atomic(file) as tmp, open(tmp, "wb") as f:
+            np.save(f, x, allow_pickle=False)
+            f.write(np.array(_checksum(x), "<u4").tobytes())
+        _trim(file.parent, most)
     return x
 
 def _checksum(x): return zlib.crc32(np.ascontiguousarray(x))

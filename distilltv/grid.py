@@ -146,7 +146,9 @@ def _cells(path, drawing):
     "The code of a module, or of a notebook's cells, piece by piece."
     text = path.read_text(encoding="utf-8")
     if path.suffix != ".ipynb": return [text]
-    sources = ["".join(c["source"]) for c in json.loads(text)["cells"] if c["cell_type"] == "code"]
+    try: sources = ["".join(c["source"]) for c in json.loads(text)["cells"] if c["cell_type"] == "code"]
+    except (ValueError, LookupError, TypeError) as e:
+        raise ValueError(f"{path} is not a notebook ({e}): if git left a conflict in it, settle that") from None
     # without IPython's magics
     return [re.sub(r"^[%!].*$", "", s, flags=re.M) for s in sources
             if drawing or not re.search(r"^#\|\s*fig-", s, re.M)]

@@ -11,8 +11,9 @@ from collections import Counter
 from numbers import Integral
 from pathlib import Path
 import numpy as np, pandas as pd, torch
-from .answers import LRS, Unheard
-from .features import table_hash
+from .answers import LRS
+from .audio import AudioError
+from .features import Unheard, table_hash
 from .frozen import Transformer, check_encoder, choose_view, open_encoder
 from .runs import Run, commit, peak_memory, read_json, user_path, versions, write_atomic
 from .tasks import Leak, TableError, check_leakage, duplicates, find_task, find_tasks
@@ -37,12 +38,12 @@ def score_encoders(encoders, task,       # several encoders; see `find_task`
     if head not in LRS: raise ValueError(f"head {head!r} is unknown; use {', '.join(LRS)}")
     leak = check_leakage(t, root)["state"]
     views = [choose_view(e, view) for e in encoders]
-    data = table_hash(t.table(root), t.root(root))[:16]
+    data = table_hash(t.table(root), t.root(root), *_answers(t, root))[:16]
     scored = t.answer.score(encoders, t, views, tuple(seeds), root, head)
-    twice = _heard_twice(t, root)
+    twice, trained = _heard_twice(t, root), t.heard_before(root)
     for e, v, (rows, _) in zip(encoders, views, scored):
         for r in rows:
-            r["status"] = "; ".join(filter(None, (r.get("status"), twice, leak))) or None
+            r["status"] = "; ".join(filter(None, (r.get("status"), twice, trained, leak))) or None
         rows[:] = [_common(e, t, v, data) | r for r in rows]
     return scored
 
@@ -51,6 +52,10 @@ def _common(encoder, t, view, data):
     layer = getattr(encoder, "depth", 1)-1 if view == "last" else view
     return dict(task=t.name, domain=t.domain, view=view, layer=layer, weights_hash=getattr(encoder, "hash", None),
                 data_hash=data)
+
+def _answers(t, root):
+    "What a question of one's own says of each row, as text; of others nothing, which are as they ship."
+    return [t.table(root)[[t.label, t.group, "split"]].to_csv(index=False)] if t.asked == "own" else []
 
 def _heard_twice(t, root):
     table = t.table(root)
@@ -109,25 +114,29 @@ def _probe_all(encoders, tasks, seeds, view, seed, root, out, head):
     for o, e in zip(map(user_path, out), encoders): _check_scores(o, e)
     rows, kept = [[] for _ in encoders], [{} for _ in encoders]
     software = "; ".join(f"{k} {v}" for k, v in versions().items() if k in _LIBRARIES)
-    began, now = time.perf_counter(), commit()
+    began, now, names, out = time.perf_counter(), commit(), [t.name for t in tasks], [*map(user_path, out)]
+    before = [_before(o, i["encoder"], getattr(e, "hash", None), names) for o, e, i in zip(out, encoders, infos)]
     for t in tasks:
         start = time.perf_counter()
         try: scored = score_encoders(encoders, t, view, range(seed, seed+seeds), root, head)
-        except (FileNotFoundError, Leak, TableError, Unheard) as e:
+        except (FileNotFoundError, AudioError, Leak, TableError, Unheard) as e:
             scored = [([dict(task=t.name, domain=t.domain, probe=head, seed=-1, metric=t.metric, n_test=0,
                              status=f"not run: {e}")], {})]*len(encoders)
         seconds = round((time.perf_counter() - start)/len(encoders), 2)
         made = dict(seconds=seconds, peak_mb=round(peak_memory()), commit=now, versions=software)
         for i, (r, k) in enumerate(scored):
             rows[i] += [dict(infos[i], **v, **made) for v in r]
-            if k: kept[i][t.name] = k
-    tables = [pd.DataFrame(r).reindex(columns=COLUMNS) for r in rows]
-    names = [t.name for t in tasks]
-    for o, e, i, d, k in zip(map(user_path, out), encoders, infos, tables, kept):
+            kept[i] |= {f"{t.name}/{what}": v for what, v in k.items()}
+        for o, (past, arrays), r, k in zip(out, before, rows, kept): _write(o, _table(past + r), arrays | k)
+    tables = [*map(_table, rows)]
+    for o, e, i, d in zip(out, encoders, infos, tables):
         with Run(o, encoder=i["encoder"], tasks=names, view=view, head=head, seed=seed, seeds=seeds) as run:
             run.began -= (time.perf_counter() - began)/len(encoders)
-            _write(run, o, d, k, e)
+            run.inputs(encoder=getattr(e, "hash", None))
+            run.metrics(**d.query("probe != 'knn'").groupby("task").score.mean().dropna().round(4).to_dict())
     return tables
+
+def _table(rows): return pd.DataFrame(rows).reindex(columns=COLUMNS)
 
 def _check_scores(out, encoder):
     # two merges of one name, or one whose students were distilled again
@@ -148,17 +157,23 @@ def _told_apart(encoders, infos):
                              "be taken for one's: rename a folder, or set `encoder.info[\"encoder\"]`")
 
 # %% ../nbs/04_probe.ipynb #277dd883
-def _write(run, out, scores, kept, encoder):
+def _before(out, name, weights, tasks):
+    "Of what a folder holds the scores of the same weights on other tasks, as they are written, and their predictions."
+    try:
+        t = pd.read_csv(out/"scores.csv", dtype=str, keep_default_na=False, na_values=[""], encoding="utf-8")
+        t = t[(t["encoder"] == name) & (t["weights_hash"] == weights) & ~t["task"].isin(tasks)]
+        with np.load(out/"predictions.npz", allow_pickle=False) as z:
+            return t.to_dict("records"), {k: z[k] for k in z if k.rpartition("/")[0] in set(t["task"])}
+    except Exception: return [], {}    # nothing is there, or nothing that a probe wrote, whatever `pandas` says of it
+
+def _write(out, scores, arrays):
+    (out/"result.json").unlink(missing_ok=True)    # it is written when all tasks are done
     missing = scores.score.isna()
     if missing.any():
         with write_atomic(out/"not_run.csv") as tmp: scores[missing].to_csv(tmp, index=False)
     else: (out/"not_run.csv").unlink(missing_ok=True)
-    scores = scores[~missing]
-    arrays = {f"{t}/{k}": v for t, d in kept.items() for k, v in d.items()}
     with write_atomic(out/"predictions.npz") as tmp, open(tmp, "wb") as f: np.savez_compressed(f, **arrays)
-    with write_atomic(out/"scores.csv") as tmp: scores.to_csv(tmp, index=False)
-    run.inputs(encoder=getattr(encoder, "hash", None))
-    run.metrics(**scores.query("probe != 'knn'").groupby("task").score.mean().round(4).to_dict())
+    with write_atomic(out/"scores.csv") as tmp: scores[~missing].to_csv(tmp, index=False)
 
 # %% ../nbs/04_probe.ipynb #9cb525d1
 def quick_probe(encoder,              # an encoder, a name for `open_encoder`, or a `transformers` model

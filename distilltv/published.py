@@ -80,6 +80,11 @@ def _clips(rows, root, seconds=None):
 
 _SPLITS = ("train", "valid", "test")
 
+def _glob(at, pattern):
+    "Paths below a folder, sorted, without what other systems lay beside them, such as `._a.wav` and `__MACOSX`."
+    def ours(f): return not any(p.startswith(".") or p == "__MACOSX" for p in f.relative_to(at).parts)
+    return sorted(filter(ours, at.glob(pattern)))
+
 def _text(path): return Path(path).read_text(encoding="utf-8", errors="replace")
 
 def _chance(name): return int(hashlib.sha1(name.encode()).hexdigest()[:8], 16)/2**32   # in [0, 1), the same everywhere
@@ -94,14 +99,14 @@ def speech_commands(root):
     if not test.is_dir(): raise _missing("speech_commands_v0.01", f"lacks {test.name}")
     valid, held_out = (set(_text(at/f"{part}_list.txt").split()) for part in ("validation", "testing"))
     rows = []
-    for f in sorted(at.glob("*/*.wav")):
+    for f in _glob(at, "*/*.wav"):
         word, name = f.parent.name, f"{f.parent.name}/{f.name}"
         if word == "_background_noise_": rows += _silence(f)
         elif name not in held_out:
             rows.append(dict(path=f, split="valid" if name in valid else "train",
                              label=word if word in COMMANDS else "_unknown_", speaker=f.name.split("_")[0]))
     rows += [dict(path=f, split="test", label=f.parent.name, speaker=f.name.split("_")[0])
-             for f in sorted(test.glob("*/*.wav"))]
+             for f in _glob(test, "*/*.wav")]
     return _clips(rows, root, 1.).assign(clip=lambda d: d.id)
 
 def _silence(f):
@@ -138,7 +143,7 @@ def iemocap(root):
     "Utterances with one of four emotions, and the session as `fold`."
     at, rows = _folder("IEMOCAP_full_release", root, *(f"Session{i}" for i in range(1, 6))), []
     said = re.compile(r"^\[[\d.]+ - [\d.]+\]\t(\S+)\t(ang|hap|exc|neu|sad)\t", re.M)
-    for f in sorted(at.glob("Session[1-5]/dialog/EmoEvaluation/Ses*.txt")):
+    for f in _glob(at, "Session[1-5]/dialog/EmoEvaluation/Ses*.txt"):
         session = f.parents[2]
         rows += [dict(path=session/f"sentences/wav/{f.stem}/{u}.wav", split="train", fold=int(session.name[-1])-1,
                       dialogue=f.stem, speaker=u[:5] + u.split("_")[-1][0], label="hap" if e == "exc" else e)
@@ -151,7 +156,7 @@ def librispeech(root):
     parts = {"train-clean-100": "train", "dev-clean": "valid", "test-clean": "test"}
     at, rows = _folder("LibriSpeech", root, *parts), []
     for part, split in parts.items():
-        for f in sorted((at/part).glob("*/*/*.trans.txt")):
+        for f in _glob(at/part, "*/*/*.trans.txt"):
             for line in _text(f).splitlines():
                 name, words = line.split(" ", 1)
                 rows.append(dict(path=f.with_name(name + ".flac"), split=split, label=words.strip(),
@@ -163,7 +168,7 @@ TECHNIQUES = "belt breathy inhaled lip_trill spoken straight trill trillo vibrat
 
 def _vocalset(root, split, techniques=None):
     long, rows = 3*SAMPLE_RATE, []
-    for f in sorted(_folder("VocalSet", root).rglob("FULL/*/*/*/*.wav")):
+    for f in _glob(_folder("VocalSet", root), "**/FULL/*/*/*/*.wav"):
         singer, technique = _singer(f.parts[-4]), f.parent.name
         if techniques and technique not in techniques: continue
         n = samples_of(f)
@@ -184,7 +189,7 @@ def vocalset_singers(root):
 
 def vocalset_techniques(root):
     "Three-second chunks of ten techniques, grouped by singer; the test singers are the authors'."
-    lists = list(_folder("VocalSet", root).rglob("test_singers_technique.txt"))
+    lists = _glob(_folder("VocalSet", root), "**/test_singers_technique.txt")
     test = {"f2", "f8", "m3", "m5", "m10"}
     if lists: test = {_singer(s) for s in re.split(r"[\s,]+", _text(lists[0]).strip())}
     singers = [f"f{i}" for i in range(1, 10)] + [f"m{i}" for i in range(1, 12)]
@@ -247,7 +252,7 @@ def giantsteps(root):
     with open(train/"annotations/annotations.txt", newline="", encoding="utf-8", errors="replace") as f:
         sure = [r for r in list(csv.reader(f, delimiter="\t"))[1:] if len(r) > 2 and r[2].strip() == "2"]
     found = [(train, r[0].strip(), r[1], "valid" if _chance(r[0].strip()) < .1 else "train") for r in sure]
-    found += [(test, f.name.split(".")[0], _text(f), "test") for f in sorted((test/"annotations/key").glob("*.key"))]
+    found += [(test, f.name.split(".")[0], _text(f), "test") for f in _glob(test/"annotations/key", "*.key")]
     for top, name, text, split in found:
         if not (key := key_name(text)): continue
         mp3, wav, genre = (top/f"{f}/{name}.LOFI.{e}" for f, e in (("audio", "mp3"), ("audio", "wav"),

@@ -10,7 +10,7 @@ import argparse, inspect, json, os, signal, sys, threading
 from pathlib import Path
 # some of them for whoever asks about a run from Python
 from . import slurm
-from .grid import digest, fresh, grid, key, stamp, state
+from .grid import code_of, digest, fresh, grid, key, stamp, state
 from .jobs import needs_of
 from .profiles import SHIPPED, STAGES, new_profile, profile as get_profile
 from .runner import Progress, run_stale, shown
@@ -119,7 +119,9 @@ def _runs_of(args):
     p = get_profile(args.profile)
     if args.corpus not in ("", "both", "own", *p.domains):
         raise ValueError(f"--corpus {args.corpus} is unknown; use both, own or one of {', '.join(p.domains)}")
-    return p, grid(args.profile, args.corpus, args.seeds)
+    runs = grid(args.profile, args.corpus, args.seeds)
+    for notebook in {r.notebook for r in runs}: code_of(notebook)    # one that cannot be read is named before any runs
+    return p, runs
 
 def _reproduce(args):
     """Run every notebook of the experiment with papermill and print the results table.

@@ -13,8 +13,8 @@ from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 import distilltv
-from .files import (Fingerprint, atomic_folder, cached, check_replaceable, file_hash, read_json, write_atomic,
-                             write_json)    # most modules take them from here
+from .files import (Fingerprint, atomic_folder, cached, check_replaceable, file_hash, read_json, spared,
+                             write_atomic, write_json)    # most modules take them from here
 
 # %% ../nbs/00_runs.ipynb #b7f14852
 def _is_clone(folder):

@@ -7,8 +7,9 @@ __all__ = ['TASKS', 'ASKED', 'TableError', 'Task', 'forget_tables', 'add_task', 
            'task_table', 'Leak', 'leakage', 'check_leakage', 'duplicates', 'samples_of', 'from_datasets']
 
 # %% ../nbs/04f_tasks.ipynb #effdce09
-import hashlib
+import hashlib, os, warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -16,12 +17,12 @@ import numpy as np, pandas as pd, soundfile as sf
 from datasets import Audio, ClassLabel, DatasetDict, concatenate_datasets
 from .answers import Answer, Classes
 from .audio import SAMPLE_RATE
-from .corpora import split_of
+from .corpora import load_corpus, split_of
 from .features import audio_hashes, whole_frames
 from .runs import data_dir, write_atomic
 
 # %% ../nbs/04f_tasks.ipynb #e46d1a09
-class TableError(ValueError): "A table that its loader cannot read; the message names the task and the folder."
+class TableError(ValueError): "A table that cannot be read or asked about; the message names the task."
 
 @dataclass(frozen=True)
 class Task:
@@ -42,17 +43,19 @@ class Task:
     steps:int = 300           # training steps of the probe
     home:Callable = data_dir  # gives the folder of the files, where none is named
     source:str = ""           # the paper that asked it first, where there is one
+    trained:tuple = ()        # corpora that students of its profile are distilled on, see `load_corpus`
 
     @property
     def segments(self) -> str:
         "The name of the table."
-        return self.load.__name__
+        return getattr(self.load, "__name__", self.name)
     def root(self, root=None) -> Path:
         "The folder of the files."
         return Path(root or self.home())
     def table(self, root=None) -> pd.DataFrame:
-        "All segments, read once; a `TableError` names what cannot be read."
-        try: return _read(self.load, str(self.root(root)))
+        "All segments, read once per state of the tables; a `TableError` names what cannot be read."
+        at = self.root(root)
+        try: return _read(self.load, str(at), _tables(at, self.segments))
         except (TableError, FileNotFoundError): raise
         except (ValueError, LookupError, TypeError, AttributeError, OSError) as e:
             why = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
@@ -61,44 +64,63 @@ class Task:
     def split(self, root=None, fold:int=0) -> pd.DataFrame: # the corpora's folder; the tested fold: the next validates
         "The segments with `label`, checked: splits present, no group in two; `usable` marks those that can be scored."
         df, name = self.table(root), f"task {self.name}"
-        for column, what in ((self.label, "label"), (self.group, "group")):
+        parted = "fold" if self.folds else "split"
+        for column, what in ((self.label, "label"), (self.group, "group"), (parted, "split")):
             if column not in df:
-                raise ValueError(f"{name}: table {self.segments} has no column {column}, its {what}; add it")
+                raise TableError(f"{name}: table {self.segments} has no column {column}, its {what}; add it")
         df = df.assign(label=_or_nothing(df[self.label]))
         if self.folds:
             df["split"] = np.select([df.fold == fold, df.fold == (fold+1) % self.folds], ["test", "valid"], "train")
         missing = {"train", "valid", "test"} - set(df.split)
         if missing:
-            raise ValueError(f"{name}: the {' and '.join(sorted(missing))} split of table {self.segments} is empty; "
+            raise TableError(f"{name}: the {' and '.join(sorted(missing))} split of table {self.segments} is empty; "
                              "give the table rows of it")
         unnamed = df.id[_or_nothing(df[self.group]).eq("").to_numpy()]
         if len(unnamed):
-            raise ValueError(f"{name}: {unnamed.iloc[0]} has no {self.group} (nor have {len(unnamed)-1} others), so it "
+            raise TableError(f"{name}: {unnamed.iloc[0]} has no {self.group} (nor have {len(unnamed)-1} others), so it "
                              f"cannot be kept within a split; give each row its {self.group}, or one of its own")
         astray = df.groupby(self.group).split.nunique().pipe(lambda n: n[n > 1])
         if len(astray):
             others = f", as are {len(astray)-1} others" if len(astray) > 1 else ""
-            raise ValueError(f"{name}: {astray.index[0]!r} (column {self.group}) is in several splits{others}: "
+            raise TableError(f"{name}: {astray.index[0]!r} (column {self.group}) is in several splits{others}: "
                              "put each into one")
         df["usable"] = self.answer.usable(df.label, df.label[df.split == "train"])
         poor = [s for s, d in df.groupby("split") if not d.usable.any()]
         if poor:
-            raise ValueError(f"{name}: no {self.label} in the {' and '.join(poor)} split is labelled and occurs in "
+            raise TableError(f"{name}: no {self.label} in the {' and '.join(poor)} split is labelled and occurs in "
                              f"training; check that column of table {self.segments}")
         return df
+    def heard_before(self, root=None) -> str:
+        "How many test recordings are files that students are trained on, in words; empty where none is."
+        if not self.trained: return ""
+        test = {os.path.realpath(self.root(root)/f) for f in self.table(root).query("split == 'test'").file}
+        heard = test & {f for c in self.trained for f in _trained_files(c)}
+        return f"{len(heard)} of {len(test)} test recordings are in the training audio" if heard else ""
     def described(self, df) -> list:
         "The columns of the recording chain that are here and say something."
         return [c for c in self.chain if c in df and (df[c].astype(str) != "").any()]
+
+def _trained_files(corpus):
+    "The loose files that a corpus has to train on; none where it is not on this machine."
+    with warnings.catch_warnings(), suppress(ValueError, OSError):
+        warnings.simplefilter("ignore")    # who distils on it is told what is wrong with it
+        return [os.path.realpath(r["path"]) for r in load_corpus(corpus, "train") if not r["shard"]]
+    return []
 
 def _or_nothing(column):
     "The values of a column as they are, "" where there is none, whatever type `pandas` holds them in."
     return column.astype(object).where(column.notna(), "")
 
 @lru_cache(16)
-def _read(load, root): return load(root)
+def _read(load, root, tables): return load(root)
+
+def _tables(root, name):
+    "Size and time of change of the CSV file that a task is named after, else of those that corpora below have."
+    files = [root/name] if (root/name).is_file() else sorted(root.glob("*/*.csv"))
+    return tuple((str(f), s.st_size, s.st_mtime_ns) for f in files if f.is_file() and (s := f.stat()))
 
 def forget_tables() -> None:
-    "Read every table again when it is next asked for: its files have changed."
+    "Read every table again when it is next asked for: what it is made of, other than CSV files, has changed."
     _read.cache_clear()
 
 # %% ../nbs/04f_tasks.ipynb #62cf2810

@@ -75,6 +75,10 @@ def test_questions_of_ones_own_are_counted_and_their_domain_is_noted(mine):
     assert "kind (Music, no domain of the profile: did you mean music?): " in says("Music")
     assert "asked of each: kind\n  kind (a): 2 classes" in says("a", ask="own")
     assert "task 'kinds' is unknown" in says("a", ask="kinds")
+    assert "test recordings" not in says("a")
+    rows[-1] = rows[-1].replace("test/x.wav", "train/x.wav")
+    (folder/"t.csv").write_text("\n".join(["file,split,kind,who,start,end", *rows]), encoding="utf-8")
+    assert "\n    1 of 2 test recordings are in the training audio: take them out" in says("a")
 
 def test_every_mistake_is_said_at_once(mine, tmp_path):
     p, empty = profile(mine), tmp_path/"empty"

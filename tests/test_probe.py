@@ -234,6 +234,15 @@ def test_cache_is_bounded(runs, corpus):
     _trim(runs/"cache", 1)
     assert len(list((runs/"cache").glob("*.npy"))) == 1 and size() < 2e6
 
+@pytest.mark.parametrize("note", ["", "[]", "[[", '{"0": 3}', '{"0": null, "1": [1, 2]}', '{"0": [1, 1, null]}'])
+def test_a_damaged_note_of_hashes_is_as_if_it_were_not_there(runs, tmp_path, note):
+    names = [str(i) for i in range(257)]
+    for n in names: (tmp_path/n).write_text(n)
+    hashes = E.audio_hashes(names, tmp_path)
+    known, = (runs/"cache/hashes").iterdir()
+    known.write_text(note)
+    assert E.audio_hashes(names, tmp_path) == hashes and set(json.loads(known.read_text())) == set(names)
+
 def test_a_solvable_task_is_solved_and_predictions_are_kept(runs, corpus, tmp_path):
     d = P.probe(Z.open_encoder("logmel"), "instrument,pitch", seeds=3, root=str(corpus), out=tmp_path/"out")
     linear = d[d.probe == "linear"]
@@ -244,6 +253,25 @@ def test_a_solvable_task_is_solved_and_predictions_are_kept(runs, corpus, tmp_pa
     assert (tmp_path/"out/result.json").exists()
     again = P.probe("logmel", "instrument,pitch", seeds=3, root=str(corpus))
     pd.testing.assert_frame_equal(d.drop(columns=COST), again.drop(columns=COST))
+
+def test_scores_of_other_tasks_stay_and_each_is_written_when_it_is_done(runs, corpus, tmp_path, monkeypatch):
+    def probe(tasks, e="logmel"): return P.probe(e, tasks, seeds=1, root=str(corpus), out=tmp_path/"out")
+    def there():
+        with np.load(tmp_path/"out/predictions.npz") as z: kept = {k.split("/")[0] for k in z}
+        scores = pd.read_csv(tmp_path/"out/scores.csv", dtype=str).set_index("task").drop(columns=COST)
+        assert set(scores.index) == kept
+        return scores
+    probe("pitch")
+    first = there()
+    assert set(probe("instrument").task) == {"instrument"}       # what is asked for is returned
+    pd.testing.assert_frame_equal(there().loc[["pitch"]], first)
+    whole = P.check_leakage
+    monkeypatch.setattr(P, "check_leakage", lambda t, root: whole(t, root) if t.name == "pitch" else 1/0)
+    with pytest.raises(ZeroDivisionError): probe("pitch,instrument", Z.Transformer(hubert()))
+    assert set(there().index) == {"pitch"} and not (tmp_path/"out/result.json").exists()    # no others: other weights
+    (tmp_path/"out/scores.csv").write_text("no table")
+    probe("pitch")
+    pd.testing.assert_frame_equal(there(), first)
 
 def test_a_row_names_what_it_was_made_from(runs, corpus, tmp_path):
     d = P.probe("logmel", "pitch", seeds=1, root=str(corpus), out=tmp_path/"out")

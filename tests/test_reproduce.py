@@ -606,6 +606,14 @@ def test_distil_is_that_of_the_module(monkeypatch, capsys):
     with pytest.raises(SystemExit): command.main(["--help"])
     assert "distilltv distil --help" in capsys.readouterr().out
 
+@pytest.mark.parametrize("text", ["<<<<<<< HEAD", "{}", "[]", '{"cells": [1]}'])
+@pytest.mark.parametrize("called", ["status", "reproduce"])
+def test_a_notebook_with_a_conflict_is_named_before_anything_runs(repo, monkeypatch, capsys, text, called):
+    (repo/"nbs/square.ipynb").write_text(text)
+    monkeypatch.setattr(command, "grid", lambda *a: small())
+    with pytest.raises(SystemExit): command.main([called])
+    assert "square.ipynb is not a notebook" in capsys.readouterr().err and not (repo/"runs").exists()
+
 def test_a_reader_that_goes_away_ends_the_command_quietly(tmp_path):
     read, write = os.pipe()
     os.close(read)

@@ -208,6 +208,15 @@ def test_a_cache_leaves_arrays_of_others(tmp_path):
     cached(tmp_path/f"{'1'*40}.npy", len, ones, 1)
     assert left(tmp_path) == [f"{'1'*40}.npy", "theirs.npy"]
 
+def test_a_cache_that_cannot_be_written_costs_a_warning(tmp_path, monkeypatch):
+    kept, closed = tmp_path/f"{'0'*32}.npy", tmp_path/"file"/"x.npy"
+    cached(kept, len, lambda: np.ones(9), 1e9)
+    monkeypatch.setattr(os, "utime", lambda *a: (_ for _ in ()).throw(PermissionError(1, "closed")))
+    assert len(cached(kept, len, lambda: pytest.fail("made again"), 1e9)) == 9
+    closed.parent.touch()
+    with pytest.warns(UserWarning, match="file cannot be written to .* with DISTILLTV_HOME"):
+        assert len(cached(closed, len, lambda: np.ones(9), 1e9)) == 9
+
 def test_a_file_is_whole_or_absent(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         with write_atomic(tmp_path/"a") as tmp:

@@ -1,5 +1,5 @@
 "Published data sets on tiny trees with their real layout and file formats; letters; adapters for others' tools."
-import csv, dataclasses, json, os, shutil, unicodedata, zlib
+import csv, dataclasses, json, os, re, shutil, unicodedata, zlib
 from dataclasses import replace
 from pathlib import Path
 import datasets, numpy as np, pandas as pd, pytest, soundfile as sf, torch
@@ -175,6 +175,15 @@ def test_a_loader_reads_the_layout(root, name):
     assert all(c is None or got[s] == c for s, c in zip(("train", "valid", "test"), counts))
     assert labels is None or set(df.label) == labels
 
+@pytest.mark.parametrize("name", list(MAKERS))
+def test_what_a_mac_lays_beside_files_is_no_row(root, name):
+    MAKERS[name](root)
+    table, files = getattr(B, name)(root), [f for f in root.rglob("*") if f.is_file()]
+    for top in {f.relative_to(root).parts[0] for f in files}: shutil.copytree(root/top, root/top/"__MACOSX"/top)
+    for f in files:    # libsndfile takes it for a part of an MP3
+        if f.suffix != ".mp3": f.with_name(f"._{f.name}").write_bytes(b"\0\5\26\7 Mac OS X \n")
+    pd.testing.assert_frame_equal(getattr(B, name)(root), table)
+
 def test_a_score_says_what_its_leakage_check_held_on_to(root):
     emomusic(root), gtzan(root)
     status = P.probe("logmel", "emo,genreid", seeds=1).status
@@ -289,6 +298,21 @@ def test_a_split_that_cannot_be_heard_costs_the_task_not_the_run(tmp_path, root)
     assert d.loc["esc50"].score.notna().all() and (tmp_path/"out/not_run.csv").exists()
     P.probe("logmel", "esc50", seeds=1, out=tmp_path/"out")
     assert not (tmp_path/"out/not_run.csv").exists()
+
+@pytest.mark.filterwarnings("ignore:.*could not be read")
+@pytest.mark.parametrize("wrong, says", [
+    (lambda d: d.assign(file="no-" + d.file), "none of 12 files could be read"),
+    (lambda d: d.assign(end=9000), "none of 12 files could be read; .* ends before its table says"),
+    (lambda d: d.assign(end=9000, shard=True), "is shorter than its table says"),
+    (lambda d: d.assign(split="train"), "the test and valid split of table .* is empty"),
+    (lambda d: d.assign(voice=""), "has no voice"), (lambda d: d.assign(voice="v"), "'v' .column voice. is in several"),
+    (lambda d: d.assign(label=""), "no label in the"), (lambda d: d.drop(columns="split"), "no column split, its split")])
+def test_a_task_whose_data_are_wrong_costs_the_task_not_the_run(tmp_path, root, wrong, says):
+    good = unheard(tmp_path, "")
+    table = wrong(good.load(None).assign(voice=lambda d: d.id))
+    bad = replace(good, name="bad", load=lambda root: table, group="voice")
+    d = P.probe("logmel", [good, bad], seeds=1).set_index("task")
+    assert re.search(f"^not run: .*{says}", d.loc["bad", "status"]) and d.loc["unheard"].score.notna().all()
 
 def test_one_class_that_can_be_heard_is_no_question(tmp_path):
     t = T.Task("one", "music", lambda r: None, "label", "id")
@@ -617,6 +641,7 @@ def cell(column, value, row=4):
     (cell("start", "nan"), "row 4 of .* has start = 'nan', no number of seconds"),
     (cell("end", "inf"), "row 4 of .* has end = 'inf', no number"),
     (cell("end", "1,2"), "row 4 of .* has end = '1,2', no number"),
+    (cell("end", "2.2"), "row 4 of .*, 2.wav, is empty or ends after its recording, which lasts 2 s"),
     (cell("start", "-1"), "row 4 of .*, 2.wav, is empty or ends after its recording, which lasts 2 s"),
     (cell("start", "1.24"), "row 4 of .*, 2.wav, is shorter than 25 ms"),
     (lambda d: d.assign(who=""), "row 2 of .* column who.*31 more rows are like it"),
@@ -661,7 +686,6 @@ def test_spaces_around_a_cell_mean_nothing(question):
     d = pd.read_csv(file, dtype=str, keep_default_na=False, encoding="utf-8-sig")
     table = lambda: Q.table_task("high", **profile(question/"mine.toml").tasks["high"]).split()
     usual = table()
-    T.forget_tables()
     d["who"] = d.who.where(d.index % 2 > 0, d.who + " ")
     d.assign(what=" " + d.what, split=d.split + " ").to_csv(file, index=False)
     pd.testing.assert_frame_equal(table(), usual)
@@ -682,6 +706,41 @@ def test_a_table_from_another_system_names_the_same_files_and_people(question, o
     got = table()
     assert got.file.tolist() == [made(on_disk, f"sub/é{f}") for f in usual.file]
     assert got.who.nunique() == usual.who.nunique() == 16 and got.end.tolist() == usual.end.tolist()
+
+def edited(question, **columns):
+    "The table of a question written anew with other cells: for each column a function of the table."
+    d = pd.read_csv(question/"tones/table.csv", dtype=str, keep_default_na=False, encoding="utf-8-sig")
+    d.assign(**columns).to_csv(question/"tones/table.csv", index=False)
+
+def test_a_table_that_was_corrected_is_read_again_and_its_scores_are_told_apart(question):
+    Q.profile_tasks(profile(question/"mine.toml"))
+    score = lambda: P.probe("logmel", "high", seeds=1).iloc[0]
+    then = score()
+    edited(question, what=lambda d: np.roll(d.what, 1).tolist()[:16] + d.what.tolist()[16:])
+    now = score()
+    assert now.score < then.score == 1 and now.data_hash != then.data_hash
+
+def test_test_recordings_that_are_trained_on_are_counted(question):
+    shutil.copytree(question/"tones", question/"others")
+    score = lambda p: Q.profile_tasks(p) and P.probe("logmel", "high", seeds=1).status[0]
+    p = replace(profile(question/"mine.toml"), audio=dict(speech=str(question/"tones")))
+    assert "8 of 8 test recordings are in the training audio" in score(p)
+    for audio in ("others", "not there"): assert "test rec" not in score(replace(p, audio=dict(speech=audio)))
+    (question/"tones/test").mkdir()
+    for f in question.glob("tones/*.wav"): f.rename(f.parent/"test"/f.name)
+    edited(question, file=lambda d: "test/" + d.file)
+    assert "test recordings" not in score(p)        # the folder's name says that it is not trained on
+
+def test_times_may_be_rounded_and_one_letter_be_written_in_two_ways(question):
+    table = lambda: Q.table_task("high", **profile(question/"mine.toml").tasks["high"]).split()
+    edited(question, end=lambda d: "2")
+    exact = table()
+    edited(question, end=lambda d: "2.09")
+    pd.testing.assert_frame_equal(table(), exact)
+    edited(question, what=lambda d: d.what.str.replace("low", "Zo\u00eb").where(d.index % 3 > 0, d.what.replace("low", "Zoe\u0308")))
+    assert table().usable.all() and set(table().label) == {"Zo\u00eb", "high"}
+    edited(question, who=lambda d: d.who.where(d.index > 1, "\u00e9").where(d.index < 30, "e\u0301"))
+    with pytest.raises(T.TableError, match="is in several splits"): table()
 
 def test_a_question_in_a_folder_whose_name_is_not_utf8(question, tmp_path):
     """As an old disk has them: `soundfile` cannot open what is in it, and the table of what was not run must be
