@@ -10,10 +10,11 @@ __all__ = ['SAMPLE_RATE', 'MAX_HOURS', 'RATES', 'AudioError', 'load_audio', 'dec
 import io, re, zlib
 from contextlib import contextmanager
 from fractions import Fraction
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 import numpy as np, soundfile as sf, torch, torchaudio
 from scipy.signal import resample_poly
+from .runs import refuse
 
 # %% ../nbs/00c_audio.ipynb #d43f0ef3
 SAMPLE_RATE = 16_000  # samples per second of all audio in this project
@@ -23,6 +24,10 @@ class AudioError(ValueError):
     def __init__(self, path, reason):
         self.path, self.reason = str(path), reason
         super().__init__(f"{path} {reason}")
+
+def _refuse(path, *checks):
+    "An `AudioError` with the reason of the first check (whether something is wrong, the reason) that finds a fault."
+    refuse(*checks, error=partial(AudioError, path))
 
 # %% ../nbs/00c_audio.ipynb #9d460650
 MAX_HOURS = 3.  # longer files are refused: they would not fit in memory beside a model
@@ -66,14 +71,12 @@ def _open(path, data=None):
                                "for example `ffmpeg -i IN -ar 16000 -ac 1 OUT.flac`") from None
     except OSError as e:
         raise AudioError(path, f"cannot be opened ({e.strerror}): check its permissions and its disk") from None
-    if not info.frames: raise AudioError(path, "holds no samples: leave it out or fetch it again")
-    if info.format not in _CHECKED:
-        raise AudioError(path, f"is of the format {info.format}, of which a cut file looks like a whole one: "
-                               "convert it to FLAC")
-    if cut: raise AudioError(path, _TRUNCATED)
-    if not RATES[0] <= info.samplerate <= RATES[1]:
-        raise AudioError(path, f"says that it has {info.samplerate} samples a second, outside {RATES}: "
-                               "correct its header")
+    _refuse(path, (not info.frames, "holds no samples: leave it out or fetch it again"),
+            (info.format not in _CHECKED, f"is of the format {info.format}, of which a cut file looks like a whole "
+                                          "one: convert it to FLAC"),
+            (cut, _TRUNCATED),
+            (not RATES[0] <= info.samplerate <= RATES[1],
+             f"says that it has {info.samplerate} samples a second, outside {RATES}: correct its header"))
     return info
 
 class _Bytes(io.BytesIO):
@@ -190,10 +193,10 @@ def _counted(path, data, said):
             at, samples = at + n, samples + more
         f.seek(at)
         rest = f.read()
-    if len(rest) >= _frame(first)[0] and rest[:3] not in (b"TAG", b"APE", b"LYR", b"ID3") and rest.strip(b"\0"):
-        raise AudioError(path, f"has no MP3 frame at byte {at}, where one should begin: convert it to FLAC")
-    if samples > 1.01*said:    # a guess at a constant rate is nearer; libsndfile reads no further than its guess
-        raise AudioError(path, "does not say how long it is, and would be read only in part: convert it to FLAC")
+    foreign = len(rest) >= _frame(first)[0] and rest[:3] not in (b"TAG", b"APE", b"LYR", b"ID3") and rest.strip(b"\0")
+    _refuse(path, (foreign, f"has no MP3 frame at byte {at}, where one should begin: convert it to FLAC"),
+            # a guess at a constant rate is nearer; libsndfile reads no further than its guess
+            (samples > 1.01*said, "does not say how long it is, and would be read only in part: convert it to FLAC"))
     return min(samples, said)
 
 
@@ -237,13 +240,12 @@ def _read(path, start, frames, rate, data=None):
             n += len(x)
             mono.append(x.mean(1))
             if channels > 1: loud, mixed = loud + _squares(x), mixed + _squares(mono[-1])
-    if n < frames:
-        raise AudioError(path, f"is truncated: it promises {frames} samples from {start} on and holds {n}; "
-                               "fetch it again or leave it out")
-    # the mix of independent channels has their power divided by their number
-    if loud > 1e-8*n*channels and mixed < .01*loud/channels**2:
-        raise AudioError(path, "has channels that cancel each other when they are mixed: one is inverted; "
-                               "keep one channel, or invert it back")
+    _refuse(path, (n < frames, f"is truncated: it promises {frames} samples from {start} on and holds {n}; "
+                               "fetch it again or leave it out"),
+            # the mix of independent channels has their power divided by their number
+            (loud > 1e-8*n*channels and mixed < .01*loud/channels**2,
+             "has channels that cancel each other when they are mixed: one is inverted; keep one channel, or invert it "
+             "back"))
     return _resample(torch.from_numpy(np.concatenate(mono)), rate).numpy()
 
 def _squares(x): return np.square(x, dtype=np.float64).sum()
@@ -257,19 +259,15 @@ def _resample(x, rate):
     return torch.from_numpy(resample_poly(x.numpy(), ratio.numerator, ratio.denominator).astype(np.float32))
 
 # %% ../nbs/00c_audio.ipynb #0ca00009
-def _finite(x, path):
-    "`x`, or an `AudioError` if it has NaNs or infinities."
-    if not np.isfinite(x).all():
-        raise AudioError(path, "has samples that are not finite numbers: write it again from its source")
-    return x
+_INFINITE = "has samples that are not finite numbers: write it again from its source"
 
 def audible(x, path,        # float samples; the file that an error names
             where:str=""    # where in the file, in words
            ):
     "`x`, or an `AudioError` if it is empty, not finite or silent."
-    if not len(x): raise AudioError(path, f"decodes to no samples{where}: leave it out or fetch it again")
-    if np.abs(_finite(x, path)).max() < 1e-4:
-        raise AudioError(path, f"is silent{where} (peak under -80 dBFS): leave it out")
+    _refuse(path, (not len(x), f"decodes to no samples{where}: leave it out or fetch it again"),
+            (not np.isfinite(x).all(), _INFINITE),
+            (np.abs(x).max(initial=0) < 1e-4, f"is silent{where} (peak under -80 dBFS): leave it out"))
     return x
 
 # %% ../nbs/00c_audio.ipynb #0ca0000c
@@ -289,7 +287,9 @@ def load_part(path, start:int, end:int # a file; first sample at 16 kHz; sample 
     k = info.samplerate/SAMPLE_RATE
     first = min(int(start*k), info.frames-1)
     frames = max(1, min(round((end-start)*k), info.frames-first))
-    return _finite(_read(path, first, frames, info.samplerate)[:end-start], path)
+    x = _read(path, first, frames, info.samplerate)[:end-start]
+    _refuse(path, (not np.isfinite(x).all(), _INFINITE))
+    return x
 
 # %% ../nbs/00c_audio.ipynb #b3abd357
 def normalise(wav): # Tensor or array [..., samples]

@@ -9,8 +9,8 @@ __all__ = ['SHIPPED', 'RESERVED', 'TASK', 'STAGES', 'NEEDS', 'AUDIO_SUFFIXES', '
 # %% ../nbs/00a_profiles.ipynb #8299fb5e
 import difflib, json, os, re, sys
 from dataclasses import asdict, dataclass, field, fields, replace
-from importlib import resources
 from pathlib import Path
+import distilltv
 from .files import write_atomic
 from .runs import Choice, Integer, Number, Text, data_dir, home, refuse, user_path, version_of
 if sys.version_info >= (3, 11): import tomllib
@@ -192,15 +192,14 @@ _TRAINING = """predict corpus steps batch seconds lr warmup clip weight_decay pr
 _TABLES = dict(student=dict(init="init", layers="student_layers", width="student_width", heads="student_heads"),
                training={k: k for k in _TRAINING})
 _TOP = ("name", "licence", "ask", "teachers", "audio", "student", "training", "tasks", "slurm")
-_SHIPPED = resources.files("distilltv")/"shipped"
+_SHIPPED = Path(distilltv.__file__).parent/"shipped"
 
 def profile(name_or_path="mini", # `mini`, `hub`, `paper` or the path of a .toml file; a `Profile` is returned as it is
            ) -> Profile:
     "The profile of that name or file; a `ValueError` says what is wrong in one sentence."
     if isinstance(name_or_path, Profile): return name_or_path
     name = str(name_or_path)
-    if name in SHIPPED:
-        with resources.as_file(_SHIPPED/f"{name}.toml") as path: return _read(path, Path.cwd())
+    if name in SHIPPED: return _read(_SHIPPED/f"{name}.toml", Path.cwd())
     path = user_path(name)
     if path.suffix.lower() != ".toml":
         file = f": did you mean {name}.toml?" if Path(f"{path}.toml").is_file() else ""

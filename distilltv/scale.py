@@ -17,7 +17,8 @@ from datasets import Audio, load_dataset
 from datasets.distributed import split_dataset_by_node
 from .audio import SAMPLE_RATE, AudioError, load_audio
 from .corpora import DRAWS, Segments, as_batch, draw_crop, open_segments, split_of, splits_above
-from .runs import write_atomic
+from .files import write_atomic
+from .runs import refuse
 
 # %% ../nbs/00d_scale.ipynb #91957291
 class Stream:
@@ -208,13 +209,11 @@ class Crops:
         if not self.streams:
             self.quarantine |= merge_quarantines(states)
             return
-        if len(states) != self.world:
-            raise ValueError(f"the streams were shared by {len(states)} processes, not {self.world}: "
-                             f"continue with {len(states)}")
+        refuse((len(states) != self.world, f"the streams were shared by {len(states)} processes, not {self.world}: "
+                                           f"continue with {len(states)}"),
+               (any("places" not in s for s in states), "the checkpoint does not say where its streams met bad "
+                "examples, as an older version wrote it: delete checkpoint.pt and start again"))
         mine = states[rank]    # without those of others: an example's name depends on what this process has met
-        if "places" not in mine:
-            raise ValueError("the checkpoint does not say where its streams met bad examples, as an older version "
-                             "wrote it: delete checkpoint.pt and start again")
         self.quarantine |= mine["quarantine"]
         for s, mark, bad in zip(self.streams, mine["streams"], mine["places"]):
             s.seek(mark)

@@ -273,7 +273,7 @@ def test_ci_runs_the_same_script_everywhere():
 # --- the rooms
 
 # each module may import only those before it; a new one finds its place here
-ROOMS = """style files runs profiles students audio corpora scale cards encoders public objective training distill
+ROOMS = """style files runs profiles students audio splits corpora scale cards encoders public objective training distill
            weights parts rules saving merge geometry recipes path align frozen fit features answers adapters tasks
            questions letters mini published check probe statistics reading results figures paper findings grid
            queueing runner jobs slurm reproduce""".split()
