@@ -93,10 +93,11 @@ def main(argv:list=None, # arguments; default those of the command line
     "The command `distilltv`."
     for out in (sys.stdout, sys.stderr): # a terminal that lacks a letter shows its number
         if hasattr(out, "reconfigure"): out.reconfigure(errors="backslashreplace")
-    given, parser = sys.argv[1:] if argv is None else argv, _parser()
+    given = sys.argv[1:] if argv is None else argv
     if given[:1] == ["distil"]:    # with options of its own
         from distilltv import distill
         return distill.main(given[1:]) or 0
+    parser = _parser()
     args = parser.parse_args(given)
     try:
         status = args.call(args) or 0
@@ -234,7 +235,6 @@ def _check(args):
     found = check_profile(args.profile)
     print(found)
     return 1 if found.wrong else 0
-
 
 # %% ../nbs/06_reproduce.ipynb #9c41d7be
 def _merge(args):

@@ -195,8 +195,8 @@ class Progress:
         if note: self.write(f"{run.id}: {note}")
         elif began and self.bars[run.stage].disable: self.write(f"{run.id}: {self.took[run.id]:.0f} s; {self}")
 
-    def blocked(self, run) -> str: # of the grid; empty if nothing is in its way
-        "Why a run cannot be done: one that it needs has failed."
+    def blocked(self, run) -> str: # of the grid
+        "Why a run cannot be done, where one that it needs has failed; else empty."
         return next((f"not run, because {n} failed" for n in run.needs if n in self.failed), "")
 
     def write(self, line): # of text
