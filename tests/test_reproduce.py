@@ -7,7 +7,7 @@ from distilltv import reproduce as command
 from distilltv.corpora import load_corpus
 from distilltv.grid import GridRun, _check_apart, code_of, digest, fresh, grid, key, simplex, stamp, state
 from distilltv.profiles import profile
-from distilltv.runner import Progress, alone, execute, run_stale
+from distilltv.runner import Progress, RunError, alone, execute, run_stale
 from distilltv.runs import root
 
 SLOW = "import time; time.sleep(1.5)\n"
@@ -472,6 +472,23 @@ def test_what_somebody_else_put_into_a_run_folder_stays(repo):
     assert (repo/"runs/m0/notes.txt").read_text() == "mine" and (repo/"runs/m0/number.txt").read_text() == "9"
     assert "notes.txt" not in stamp(small((9,))[0])["files"]
 
+def test_a_note_beside_a_student_costs_nothing(repo):
+    "It makes nothing stale, and where the student must be made again, the folder is refused before it is touched."
+    run = GridRun("distil", "d", at("make.ipynb"), dict(x=1), "d")
+    after = GridRun("merge", "m", at("make.ipynb"), {}, "m", ("distil/d",))
+    def student(run):
+        for name in ("model.safetensors", "log.csv", "result.json"): (run.folder/name).write_text("{}")
+    def there(): return {f.name: f.read_bytes() for f in run.folder.iterdir()}
+    execute(run, {}, student)
+    before, needed = key(after, {run.id: run}), there()
+    (run.folder/"notes.txt").write_text("mine")
+    assert fresh(run, {}) and key(after, {run.id: run}) == before
+    with pytest.raises(RunError, match="d holds notes.txt"):
+        execute(replace(run, parameters=dict(x=2)), {}, lambda run: pytest.fail("began"))
+    assert there() == needed | {"notes.txt": b"mine"}
+    (run.folder/"model.safetensors").write_text("another")
+    assert not fresh(run, {}) and key(after, {run.id: run}) != before
+
 @pytest.mark.parametrize("ends", [True, False])
 def test_what_came_while_a_run_went_on_stays(repo, ends):
     "Also after a run that was killed; of a stage's own notebook only what it writes is removed, when the key changes."
@@ -483,9 +500,9 @@ def test_what_came_while_a_run_went_on_stays(repo, ends):
         try: execute(GridRun("probe", "p", at("make.ipynb"), dict(x=x), "p"), {}, how)
         except KeyboardInterrupt: pass
     again(1, how)
-    again(2, lambda run: (run.folder/"result.json").write_text("{}"))
+    again(2, lambda run: (run.folder/"predictions.npz").write_text("{}"))
     left = {f.name for f in (repo/"runs/p").iterdir()}
-    assert left == {"mine", "notes.txt", "scores-mine.csv", "result.json", "stamp.json"}
+    assert left == {"mine", "notes.txt", "scores-mine.csv", "predictions.npz", "stamp.json"}
 
 BROKEN = "[]", "null", "3", '"x"', '{"found": 5}', '{"made": "x", "parts": 5}', '{"files": [{}]}', '{"key": []}', "["*10**5
 
