@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LAMBDAS', 'SHOWING', 'GridRun', 'expand', 'simplex', 'merge_weights', 'grid', 'code_of', 'digest', 'made', 'marks',
-           'key', 'stamp', 'fresh', 'state']
+           'key', 'stamp', 'fresh', 'taken', 'state']
 
 # %% ../nbs/06a_grid.ipynb #f34a90c5
 import ast, csv, hashlib, itertools, json, os, re, threading
@@ -266,14 +266,14 @@ def _decided(run, p):
 
 def marks(run:GridRun, # the run
           runs:dict,   # id -> run, for those it needs
-         ) -> dict:    # `key`, SHA-256 as hex; `parts`, a value by the words that name it
+         ) -> dict:    # `key`, SHA-256 as hex; `parts`, a value by the words that name it; the name of the `profile`
     "Everything that decides a run's numbers: its hash, and what that is made of."
     p = run.profile
     parts = dict(code=code_of(run.notebook, run.stage == "results"), profile=_decided(run, p) if p else {},
                  parameters={k: v for k, v in run.parameters.items() if k != "profile"},
                  inputs={i: _state(i, p) for i in run.inputs}, needs={n: made(runs[n]) for n in run.needs})
     text = json.dumps(parts, sort_keys=True)
-    return dict(key=_hashed([text]), parts=_worded(json.loads(text)))
+    return dict(key=_hashed([text]), parts=_worded(json.loads(text)), profile=str(run.parameters.get("profile", "")))
 
 def _worded(parts):
     "The parts of a key by words such as `training.py`, `profile steps`, `audio speech` or `distil/music`."
@@ -296,7 +296,8 @@ def key(run:GridRun, # the run
     return marks(run, runs)["key"]
 
 # %% ../nbs/06a_grid.ipynb #99a3baf1
-_STAMP = dict(key=str, made=str, seconds=(int, float), parts=dict, found=list, files=list)    # kinds of its values
+# kinds of its values
+_STAMP = dict(key=str, made=str, seconds=(int, float), parts=dict, profile=str, found=list, files=list)
 
 def stamp(run:GridRun) -> dict: # `key` and `parts`, `made`, `seconds`; empty where there is none
     "What a run noted when it ended, or when it began."
@@ -312,6 +313,14 @@ def fresh(run:GridRun, # the run
     "Whether a run's results are there and up to date."
     s = stamp(run)
     return bool(s.get("made")) and s["made"] == made(run) and s.get("key") == key(run, runs)
+
+def taken(run:GridRun) -> str: # empty where it is not
+    "That a run's folder is of another profile file, one that is still there and says something else."
+    theirs, ours = stamp(run).get("profile", ""), run.parameters.get("profile", "")
+    there = theirs != ours and all(os.path.isfile(f) and os.access(f, os.R_OK) for f in (theirs, ours))
+    if not there or file_hash(theirs) == file_hash(ours): return ""
+    return (f"{run.profile.folder} holds runs of {theirs}, which has the same name: give {ours} another, "
+            "so that the runs stay apart, or delete that folder")
 
 def state(run:GridRun, # the run
           runs:dict,   # id -> run, for those it needs

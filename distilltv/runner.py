@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 import numpy as np
 from .files import WRITES, check_replaceable
-from .grid import GridRun, expand, fresh, made, marks, stamp
+from .grid import GridRun, expand, fresh, made, marks, stamp, taken
 from .profiles import profile
 from .queueing import Work, simulate
 from .runs import data_dir, home, read_json, root, write_json
@@ -44,7 +44,8 @@ def _written(run, names):
     return sorted(set(names) & _writes(run) if run.stage in WRITES else names)
 
 def _check_folder(run):
-    "A `RunError` where the run's notebook would refuse its folder, before anything there is touched."
+    "A `RunError` where its folder is another file's or its notebook would refuse it, before anything there is touched."
+    if why := taken(run): raise RunError(why)
     if run.stage not in ("distil", "merge"): return    # the other stages write beside what is there
     try: check_replaceable(run.folder.resolve(), {"stamp.json"} | _writes(run))
     except ValueError as e: raise RunError(str(e)) from None
