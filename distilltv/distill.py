@@ -177,7 +177,7 @@ def load_heads(folder # of a student
 def main(args:list=None # arguments; default those of the command line
         ) -> None:
     "Distil one student from the command line: `python -m distilltv.distill --profile mine.toml --teacher sound`."
-    a = argparse.ArgumentParser(prog="distilltv.distill", description=main.__doc__)
+    a = argparse.ArgumentParser(prog="distilltv.distill", description=main.__doc__, allow_abbrev=False)
     a.add_argument("--profile", default="mini", help="mini, hub, paper, or the path of a .toml file")
     a.add_argument("--teacher", default="", help="a domain of the profile, or ensemble; empty: the first domain")
     a.add_argument("--corpus", default="", help="audio to distil on: both, own or one domain; empty: the profile's")

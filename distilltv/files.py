@@ -57,7 +57,8 @@ def _remove(path):
 def _full(error, path):
     "The error, or if the disk is full, one that says so of `path` (libraries that write have their own words for it)."
     said = re.search("No space left|os error 28|inline_container", str(error))
-    if not said and getattr(error, "errno", None) != errno.ENOSPC and shutil.disk_usage(path.parent).free >= 2**20:
+    full = errno.ENOSPC, errno.EDQUOT, errno.EFBIG    # of the disk, a quota, a limit on a file's size
+    if not said and getattr(error, "errno", None) not in full and shutil.disk_usage(path.parent).free >= 2**20:
         return error
     return OSError(errno.ENOSPC,
                    f"no space left to write {path}: free some and start again; what was there before is untouched")

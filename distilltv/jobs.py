@@ -7,7 +7,7 @@ __all__ = ['Needs', 'needs_of', 'request', 'Listed', 'ask_slurm', 'queue', 'job_
            'note', 'word', 'ended', 'log_of', 'Job', 'torchrun', 'launch', 'QueueFull', 'submit']
 
 # %% ../nbs/06c_jobs.ipynb #0b500003
-import getpass, json, os, socket, subprocess, sys, time, uuid
+import json, os, socket, subprocess, sys, time, uuid
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -89,7 +89,7 @@ def ask_slurm(*command) -> list:  # None: it did not answer
 
 def queue() -> dict:  # name of a job -> `Listed`; None: the queue did not answer
     "Our jobs in Slurm's queue."
-    rows = ask_slurm("squeue", "-h", "-t", "all", "-u", getpass.getuser(), "-o", "%j|%i|%T|%r|%N")
+    rows = ask_slurm("squeue", "-h", "-t", "all", "-u", str(os.getuid()), "-o", "%j|%i|%T|%r|%N")
     if rows is None: return None
     return {name: Listed(*rest) for name, *rest in rows if name.startswith(_PREFIX)}
 
@@ -232,13 +232,20 @@ class QueueFull(Exception):
 _FULL = ("QOSMax", "AssocMax", "job submit limit", "temporarily unavailable", "temporarily unable", "Unable to contact",
          "timed out", "Zero Bytes", "QueueFull")
 
+def _around_us():
+    "Variables of the job that this process runs in, as in a notebook on a node: sbatch would take them for the new one."
+    if "SLURM_JOB_ID" not in os.environ: return []
+    return [n for n in os.environ if n.startswith(("SLURM_", "SLURMD_")) and n != "SLURM_CONF"]
+
 def submit(job:Job) -> str:  # Slurm's number
     "Put a job into the queue; `QueueFull` if there is no room, and a `RuntimeError` if Slurm refuses it."
+    from fastcore.xtras import modified_env
     try: import submitit
     except ModuleNotFoundError: raise RuntimeError("--slurm needs submitit: pip install 'distilltv[slurm]'") from None
     executor = submitit.SlurmExecutor(folder=jobs_dir()/"logs", max_num_timeout=10)
     executor.update_parameters(**request(job.needs, job.name))
-    try: return executor.submit(job).job_id
+    try:
+        with modified_env(*_around_us()): return executor.submit(job).job_id
     except submitit.core.utils.FailedJobError as e:
         said = ([line for line in str(e).splitlines() if "error" in line.lower()] or [str(e)])[-1].strip()
         if any(word in said for word in _FULL): raise QueueFull(said) from None

@@ -18,6 +18,7 @@ else: import tomli as tomllib
 
 # %% ../nbs/00a_profiles.ipynb #dc51b04e
 SHIPPED = ("mini", "hub", "paper")
+_TAKEN = (*SHIPPED, "cache", "datasets", "slurm-jobs")    # folders beside that of a profile's runs
 # these have a meaning of their own, as folders, settings or groups of tasks
 RESERVED = ("ensemble", "average", "both", "own", "base", "random", "logmel", "mixed", "all", "more", *SHIPPED,
             "training", "teacher", "teachers", "students", "merged", "probes", "results")
@@ -208,9 +209,9 @@ def profile(name_or_path="mini", # `mini`, `hub`, `paper` or the path of a .toml
     if not path.is_file():
         raise ValueError(f"profile {name} is not a file: check the path, or write one with `distilltv new {name}`")
     p = _read(path, path.absolute().parent)
-    if p.name in SHIPPED:
-        raise ValueError(f"{path}: name = {p.name!r} is a shipped profile's: choose another, "
-                         "so that the runs stay apart")
+    if p.name.lower() in _TAKEN:    # a disk may hold `Mini` and `mini` for one name
+        raise ValueError(f"{path}: name = {p.name!r} is a shipped profile's or a folder of this package: "
+                         "choose another, so that the runs stay apart")
     return p
 
 def _read(path, folder):
@@ -261,7 +262,13 @@ AUDIO_SUFFIXES = ".wav .wave .flac .ogg .oga .opus .mp3 .aiff .aif .aifc .au .sn
 def _placed(place, text, folder):
     "A text of the file with its `${VARIABLES}`, made a path by `place`; what is no text as it stands."
     if not isinstance(text, str): return text
-    return place(re.sub(r"\$\{(\w+)\}", lambda m: os.environ.get(m[1], ""), text), folder)
+    return place(re.sub(r"\$\{(\w+)\}", lambda m: _variable(m[1]), text), folder)
+
+def _variable(name):
+    "The value of an environment variable; one of this package's own, as shipped profiles name, may be absent."
+    if name not in os.environ and not name.startswith("DISTILLTV_"):
+        raise ValueError(f"${{{name}}} is not set: set this environment variable, or write its value")
+    return os.environ.get(name, "")
 
 def _here(text, folder): return os.path.normpath(folder/user_path(text))
 
@@ -325,7 +332,7 @@ def new_profile(path # of the .toml file to write; it must not exist yet
            (not path.name.isprintable(),
             f"the name {path.name!r} has characters that cannot be shown: choose another"))
     name = re.sub(r"[^\w.-]+", "-", path.stem).strip(".-") or "mine"
-    if name in SHIPPED: name = f"my-{name}"
+    if name.lower() in _TAKEN: name = f"my-{name}"
     text = (_SHIPPED/"new.toml").read_text(encoding="utf-8").replace("{name}", name).replace("{file}", path.name)
     with write_atomic(path) as tmp: tmp.write_text(text, encoding="utf-8")
     return path

@@ -8,7 +8,7 @@ __all__ = ['SOURCES', 'COMMANDS', 'TECHNIQUES', 'PUBLISHED', 'REFERENCE', 'datas
            'vocalset_techniques', 'nsynth', 'gtzan', 'esc50', 'key_name', 'giantsteps', 'magnatagatune', 'emomusic']
 
 # %% ../nbs/04h_published.ipynb #3647cc1d
-import csv, hashlib, json, os, re
+import csv, hashlib, json, re
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -18,14 +18,14 @@ from .audio import SAMPLE_RATE
 from .encoders import WINDOW
 from .features import whole_frames
 from .letters import Words
-from .runs import home, user_path
+from .runs import home, named_folder
 from .tasks import Task, add_task, samples_of
 from . import mini    # whose tasks come first, whatever is imported first
 
 # %% ../nbs/04h_published.ipynb #ac06f75a
 def datasets_dir() -> Path:
     "The folder of the published data sets: `$DISTILLTV_DATASETS`, else `datasets` in `home()`."
-    return user_path(os.environ.get("DISTILLTV_DATASETS") or home()/"datasets", "DISTILLTV_DATASETS=").absolute()
+    return named_folder("DISTILLTV_DATASETS", home()/"datasets")
 
 @dataclass(frozen=True)
 class Source:

@@ -7,14 +7,15 @@ __all__ = ['main']
 
 # %% ../nbs/06_reproduce.ipynb #2755f32a
 import argparse, inspect, json, os, signal, sys, threading
+from contextlib import contextmanager
 from pathlib import Path
 # some of them for whoever asks about a run from Python
 from . import slurm
-from .grid import code_of, digest, fresh, grid, key, stamp, state
+from .grid import code_of, digest, fresh, grid, key, stamp, state, taken
 from .jobs import needs_of
-from .profiles import SHIPPED, STAGES, new_profile, profile as get_profile
+from .profiles import SHIPPED, STAGES, closest, new_profile, profile as get_profile
 from .runner import Progress, run_stale, shown
-from .runs import home, keep_memory, root, user_path
+from .runs import home, keep_memory, named_folder, refuse, root, user_path
 
 # %% ../nbs/06_reproduce.ipynb #37d1ac72
 _HELP = """One small encoder for speech and music: distil two students, merge them, probe everything.
@@ -40,7 +41,7 @@ _GRID = {
     "--seeds": dict(type=int, default=1,
                     help="distillation seeds: students, merges and their probes are repeated with each "
                          "(default: %(default)s)"),
-    "--home": dict(type=Path, help="folder to write to (default: $DISTILLTV_HOME, else runs/ in the repository)")}
+    "--home": dict(help="folder to write to (default: $DISTILLTV_HOME, else runs/ in the repository)")}
 _RUN = {
     "--jobs": dict(type=int, default=min(2, os.cpu_count()),
                    help="notebooks to run side by side, one thread each (default: %(default)s)"),
@@ -66,11 +67,12 @@ _MERGED = {
 def _parser():
     "What the command understands; each function that it calls describes itself."
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("distilltv", description=_HELP, formatter_class=raw)
+    parser = argparse.ArgumentParser("distilltv", description=_HELP, formatter_class=raw, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     def command(call, help, options):
         told = inspect.getdoc(call)
-        one = commands.add_parser(call.__name__[1:], help=help, description=told, formatter_class=raw)
+        one = commands.add_parser(call.__name__[1:], help=help, description=told, formatter_class=raw,
+                                  allow_abbrev=False)
         one.set_defaults(call=call)
         for name, how in options.items(): one.add_argument(name, **how)
         return one
@@ -88,6 +90,17 @@ def _parser():
     command(_merge, "make the encoder that a recipe describes", _MERGED)
     return parser
 
+@contextmanager
+def _as_before():
+    "Environment, working directory and Ctrl-C are afterwards as they were, for a notebook that gives the command."
+    variables, here, stop = dict(os.environ), os.getcwd(), signal.getsignal(signal.SIGINT)
+    try: yield
+    finally:
+        os.environ.clear()
+        os.environ.update(variables)
+        os.chdir(here)
+        if signal.getsignal(signal.SIGINT) is _stop: signal.signal(signal.SIGINT, stop)
+
 def main(argv:list=None, # arguments; default those of the command line
         ) -> int:        # exit status: 0 if all is well
     "The command `distilltv`."
@@ -98,9 +111,12 @@ def main(argv:list=None, # arguments; default those of the command line
         from distilltv import distill
         return distill.main(given[1:]) or 0
     parser = _parser()
-    args = parser.parse_args(given)
+    args, unknown = parser.parse_known_args(given)
+    if unknown:
+        meant = closest(unknown[0].partition("=")[0], [f"--{n.replace('_', '-')}" for n in vars(args)])
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}" + (f": did you mean {meant}?" if meant else ""))
     try:
-        status = args.call(args) or 0
+        with _as_before(): status = args.call(args) or 0
         sys.stdout.flush()
         return status
     except BrokenPipeError:    # whoever reads our output has closed it, such as `head`
@@ -115,6 +131,7 @@ def _runs_of(args):
         raise ValueError(f"there are no notebooks in {root()}: `distilltv {args.command}` runs those of "
                          "the repository, so clone it and give the command inside")
     if args.seeds < 1: raise ValueError(f"--seeds {args.seeds} is too few; use 1 or more")
+    if args.home == "": raise ValueError("--home is empty: name a folder, or leave it out")
     if args.home: os.environ["DISTILLTV_HOME"] = str(user_path(args.home).absolute())
     p = get_profile(args.profile)
     if args.corpus not in ("", "both", "own", *p.domains):
@@ -137,6 +154,7 @@ def _reproduce(args):
     its folder. Each run's folder holds the executed notebook; open it in JupyterLab.
     """
     p, runs = _runs_of(args)
+    refuse(*_taken(runs))
     _check_options(args)
     _settle(p)
     os.chdir(root())
@@ -150,6 +168,11 @@ def _reproduce(args):
     else: _print_results(runs[-1].folder)
     print(f"executed notebooks: {shown(home()/p.name)}/*/")
     return 1 if failed else 0
+
+def _taken(runs):
+    "For each run that would be done: whether its folder is another profile file's, and the sentence that says so."
+    by_id = {r.id: r for r in runs}
+    return [(True, why) for r in runs if (why := taken(r)) and not fresh(r, by_id)]
 
 def _check_options(args):
     "Refuse what would be passed over, or is no number of hours or jobs."
@@ -170,7 +193,7 @@ def _foretell(progress):
 def _settle(p):
     "Let folders in the environment mean the same in the kernels, which work in another directory."
     for name in ("DISTILLTV_HOME", "DISTILLTV_DATA", "DISTILLTV_DATASETS"):
-        if said := os.environ.get(name): os.environ[name] = str(user_path(said, f"{name}=").absolute())
+        if os.environ.get(name, "").strip(): os.environ[name] = str(named_folder(name, ""))
     for d, audio in p.audio.items():
         if p.name in SHIPPED and os.environ.get(name := f"DISTILLTV_{d.upper()}"): os.environ[name] = audio
 
@@ -235,6 +258,8 @@ def _check(args):
     Writes nothing; exit status 1 if something is wrong."""
     from distilltv.check import check_profile
     found = check_profile(args.profile)
+    if not found.wrong:
+        with found.noting(): refuse(*_taken(grid(args.profile)))
     print(found)
     return 1 if found.wrong else 0
 

@@ -14,8 +14,8 @@ from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 import numpy as np
-from .files import WRITES
-from .grid import GridRun, digest, expand, fresh, marks, stamp
+from .files import WRITES, check_replaceable
+from .grid import GridRun, expand, fresh, made, marks, stamp, taken
 from .profiles import profile
 from .queueing import Work, simulate
 from .runs import data_dir, home, read_json, root, write_json
@@ -37,10 +37,18 @@ def _last_line(e):
 def _names(folder):
     return sorted(str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file() and f.name != "stamp.json")
 
+def _writes(run): return {run.executed.name, *WRITES[run.stage].split()}
+
 def _written(run, names):
     "Those of the names that the run's notebook writes: all, if it is not of one of our stages."
-    if run.stage in WRITES: names = set(names) & {run.executed.name, *WRITES[run.stage].split()}
-    return sorted(names)
+    return sorted(set(names) & _writes(run) if run.stage in WRITES else names)
+
+def _check_folder(run):
+    "A `RunError` where its folder is another file's or its notebook would refuse it, before anything there is touched."
+    if why := taken(run): raise RunError(why)
+    if run.stage not in ("distil", "merge"): return    # the other stages write beside what is there
+    try: check_replaceable(run.folder.resolve(), {"stamp.json"} | _writes(run))
+    except ValueError as e: raise RunError(str(e)) from None
 
 def _clear(run):
     "Remove what an earlier run with another key wrote, and nothing else."
@@ -69,6 +77,7 @@ def execute(run:GridRun,    # the run
             how=_papermill  # what is called with the run; by default its notebook is run with papermill
            ) -> None:
     "Do one run, and stamp its folder; a `RunError` says what went wrong."
+    _check_folder(run)
     now, began, said = marks(run, runs), time.time(), stamp(run)
     other = said.get("key", now["key"]) != now["key"]
     # what ended and is no longer fresh is done again: without this record, no student counts as finished
@@ -77,11 +86,11 @@ def execute(run:GridRun,    # the run
     found = stamp(run).get("found", _names(run.folder))    # a run that continues keeps the list of its beginning
     write_json(run.folder/"stamp.json", now | dict(found=found))
     how(run)
-    made = digest(run.folder)
-    if made == "absent": raise RunError(f"{run.notebook} ended well but left nothing in {shown(run.folder)}")
+    result = made(run)
+    if result == "absent": raise RunError(f"{run.notebook} ended well but left nothing in {shown(run.folder)}")
     files = _written(run, set(_names(run.folder)) - set(found))
     write_json(run.folder/"stamp.json",
-               now | dict(made=made, seconds=round(time.time()-began, 1), found=found, files=files))
+               now | dict(made=result, seconds=round(time.time()-began, 1), found=found, files=files))
 
 # %% ../nbs/06b_runner.ipynb #8a3180c9
 def calibrate() -> float: # seconds, the best of three

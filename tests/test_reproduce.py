@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np, pytest, soundfile as sf
 from distilltv import reproduce as command
 from distilltv.corpora import load_corpus
-from distilltv.grid import GridRun, _check_apart, code_of, digest, fresh, grid, key, simplex, stamp, state
+from distilltv.grid import GridRun, _check_apart, code_of, digest, fresh, grid, key, simplex, stamp, state, taken
 from distilltv.profiles import profile
-from distilltv.runner import Progress, alone, execute, run_stale
+from distilltv.runner import Progress, RunError, alone, execute, run_stale
 from distilltv.runs import root
 
 SLOW = "import time; time.sleep(1.5)\n"
@@ -190,7 +190,10 @@ def test_command_line(tmp_path, repo):
     ("--slurm --slurm-time -2", "--slurm-time -2.0 is no number to go by"),
     ("--slurm --slurm-time nan", "--slurm-time nan is no number"), ("--slurm --slurm-jobs -1", "--slurm-jobs -1 is no"),
     ("--slurm --dry-run", "--dry-run counts with this machine: leave out --slurm"),
-    ("--home ~no-such-user/x", "~no-such-user/x: there is no such user's home")])
+    ("--home ~no-such-user/x", "~no-such-user/x: there is no such user's home"),
+    ("--home=", "--home is empty: name a folder, or leave it out"),
+    ("--seed 3", "unrecognized arguments: --seed 3: did you mean --seeds"),
+    ("--job=1", "unrecognized arguments: --job=1: did you mean --jobs")])
 def test_an_option_that_would_be_passed_over_or_means_nothing_is_refused(monkeypatch, capsys, given, says):
     monkeypatch.setattr(command, "_look_first", lambda *_: pytest.fail("began"))
     with pytest.raises(SystemExit): command.main(["reproduce", *given.split()])
@@ -206,6 +209,14 @@ def test_folders_of_the_environment_mean_the_same_in_the_kernels(tmp_path, monke
     monkeypatch.chdir("/")
     assert profile("hub") == p and p.audio == dict(speech=str(tmp_path/"mine"), music="stream:some/set")
     assert all(os.environ[name] == str(tmp_path/"mine") for name in folders)
+
+def test_a_notebook_that_gives_the_command_goes_on_as_before(tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "run_stale", lambda runs, jobs: dict(x=f"in {runs[0].folder}"))
+    monkeypatch.setenv("DISTILLTV_DATASETS", "sets")
+    monkeypatch.chdir(tmp_path)
+    def now(): return dict(os.environ), os.getcwd(), signal.getsignal(signal.SIGINT)
+    before = now()
+    assert command.main(["reproduce", "--home", str(tmp_path/"other")]) == 1 and now() == before
 
 def test_without_notebooks_it_says_what_to_do(tmp_path):
     "A package installed from a wheel, away from any clone."
@@ -383,6 +394,28 @@ def test_runs_that_would_share_a_name_or_folder_are_refused(name, out):
     with pytest.raises(ValueError, match=rf"distil/voice-seed1 \(voice\) and distil/{name} \(voice-seed1\); rename"):
         _check_apart(runs)
 
+def test_two_profile_files_of_one_name_do_not_replace_each_others_runs(tmp_path, monkeypatch, capsys):
+    "A copy that was edited is refused by name; the same file, edited or moved, and an equal copy are not."
+    monkeypatch.setenv("DISTILLTV_HOME", str(tmp_path/"runs"))
+    mine, big = tmp_path/"mine.toml", tmp_path/"big.toml"
+    text = 'name = "mine"\n[teachers]\na = "mini:speech"\n[audio]\na = "mini:speech"\n[training]\nsteps = 2\n'
+    mine.write_text(text, encoding="utf-8")
+    def do(file):
+        execute(grid(file)[0], {}, lambda run: (run.folder/"log.csv").write_text(file.name))
+        return (tmp_path/"runs/mine/students/both/a/log.csv").read_text()
+    assert do(mine) == "mine.toml"
+    big.write_text(text, encoding="utf-8")
+    assert taken(grid(big)[0]) == ""
+    big.write_text(f"{text}lr = 1e-3\n", encoding="utf-8")
+    with pytest.raises(RunError, match=f"runs/mine holds runs of {mine}.*give {big} another"): do(big)
+    assert command.main(["check", str(big)]) == 1 and f"holds runs of {mine}" in capsys.readouterr().out
+    with pytest.raises(SystemExit): command.main(["reproduce", "--profile", str(big)])
+    assert f"holds runs of {mine}" in capsys.readouterr().err and (tmp_path/"runs/mine").exists()
+    mine.write_text(f"{text}lr = 1e-4\n", encoding="utf-8")
+    assert do(mine) == "mine.toml"
+    mine.rename(tmp_path/"elsewhere.toml")
+    assert do(tmp_path/"elsewhere.toml") == "elsewhere.toml"
+
 def test_what_a_profile_asks_is_asked_of_every_encoder(tmp_path):
     def asked(line):
         text = f'name = "one"\n{line}\n[teachers]\na = "x/y"\n[tasks.high]\n'
@@ -477,6 +510,23 @@ def test_what_somebody_else_put_into_a_run_folder_stays(repo):
     assert (repo/"runs/m0/notes.txt").read_text() == "mine" and (repo/"runs/m0/number.txt").read_text() == "9"
     assert "notes.txt" not in stamp(small((9,))[0])["files"]
 
+def test_a_note_beside_a_student_costs_nothing(repo):
+    "It makes nothing stale, and where the student must be made again, the folder is refused before it is touched."
+    run = GridRun("distil", "d", at("make.ipynb"), dict(x=1), "d")
+    after = GridRun("merge", "m", at("make.ipynb"), {}, "m", ("distil/d",))
+    def student(run):
+        for name in ("model.safetensors", "log.csv", "result.json"): (run.folder/name).write_text("{}")
+    def there(): return {f.name: f.read_bytes() for f in run.folder.iterdir()}
+    execute(run, {}, student)
+    before, needed = key(after, {run.id: run}), there()
+    (run.folder/"notes.txt").write_text("mine")
+    assert fresh(run, {}) and key(after, {run.id: run}) == before
+    with pytest.raises(RunError, match="d holds notes.txt"):
+        execute(replace(run, parameters=dict(x=2)), {}, lambda run: pytest.fail("began"))
+    assert there() == needed | {"notes.txt": b"mine"}
+    (run.folder/"model.safetensors").write_text("another")
+    assert not fresh(run, {}) and key(after, {run.id: run}) != before
+
 @pytest.mark.parametrize("ends", [True, False])
 def test_what_came_while_a_run_went_on_stays(repo, ends):
     "Also after a run that was killed; of a stage's own notebook only what it writes is removed, when the key changes."
@@ -488,9 +538,9 @@ def test_what_came_while_a_run_went_on_stays(repo, ends):
         try: execute(GridRun("probe", "p", at("make.ipynb"), dict(x=x), "p"), {}, how)
         except KeyboardInterrupt: pass
     again(1, how)
-    again(2, lambda run: (run.folder/"result.json").write_text("{}"))
+    again(2, lambda run: (run.folder/"predictions.npz").write_text("{}"))
     left = {f.name for f in (repo/"runs/p").iterdir()}
-    assert left == {"mine", "notes.txt", "scores-mine.csv", "result.json", "stamp.json"}
+    assert left == {"mine", "notes.txt", "scores-mine.csv", "predictions.npz", "stamp.json"}
 
 BROKEN = "[]", "null", "3", '"x"', '{"found": 5}', '{"made": "x", "parts": 5}', '{"files": [{}]}', '{"key": []}', "["*10**5
 
@@ -601,6 +651,8 @@ def test_a_dry_run_says_what_would_be_done_and_does_nothing(monkeypatch, capsys,
 
 def test_distil_is_that_of_the_module(monkeypatch, capsys):
     given = []
+    with pytest.raises(SystemExit): command.main(["distil", "--step", "2"])    # no option is taken for another
+    assert "unrecognized arguments: --step 2" in capsys.readouterr().err
     monkeypatch.setattr("distilltv.distill.main", given.append)
     assert command.main(["distil", "--teacher", "music"]) == 0 and given == [["--teacher", "music"]]
     with pytest.raises(SystemExit): command.main(["--help"])

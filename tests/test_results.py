@@ -31,6 +31,11 @@ def write_encoder(root, encoder, role, p, lam=None, corpus=None, n=200, seed=0, 
     pd.DataFrame(rows).to_csv(d/"scores.csv", index=False)
     np.savez(d/"predictions.npz", **keep)
 
+def test_scores_of_another_folder_do_not_replace_ones_own_results(tmp_path, monkeypatch):
+    monkeypatch.setenv("DISTILLTV_HOME", str(tmp_path))
+    assert G.results_folder("mini") == G.results_folder("mini", tmp_path/"mini") == tmp_path/"mini/results"
+    assert G.results_folder("mini", "/colleague/runs/hub") == tmp_path/"mini/results-of-colleague-runs-hub"
+
 def study(root, slope=.4):
     for e, r, s, m in (("logmel", "logmel", .2, .2), ("random", "random", .1, .1), ("base", "base", .3, .15),
                        ("teacher-speech", "teacher", .9, .4), ("teacher-music", "teacher", .4, .9)):

@@ -122,6 +122,11 @@ def test_a_link_of_others_under_the_second_name_stays(tmp_path):
     with pytest.raises(ValueError, match=r"\.u\.old is not a folder"): write(tmp_path/"u")
     assert left(tmp_path) == [".u.old", "elsewhere"]
 
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_what_is_full_is_said_of_the_file(tmp_path, code):
+    with pytest.raises(OSError, match=f"no space left to write {tmp_path}/a.csv"), write_atomic(tmp_path/"a.csv"):
+        raise OSError(code, os.strerror(code))
+
 def test_what_came_while_it_was_written_is_refused(tmp_path):
     with pytest.raises(ValueError, match="holds notes.txt"):
         with atomic_folder(tmp_path/"u") as t:
@@ -244,6 +249,8 @@ def test_another_project_is_not_taken_for_this_one(tmp_path):
     other = repository(tmp_path/"other", "settings.ini", "nbs/00_runs.ipynb")
     here = asked("commit()", ROOT, PYTHONPATH=str(ROOT))
     assert asked("commit()", other, PYTHONPATH=str(ROOT)) in (here, here.rstrip("+"), here.rstrip("+")+"+") != ""
+    inside = asked("commit()", other, PYTHONPATH=str(ROOT), GIT_DIR=str(other/".git"))     # in a hook of that project
+    assert inside.rstrip("+") == here.rstrip("+")
     assert asked("data_dir()", other, PYTHONPATH=str(ROOT), DISTILLTV_DATA="") == str(ROOT/"data/mini")
 
 def test_an_installed_package_records_no_commit_of_others(tmp_path):
@@ -266,7 +273,12 @@ def test_home_is_what_was_asked_for(tmp_path, monkeypatch):
         assert f() == tmp_path/f"relative-{name}"       # as it was when the first was written
         monkeypatch.setenv(name, "~no-such-user/runs")
         with pytest.raises(ValueError, match=f"{name}=~no-such-user/runs: there is no such user's home"): f()
-        monkeypatch.setenv(name, "")
+        for said in ('"/data/runs"', "'/data'", "$HOME/runs"):     # as env files give them
+            monkeypatch.setenv(name, said)
+            with pytest.raises(ValueError, match=f"{name}=.*without quotes and"): f()
+        monkeypatch.setenv(name, f" {tmp_path}/o'brien\r")
+        assert f() == tmp_path/"o'brien"
+        monkeypatch.setenv(name, "\r")
         assert f() == root()/dict(DISTILLTV_HOME="runs", DISTILLTV_DATA="data/mini")[name]
 
 @pytest.mark.parametrize("world, rank, writes", [(None, "1", True), ("", "", True), ("1", "1", True), ("2", "0", True),

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 pytest.importorskip("submitit", reason="--slurm is an extra: pip install -e .[slurm]")
 from distilltv import slurm as s
-from distilltv.jobs import needs_of
+from distilltv.jobs import Job, job_name, needs_of, submit
 from distilltv.profiles import STAGES, profile
 from distilltv.grid import GridRun, fresh
 
@@ -171,6 +171,21 @@ def again(cell):
     number = s.queue()[name].number
     until(lambda: f"slurmstepd: [{number}." not in sh("ps", "-eo", "args"))    # the node has cleared up
     sh("scontrol", "update", f"jobid={number}", "starttime=now")
+
+def test_a_job_given_from_within_a_job_takes_nothing_of_it(tmp_path, monkeypatch):
+    "And the queue is asked by number, as a user in a container may have no name."
+    for name, does in dict(sbatch=f"env > {tmp_path}/env; echo Submitted batch job 4711", srun="",
+                           squeue=f"echo $* > {tmp_path}/asked").items():
+        (tmp_path/name).write_text(f"#!/bin/sh\n{does}\n")
+        (tmp_path/name).chmod(0o755)
+    outer = dict(SLURM_JOB_ID="99", SLURM_MEM_PER_CPU="4000", SLURM_CPU_BIND="quiet,mask_cpu:0x3", SLURMD_NODENAME="n")
+    said = outer | dict(SLURM_CONF="/etc/its.conf", PATH=f"{tmp_path}:{PATH}", DISTILLTV_HOME=str(tmp_path))
+    for name, value in said.items(): monkeypatch.setenv(name, value)
+    run = make("a")
+    assert submit(Job(job_name(), (run,), {run.id: run}, NEEDS["distil"], str(tmp_path), str(tmp_path))) == "4711"
+    seen = (tmp_path/"env").read_text()
+    assert "SLURM_CONF=/etc/its.conf" in seen and not any(f"{n}=" in seen for n in outer)
+    assert s.queue() == {} and f"-u {os.getuid()} " in (tmp_path/"asked").read_text()
 
 def test_a_grid(repo):
     "Needs come first, small runs share a job, nothing runs twice, and what fails names its notebook and its log."
