@@ -137,7 +137,8 @@ def check_replaceable(path,          # the folder that will be written
     if path.is_symlink() or not path.is_dir():
         raise ValueError(f"{path} is not a folder: choose another name to write to, or move it away")
     found = sorted(f for f in path.iterdir() if not _is_passed_over(f) and not (training and f.name == _NOTEBOOK))
-    foreign = [f.name for f in found if not _is_ours(f)] + changed_texts(path)
+    # an edited recipe may be merged into its own folder
+    foreign = [f.name for f in found if not _is_ours(f)] + [n for n in changed_texts(path) if n != "recipe.yaml"]
     lost = [f.name for f in found if f.name in _TRAINED and not training]
     if not _is_noted(path): foreign = foreign or [f.name for f in found]
     elif training: foreign = [n for n in foreign if _is_our_name(n)]

@@ -311,6 +311,14 @@ def test_facts_of_another_formula_are_left_out(mine, capsys, change, kept):
     assert ({"lam", "scores"} <= set(record)) == kept
     assert ("lam, scores are of what it made before" in capsys.readouterr().err) != kept
 
+def test_an_edited_recipe_is_merged_into_its_own_folder(mine):
+    base, v = vectors(mine)
+    made, edited = (base + w*v["speech"] + .5*v["music"] for w in (.25, .75))
+    made.save_pretrained(mine/"u")
+    recipe = mine/"u/recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("weight: 0.25", "weight: 0.75"))
+    assert merge_recipe(recipe, mine/"u")["weights_hash"] == edited.save_pretrained(mine/"one")["weights_hash"]
+
 # --- sweep and dial
 
 def test_sweep_reads_each_input_once_and_equals_single_merges(mine, monkeypatch):
