@@ -401,8 +401,8 @@ def test_two_profile_files_of_one_name_do_not_replace_each_others_runs(tmp_path,
     text = 'name = "mine"\n[teachers]\na = "mini:speech"\n[audio]\na = "mini:speech"\n[training]\nsteps = 2\n'
     mine.write_text(text, encoding="utf-8")
     def do(file):
-        execute(grid(file)[0], {}, lambda run: (run.folder/"log.csv").write_text(file.name))
-        return (tmp_path/"runs/mine/students/both/a/log.csv").read_text()
+        execute(grid(file)[0], {}, lambda run: (run.folder/"heads.safetensors").write_text(file.name))
+        return (tmp_path/"runs/mine/students/both/a/heads.safetensors").read_text()
     assert do(mine) == "mine.toml"
     big.write_text(text, encoding="utf-8")
     assert taken(grid(big)[0]) == ""
