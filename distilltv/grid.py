@@ -226,8 +226,9 @@ def digest(path:Path,          # a file or a folder; it may be missing
     return _hashed(lines) if lines else "absent"
 
 def _results(folder, stage):
-    "Digest of what a stage writes into a folder: a note that somebody put beside it makes nothing stale."
-    return digest(folder, names=WRITES.get(stage, "").split())
+    "Digest of what a stage writes into a folder, so that a note beside it makes nothing stale; of all, if none."
+    own = digest(folder, names=WRITES.get(stage, "").split())
+    return own if own != "absent" else digest(folder)
 
 def made(run:GridRun) -> str: # SHA-256 as hex, or `absent`
     "Digest of what a run has made."

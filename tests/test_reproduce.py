@@ -401,8 +401,8 @@ def test_two_profile_files_of_one_name_do_not_replace_each_others_runs(tmp_path,
     text = 'name = "mine"\n[teachers]\na = "mini:speech"\n[audio]\na = "mini:speech"\n[training]\nsteps = 2\n'
     mine.write_text(text, encoding="utf-8")
     def do(file):
-        execute(grid(file)[0], {}, lambda run: (run.folder/"log.csv").write_text(file.name))
-        return (tmp_path/"runs/mine/students/both/a/log.csv").read_text()
+        execute(grid(file)[0], {}, lambda run: (run.folder/"heads.safetensors").write_text(file.name))
+        return (tmp_path/"runs/mine/students/both/a/heads.safetensors").read_text()
     assert do(mine) == "mine.toml"
     big.write_text(text, encoding="utf-8")
     assert taken(grid(big)[0]) == ""
@@ -510,14 +510,14 @@ def test_what_somebody_else_put_into_a_run_folder_stays(repo):
     assert (repo/"runs/m0/notes.txt").read_text() == "mine" and (repo/"runs/m0/number.txt").read_text() == "9"
     assert "notes.txt" not in stamp(small((9,))[0])["files"]
 
-def test_a_note_beside_a_student_costs_nothing(repo):
-    "It makes nothing stale, and where the student must be made again, the folder is refused before it is touched."
-    run = GridRun("distil", "d", at("make.ipynb"), dict(x=1), "d")
-    after = GridRun("merge", "m", at("make.ipynb"), {}, "m", ("distil/d",))
-    def student(run):
-        for name in ("model.safetensors", "log.csv", "result.json"): (run.folder/name).write_text("{}")
+def test_a_note_beside_a_result_costs_nothing(repo):
+    "It makes nothing stale, and where the result must be made again, the folder is refused before it is touched."
+    run = GridRun("merge", "d", at("make.ipynb"), dict(x=1), "d")
+    after = GridRun("probe", "p", at("make.ipynb"), {}, "p", ("merge/d",))
+    def merge(run):
+        for name in ("model.safetensors", "recipe.yaml", "result.json"): (run.folder/name).write_text("{}")
     def there(): return {f.name: f.read_bytes() for f in run.folder.iterdir()}
-    execute(run, {}, student)
+    execute(run, {}, merge)
     before, needed = key(after, {run.id: run}), there()
     (run.folder/"notes.txt").write_text("mine")
     assert fresh(run, {}) and key(after, {run.id: run}) == before
