@@ -765,7 +765,10 @@ def test_a_long_file_is_cropped_without_being_decoded(tmp_path, monkeypatch):
     with pytest.raises(AudioError, match="long.wav.*3.2 h, more than the limit of 3 h: cut it"): load_audio(path)
     read, frames = audio._read, []
     monkeypatch.setattr(audio, "_read", lambda p, start, n, *a: frames.append(n) or read(p, start, n, *a))
-    assert Crops([tmp_path], 2, 1.)(0).shape == (2, 16_000) and max(frames) == 16_000
+    # the sparse part of the file is one constant
+    with pytest.raises(AudioError, match="silent but for a constant offset for a crop's length"):
+        Crops([tmp_path], 2, 1.)(0)
+    assert max(frames) == 16_000
 
 @pytest.mark.filterwarnings("ignore:.*files left out")
 def test_headers_of_a_folder_are_read_once(tmp_path, monkeypatch):

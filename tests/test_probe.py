@@ -255,10 +255,10 @@ def test_a_solvable_task_is_solved_and_predictions_are_kept(runs, corpus, tmp_pa
     pd.testing.assert_frame_equal(d.drop(columns=COST), again.drop(columns=COST))
 
 def test_scores_of_other_tasks_stay_and_each_is_written_when_it_is_done(runs, corpus, tmp_path, monkeypatch):
-    def probe(tasks, e="logmel"): return P.probe(e, tasks, seeds=1, root=str(corpus), out=tmp_path/"out")
-    def there():
-        with np.load(tmp_path/"out/predictions.npz") as z: kept = {k.split("/")[0] for k in z}
-        scores = pd.read_csv(tmp_path/"out/scores.csv", dtype=str).set_index("task").drop(columns=COST)
+    def probe(tasks, e="logmel", to="out"): return P.probe(e, tasks, seeds=1, root=str(corpus), out=tmp_path/to)
+    def there(at="out"):
+        with np.load(tmp_path/at/"predictions.npz") as z: kept = {k.split("/")[0] for k in z}
+        scores = pd.read_csv(tmp_path/at/"scores.csv", dtype=str).set_index("task").drop(columns=COST)
         assert set(scores.index) == kept
         return scores
     probe("pitch")
@@ -267,8 +267,10 @@ def test_scores_of_other_tasks_stay_and_each_is_written_when_it_is_done(runs, co
     pd.testing.assert_frame_equal(there().loc[["pitch"]], first)
     whole = P.check_leakage
     monkeypatch.setattr(P, "check_leakage", lambda t, root: whole(t, root) if t.name == "pitch" else 1/0)
-    with pytest.raises(ZeroDivisionError): probe("pitch,instrument", Z.Transformer(hubert()))
-    assert set(there().index) == {"pitch"} and not (tmp_path/"out/result.json").exists()    # no others: other weights
+    other = Z.Transformer(hubert())
+    with pytest.raises(ZeroDivisionError): probe("pitch,instrument", other, "other")
+    assert set(there("other").index) == {"pitch"} and not (tmp_path/"other/result.json").exists()
+    with pytest.raises(ValueError, match="out holds the scores of other weights, logmel-8, not"): probe("pitch", other)
     (tmp_path/"out/scores.csv").write_text("no table")
     probe("pitch")
     pd.testing.assert_frame_equal(there(), first)
