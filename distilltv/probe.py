@@ -11,13 +11,18 @@ from collections import Counter
 from numbers import Integral
 from pathlib import Path
 import numpy as np, pandas as pd, torch
-from .answers import LRS
-from .audio import AudioError
-from .features import Unheard, table_hash
-from .frozen import Transformer, check_encoder, choose_view, open_encoder
-from .runs import Run, commit, peak_memory, read_json, user_path, versions, write_atomic
-from .tasks import Leak, TableError, check_leakage, duplicates, find_task, find_tasks
-from . import mini, published     # they enter their tasks
+from distilltv.answers import LRS
+from distilltv.audio import AudioError
+from distilltv.features import Unheard, table_hash
+from distilltv.frozen import Transformer, check_encoder, choose_view, open_encoder
+<<<<<<< OURS
+from distilltv.runs import Run, commit, peak_memory, read_json, user_path, versions, write_atomic
+from distilltv.tasks import Leak, TableError, check_leakage, duplicates, find_task, find_tasks
+=======
+from distilltv.runs import Run, commit, peak_memory, user_path, versions, write_atomic
+from distilltv.tasks import Leak, SplitError, TableError, check_leakage, duplicates, find_task, find_tasks
+>>>>>>> THEIRS
+from distilltv import mini, published     # they enter their tasks
 
 # %% ../nbs/04_probe.ipynb #17e589bd
 def score_task(encoder, task,            # see `check_encoder` and `find_task`
@@ -120,6 +125,7 @@ def _probe_all(encoders, tasks, seeds, view, seed, root, out, head):
         start = time.perf_counter()
         try: scored = score_encoders(encoders, t, view, range(seed, seed+seeds), root, head)
         except (FileNotFoundError, AudioError, Leak, TableError, Unheard) as e:
+            if isinstance(e, SplitError) and len(tasks) == 1: raise    # no other scores would be lost
             scored = [([dict(task=t.name, domain=t.domain, probe=head, seed=-1, metric=t.metric, n_test=0,
                              status=f"not run: {e}")], {})]*len(encoders)
         seconds = round((time.perf_counter() - start)/len(encoders), 2)

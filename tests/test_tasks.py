@@ -313,6 +313,8 @@ def test_a_task_whose_data_are_wrong_costs_the_task_not_the_run(tmp_path, root, 
     bad = replace(good, name="bad", load=lambda root: table, group="voice")
     d = P.probe("logmel", [good, bad], seeds=1).set_index("task")
     assert re.search(f"^not run: .*{says}", d.loc["bad", "status"]) and d.loc["unheard"].score.notna().all()
+    if "split" in says:
+        with pytest.raises(T.SplitError, match=says): P.probe("logmel", bad, seeds=1)
 
 def test_one_class_that_can_be_heard_is_no_question(tmp_path):
     t = T.Task("one", "music", lambda r: None, "label", "id")
