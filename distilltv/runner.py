@@ -46,7 +46,7 @@ def _written(run, names):
 def _check_folder(run):
     "A `RunError` where its folder is another file's or its notebook would refuse it, before anything there is touched."
     if why := taken(run): raise RunError(why)
-    if run.stage not in ("distil", "merge"): return    # the other stages write beside what is there
+    if run.notebook not in ("02_distill.ipynb", "03_merge.ipynb"): return    # others write beside what is there
     try: check_replaceable(run.folder.resolve(), {"stamp.json"} | _writes(run))
     except ValueError as e: raise RunError(str(e)) from None
 

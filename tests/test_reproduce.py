@@ -512,7 +512,7 @@ def test_what_somebody_else_put_into_a_run_folder_stays(repo):
 
 def test_a_note_beside_a_result_costs_nothing(repo):
     "It makes nothing stale, and where the result must be made again, the folder is refused before it is touched."
-    run = GridRun("merge", "d", at("make.ipynb"), dict(x=1), "d")
+    run = GridRun("merge", "d", "03_merge.ipynb", dict(x=1), "d")
     after = GridRun("probe", "p", at("make.ipynb"), {}, "p", ("merge/d",))
     def merge(run):
         for name in ("model.safetensors", "recipe.yaml", "result.json"): (run.folder/name).write_text("{}")
