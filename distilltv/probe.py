@@ -11,18 +11,13 @@ from collections import Counter
 from numbers import Integral
 from pathlib import Path
 import numpy as np, pandas as pd, torch
-from distilltv.answers import LRS
-from distilltv.audio import AudioError
-from distilltv.features import Unheard, table_hash
-from distilltv.frozen import Transformer, check_encoder, choose_view, open_encoder
-<<<<<<< OURS
-from distilltv.runs import Run, commit, peak_memory, read_json, user_path, versions, write_atomic
-from distilltv.tasks import Leak, TableError, check_leakage, duplicates, find_task, find_tasks
-=======
-from distilltv.runs import Run, commit, peak_memory, user_path, versions, write_atomic
-from distilltv.tasks import Leak, SplitError, TableError, check_leakage, duplicates, find_task, find_tasks
->>>>>>> THEIRS
-from distilltv import mini, published     # they enter their tasks
+from .answers import LRS
+from .audio import AudioError
+from .features import Unheard, table_hash
+from .frozen import Transformer, check_encoder, choose_view, open_encoder
+from .runs import Run, commit, peak_memory, read_json, user_path, versions, write_atomic
+from .tasks import Leak, SplitError, TableError, check_leakage, duplicates, find_task, find_tasks
+from . import mini, published     # they enter their tasks
 
 # %% ../nbs/04_probe.ipynb #17e589bd
 def score_task(encoder, task,            # see `check_encoder` and `find_task`

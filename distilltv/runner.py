@@ -47,7 +47,7 @@ def _check_folder(run):
     "A `RunError` where its folder is another file's or its notebook would refuse it, before anything there is touched."
     if why := taken(run): raise RunError(why)
     if run.notebook not in ("02_distill.ipynb", "03_merge.ipynb"): return    # others write beside what is there
-    try: check_replaceable(run.folder.resolve(), {"stamp.json"} | _writes(run))
+    try: check_replaceable(run.folder.resolve(), training=run.stage == "distil")
     except ValueError as e: raise RunError(str(e)) from None
 
 def _clear(run):
