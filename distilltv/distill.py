@@ -97,6 +97,7 @@ def distil(p:Profile,     # teachers, audio, objective, budget and seed
     repeat is left as it is."""
     folder = user_path(out) if out else student_folder(p, who, corpus, seed, steps)
     p, state = as_asked(p, corpus, steps, seed), processes()
+    if not (folder/"result.json").exists(): check_replaceable(folder.resolve(), training=True) # else perhaps up to date
     check_training(p, state.num_processes, len(listens_to(p, who)), state.device.type)
     crops, held_out = crops_of(p, listens_to(p, who)), validation_crops(p)
     if p.validate_every and not held_out and state.is_main_process:
