@@ -140,7 +140,8 @@ def encoder_card(note:dict,       # what `distilltv.json` holds
     made = (f"An encoder made with distilltv {note['versions']['distilltv']}. "
             f"It hears mono waveforms at {rate:,} Hz{scaled}.")
     licence = licence_line([licence_of(note)])
-    return _page(str(note.get("role", "encoder")).capitalize(), "", licence, f"{made}\n\n| | |\n|---|---|\n{rows}", note)
+    text = f"{made}\n\n| | |\n|---|---|\n{rows}"
+    return _page(str(note.get("role", "encoder")).capitalize(), "", licence, text, note)
 
 def _card_row(i):
     weight = _numbers_of(i["weight"]) if isinstance(i["weight"], list) else i["weight"]
@@ -172,7 +173,8 @@ def model_card(record:dict # what `distilltv.json` holds
     merged = [Path(i["path"]).name for i in record["inputs"] if i["weight"] != "base"]
     licence = licence_line([i["licence"] for i in record["inputs"]])
     rule = f"`{record['rule']}`" + (f" ({facts})" if facts else "")
-    text = f"""One `{record.get("class", "HubertModel")}` made by adding task vectors to the start that the students share, by the rule {rule}.
+    cls = record.get("class", "HubertModel")
+    text = f"""One `{cls}` made by adding task vectors to the start that the students share, by the rule {rule}.
 {note}
 | input | weight | hash | licence |
 |---|---|---|---|

@@ -197,11 +197,12 @@ def _bare(model):
 
 def _check_whole(model):
     "A `ValueError` for a model whose tensors are not those that its configuration builds."
-    with torch.random.fork_rng(devices=[]), torch.device("meta"): built = type(model)(copy.deepcopy(model.config)).state_dict()
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        built = type(model)(copy.deepcopy(model.config)).state_dict()
     has = {n: t.shape for n, t in model.state_dict().items()}
     if wrong := sorted({n for n, _ in has.items() ^ {(n, t.shape) for n, t in built.items()}}):
         raise ValueError(f"{wrong[0]} and {len(wrong)-1} other tensors are not as the model's configuration says, so "
-                         "nothing could open it; save the model before its parts are changed, or set its config to match")
+                         "nothing could open it; save the model before its parts are changed, or correct its config")
 
 def save_encoder(model:HubertModel,    # student, teacher or merged encoder
                  folder,               # where to; an older version there is replaced at once, never half
@@ -215,7 +216,8 @@ def save_encoder(model:HubertModel,    # student, teacher or merged encoder
     state = {k: v.to(kind).contiguous() for k, v in model.state_dict().items()}
     rate = getattr(model, "sample_rate", 16_000)  # a teacher that was opened knows its own; a student hears 16 kHz
     normal = getattr(model, "do_normalize", True)
-    note = dict(provenance, **other_class(model.config.to_dict()), weights_hash=weights_hash(state), versions=versions(), commit=commit())
+    note = dict(provenance, **other_class(model.config.to_dict()), weights_hash=weights_hash(state),
+                versions=versions(), commit=commit())
     with atomic_folder(folder) as tmp:
         HubertModel.save_pretrained(model, tmp, state_dict=state)
         said = read_json(tmp/"config.json") | dict(dtype="float32") # not the type that the model has in memory

@@ -233,7 +233,7 @@ _FULL = ("QOSMax", "AssocMax", "job submit limit", "temporarily unavailable", "t
          "timed out", "Zero Bytes", "QueueFull")
 
 def _around_us():
-    "Variables of the job that this process runs in, as in a notebook on a node: sbatch would take them for the new one."
+    "Variables of the job that this process runs in, such as a notebook's: sbatch would take them for the new one."
     if "SLURM_JOB_ID" not in os.environ: return []
     return [n for n in os.environ if n.startswith(("SLURM_", "SLURMD_")) and n != "SLURM_CONF"]
 

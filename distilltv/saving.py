@@ -147,7 +147,7 @@ def _check_earlier(folder):
     raise ValueError(f"{folder} holds a model that is no merge as it was saved, but a student, a teacher or one that "
                      "was trained further: choose another folder, or move it away")
 
-_RECORD = {"kind", "rule", "base_hash", "inputs", "extrapolation", "versions", "commit", "weights_hash", "dtype", "texts"}
+_RECORD = set("kind rule base_hash inputs extrapolation versions commit weights_hash dtype texts".split())
 
 def save_all(students:dict,       # `{folder to write: student}`, of one architecture
              dtype:str="float32", # stored type: float32, float64, float16 or bfloat16

@@ -364,7 +364,7 @@ def test_a_stale_run_says_what_has_changed(tree, tmp_path, monkeypatch):
     (tmp_path/"a").mkdir()
     sf.write(tmp_path/"a/x.wav", np.full(8000, .1), 16000)
     mine = tmp_path/"one.toml"
-    mine.write_text('name = "one"\n[teachers]\na = "x/y"\n[audio]\na = "./a"\n[training]\nsteps = 7\n', encoding="utf-8")
+    mine.write_text('name = "one"\n[teachers]\na = "x/y"\n[audio]\na = "./a"\n[training]\nsteps = 7\n')
     monkeypatch.setenv("DISTILLTV_HOME", str(tmp_path/"runs"))
     runs = {r.id: r for r in grid(mine)}
     run, weights = runs["distil/a"], runs["distil/a"].folder/"model.safetensors"
@@ -542,7 +542,8 @@ def test_what_came_while_a_run_went_on_stays(repo, ends):
     left = {f.name for f in (repo/"runs/p").iterdir()}
     assert left == {"mine", "notes.txt", "scores-mine.csv", "predictions.npz", "stamp.json"}
 
-BROKEN = "[]", "null", "3", '"x"', '{"found": 5}', '{"made": "x", "parts": 5}', '{"files": [{}]}', '{"key": []}', "["*10**5
+BROKEN = ("[]", "null", "3", '"x"', '{"found": 5}', '{"made": "x", "parts": 5}', '{"files": [{}]}', '{"key": []}',
+          "["*10**5)
 
 @pytest.mark.parametrize("text", BROKEN, ids=range(len(BROKEN)))
 def test_a_broken_stamp_is_none(repo, text):

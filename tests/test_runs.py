@@ -295,7 +295,8 @@ def test_text_is_utf8_in_any_locale(tmp_path):
             "write_json(sys.argv[1], dict(a='\\u03b8')); print(ascii(str(root())))")
     env = os.environ | dict(PYTHONPATH=str(ROOT), LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
     done = subprocess.run([sys.executable, "-X", "warn_default_encoding", "-W", "error::EncodingWarning:distilltv.runs",
-                           "-W", "error::EncodingWarning:distilltv.files", "-c", code, str(tmp_path/"a.json")], env=env, capture_output=True, text=True)
+                           "-W", "error::EncodingWarning:distilltv.files", "-c", code, str(tmp_path/"a.json")],
+                          env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path/"a.json").read_text(encoding="utf-8")) == dict(a="θ")
 

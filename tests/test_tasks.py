@@ -306,7 +306,8 @@ def test_a_split_that_cannot_be_heard_costs_the_task_not_the_run(tmp_path, root)
     (lambda d: d.assign(end=9000, shard=True), "is shorter than its table says"),
     (lambda d: d.assign(split="train"), "the test and valid split of table .* is empty"),
     (lambda d: d.assign(voice=""), "has no voice"), (lambda d: d.assign(voice="v"), "'v' .column voice. is in several"),
-    (lambda d: d.assign(label=""), "no label in the"), (lambda d: d.drop(columns="split"), "no column split, its split")])
+    (lambda d: d.assign(label=""), "no label in the"),
+    (lambda d: d.drop(columns="split"), "no column split, its split")])
 def test_a_task_whose_data_are_wrong_costs_the_task_not_the_run(tmp_path, root, wrong, says):
     good = unheard(tmp_path, "")
     table = wrong(good.load(None).assign(voice=lambda d: d.id))
@@ -739,7 +740,8 @@ def test_times_may_be_rounded_and_one_letter_be_written_in_two_ways(question):
     exact = table()
     edited(question, end=lambda d: "2.09")
     pd.testing.assert_frame_equal(table(), exact)
-    edited(question, what=lambda d: d.what.str.replace("low", "Zo\u00eb").where(d.index % 3 > 0, d.what.replace("low", "Zoe\u0308")))
+    two_ways = lambda d: d.what.str.replace("low", "Zo\u00eb").where(d.index % 3 > 0, d.what.replace("low", "Zoe\u0308"))
+    edited(question, what=two_ways)
     assert table().usable.all() and set(table().label) == {"Zo\u00eb", "high"}
     edited(question, who=lambda d: d.who.where(d.index > 1, "\u00e9").where(d.index < 30, "e\u0301"))
     with pytest.raises(T.TableError, match="is in several splits"): table()
