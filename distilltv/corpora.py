@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np, soundfile as sf, torch
 from datasets import Dataset
 from torch import nn
-from .audio import SAMPLE_RATE, AudioError, audible, audio_length, decoding, load_part, normalise
+# load_audio is for whoever looks for it here
+from .audio import (SAMPLE_RATE, AudioError, audible, audio_length, decoding, load_audio, load_part, normalise)
 from .files import file_hash, spared, write_atomic, write_json
 from .profiles import AUDIO_SUFFIXES
 from .runs import data_dir, home, refuse, user_path
