@@ -14,10 +14,11 @@ import numpy as np, pandas as pd, torch
 from .answers import LRS
 from .audio import AudioError
 from .features import Unheard, table_hash
-# LogMel and Task are for whoever probes
+# LogMel, Task and task_table are for whoever probes
 from .frozen import LogMel, Transformer, check_encoder, choose_view, open_encoder
 from .runs import Run, commit, peak_memory, read_json, user_path, versions, write_atomic
-from .tasks import Leak, SplitError, TableError, Task, check_leakage, duplicates, find_task, find_tasks
+from .tasks import (Leak, SplitError, TableError, Task, check_leakage, duplicates, find_task, find_tasks,
+                             task_table)
 from . import mini, published     # they enter their tasks
 
 # %% ../nbs/04_probe.ipynb #17e589bd
