@@ -9,6 +9,7 @@ __all__ = ['permuted', 'activations', 'align', 'in_place', 'fisher_information',
 import numpy as np
 import torch
 from .rules import best_match, correlation, fisher, regmean
+from .runs import refuse
 
 # %% ../nbs/03d_align.ipynb #e455d815
 _F, _A = "encoder.layers.{}.feed_forward.", "encoder.layers.{}.attention."
@@ -121,8 +122,7 @@ def merge_with_data(models:dict,  # `{"speech": HubertModel, "music": HubertMode
         (rule not in ("fisher", "regmean", "permute"), f"rule {rule!r} is unknown; use fisher, regmean or permute"),
         (not set(models) == set(weights) == set(audio), "models, weights and audio must have the same names"),
         (not total, "the weights add up to 0 and cannot be shares; give others"))
-    for wrong, why in refused:
-        if wrong: raise ValueError(why)
+    refuse(*refused)
     names, w = list(models), [weights[d]/total for d in models]
     states = [{n: t.detach().double().numpy() for n, t in models[d].state_dict().items()} for d in names]
     models = {d: copy.deepcopy(m) for d, m in models.items()} # yours stay as they are

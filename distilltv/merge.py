@@ -14,7 +14,7 @@ import numpy as np
 from .cards import check_facts
 from .parts import ByName, finite, spread
 from .rules import RULES, Ruled, check_options
-from .runs import Fingerprint
+from .runs import Fingerprint, refuse
 from .saving import HEARD, plain, preprocessor, save_all
 from .weights import Checkpoint, Loaded, blocks, check_same, gathered, pieces
 
@@ -213,8 +213,7 @@ def merge(base,              # θ₀: a `Student`, its folder, or a loaded `Hube
         (set(weights) != set(vectors),
          f"weights are given for {list(weights)} but vectors for {list(vectors)}; name the same"),
         (rule not in ("linear", *RULES), f"merge rule {rule!r} is unknown; use one of linear, {', '.join(RULES)}"))
-    for wrong, why in refused:
-        if wrong: raise ValueError(why)
+    refuse(*refused)
     rule = "task_arithmetic" if rule == "linear" else rule
     vectors = {d: v if isinstance(v, TaskVector) else TaskVector.between(base, v) for d, v in vectors.items()}
     options = plain(check_options(rule, [weights[d] for d in vectors], seed, options, base.names))

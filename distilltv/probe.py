@@ -113,10 +113,11 @@ def _probe_all(encoders, tasks, seeds, view, seed, root, out, head):
     encoders = [open_encoder(str(e)) if isinstance(e, (str, Path)) else check_encoder(e) for e in encoders]
     infos = [_named_as(e, view, head) for e in encoders]
     _told_apart(encoders, infos)
-    for o, e in zip(map(user_path, out), encoders): _check_scores(o, e)
+    out = [*map(user_path, out)]
+    for o, e in zip(out, encoders): _check_scores(o, e)
     rows, kept = [[] for _ in encoders], [{} for _ in encoders]
     software = "; ".join(f"{k} {v}" for k, v in versions().items() if k in _LIBRARIES)
-    began, now, names, out = time.perf_counter(), commit(), [t.name for t in tasks], [*map(user_path, out)]
+    began, now, names = time.perf_counter(), commit(), [t.name for t in tasks]
     before = [_before(o, i["encoder"], getattr(e, "hash", None), names) for o, e, i in zip(out, encoders, infos)]
     for t in tasks:
         start = time.perf_counter()

@@ -11,7 +11,7 @@ __all__ = ['FAMILY', 'RULES', 'check_share', 'trim', 'breadcrumbs', 'dare', 'mag
 import inspect, zlib
 import numpy as np
 from .parts import spread
-from .runs import Integer
+from .runs import Integer, refuse
 from .weights import blocks, gathered
 
 # %% ../nbs/03a_rules.ipynb #060cc078
@@ -227,8 +227,7 @@ def check_options(rule:str,     # one of `RULES`
         (rule == "model_stock" and count < 2, "model_stock needs at least two models; give another"),
         (rule == "model_stock" and any(spread(w, names) != spread(weights[0], names) for w in weights),
          "model_stock takes its models as equals; give all of them the same weight, or leave the weights out"))
-    for wrong, why in refused:
-        if wrong: raise ValueError(why)
+    refuse(*refused)
     if known: FAMILY[rule][0](np.zeros(1), rng=np.random.default_rng(0), **known | options) # refuses a wrong share
     return known | options
 

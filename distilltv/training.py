@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from .encoders import weights_hash
 from .objective import teacher_rate
 from .profiles import Profile, record
-from .runs import cached, home, keep_memory, version_of, write_atomic
+from .runs import cached, home, keep_memory, refuse, version_of, write_atomic
 from .scale import merge_quarantines, processes, write_quarantine
 
 # %% ../nbs/02b_training.ipynb #c37bab42
@@ -191,8 +191,7 @@ def check_training(p:Profile,       # an experiment
         (p.loss == "cl" and p.accumulate > 1, _PIECES),
         (p.batch % unit, f"a batch of {p.batch} crops cannot be divided equally among {processes} processes that "
                          f"accumulate over {p.accumulate} pieces{lengths}: choose a multiple of {unit}"))
-    for wrong, why in refused:
-        if wrong: raise ValueError(why)
+    refuse(*refused)
     if p.compile and p.compile not in torch._dynamo.list_backends(exclude_tags=()):
         raise ValueError(f"compile = {p.compile!r} is no backend of torch.compile: use one of "
                          f"{', '.join(torch._dynamo.list_backends())}, or leave it empty")
